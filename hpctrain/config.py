@@ -1,0 +1,305 @@
+"""Every knob of a run, and how it is set: task defaults, TOML file, environment, flags.
+
+Later layers win. A key is written ``section.name``: in a TOML file as a table, on the command line
+as ``--set section.name=value``, in the environment as ``HPCTRAIN__SECTION__NAME=value``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hpctrain.errors import Error, nearest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ENVIRONMENT_PREFIX = "HPCTRAIN__"
+
+Layer = dict[str, Any]
+"""Nested mapping of section -> name -> value, as a TOML file gives it."""
+
+
+class Section(BaseModel):
+    """Base of every group of knobs: unknown names are refused, values are checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(Section):
+    """Where samples come from."""
+
+    path: Path | None = Field(None, description="Folder of a shard set (`hpctrain data import`).")
+    order: Literal["shuffle", "sequential"] = Field(
+        "shuffle", description="Order of the training samples within an epoch."
+    )
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: int = Field(10, ge=1, description="Passes over the training samples.")
+    steps: int | None = Field(
+        None, ge=1, description="Optimizer steps; where set, it decides instead of `epochs`."
+    )
+    batch_size: int = Field(
+        64, ge=1, description="Global batch: samples per optimizer step, over all ranks together."
+    )
+    accumulate: int = Field(
+        1, ge=1, description="Passes in which each rank takes its part of a batch (saves memory)."
+    )
+    dtype: Literal["float32", "float64", "bf16"] = Field(
+        "float32",
+        description="Arithmetic. `bf16` keeps float32 parameters and computes under autocast.",
+    )
+    clip_norm: float | None = Field(
+        None, gt=0, description="Largest 2-norm of the whole gradient; larger ones are scaled down."
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="Decay of an average of the weights, used for validation."
+    )
+    validate_every_steps: int | None = Field(
+        None, ge=1, description="Steps between validations; unset: at the end of every epoch."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many validations without a better monitored metric."
+    )
+    deterministic: bool = Field(
+        False, description="Refuse kernels whose result depends on timing (matters on GPUs)."
+    )
+
+
+class OptimizerConfig(Section):
+    """The optimizer a task gets unless it builds its own."""
+
+    name: Literal["sgd", "adamw"] = Field("adamw", description="`sgd` is with Nesterov momentum.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate, for `lr_batch_size`.")
+    lr_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Global batch that `lr` was tuned for: the rate is scaled linearly from it to "
+        "`train.batch_size` (Goyal et al., 2017). Unset: `lr` is used as it is.",
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW averages' decays.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="Decay of matrices and filters; biases and norms have none."
+    )
+
+
+class ScheduleConfig(Section):
+    """The learning rate over a run."""
+
+    name: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="What follows the warm-up: stay, or fall to `final` by the last step."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to the peak.")
+    warmup_epochs: float = Field(
+        0.0, ge=0, description="The same in epochs; counts where `warmup_steps` is 0."
+    )
+    final: float = Field(0.0, ge=0, le=1, description="Last rate, as a part of the peak.")
+
+
+class CheckpointConfig(Section):
+    """Snapshots of the train state."""
+
+    every_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints; unset: at the end of every epoch."
+    )
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept; the best one is kept besides.")
+
+
+class LogConfig(Section):
+    """What the recorder writes."""
+
+    every_steps: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl.")
+    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+
+
+class HorovodConfig(Section):
+    """The Horovod strategy."""
+
+    bucket_bytes: int = Field(
+        25 * 2**20,
+        ge=1,
+        description="Gradients are all-reduced in flat buckets of about this size.",
+    )
+
+
+class RunConfig(Section):
+    """A whole run. The resolved form is kept as `config.toml` in the run folder."""
+
+    task: str = Field("digits", description="A ready task, `file.py[:Name]` or `package.mod:Name`.")
+    strategy: Literal["auto", "single", "horovod"] = Field(
+        "auto", description="How replicas agree. `auto`: horovod on several ranks, else single."
+    )
+    out: Path | None = Field(None, description="Run folder; unset: runs/TASK-TIME.")
+    resume: str | None = Field(
+        None, description="`auto` (newest good checkpoint of the run folder, if any) or a path."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Start values, sample order, augmentation.")
+    world_size: int | None = Field(
+        None, ge=1, description="Ranks this run must have; any other world is refused."
+    )
+    timeout_seconds: float = Field(
+        600.0, gt=0, description="Longest wait for another rank before it counts as lost."
+    )
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    horovod: HorovodConfig = Field(default_factory=HorovodConfig)
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="The task's own knobs (its dataclass fields)."
+    )
+
+    def to_toml(self) -> str:
+        """The configuration as TOML; unset knobs are left out, because TOML has no null."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of the configuration with its pydantic field, sections unfolded."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def description(key: str) -> str:
+    """The sentence that explains one key."""
+    return str(dict(keys())[key].description)
+
+
+def reference(config: RunConfig) -> str:
+    """Every key as commented TOML: its explanation, and the value it has in ``config``."""
+    lines: list[str] = []
+    table = ""
+    values = config.model_dump(mode="json")
+    for key, field in sorted(keys(), key=lambda item: "." in item[0]):
+        section, _, name = key.rpartition(".")
+        if section != table:
+            table = section
+            lines += ["", f"[{table}]"]
+        value = values[section][name] if section else values[name]
+        setting = f"# {name} is unset" if value is None else tomli_w.dumps({name: value}).strip()
+        if name == "options":
+            setting = f"{name} = {{}}" if not value else f"{name} = {value}"
+        lines += [f"# {field.description}", setting]
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def read_toml(path: Path) -> Layer:
+    """The layer a TOML file gives.
+
+    Raises:
+        Error: The file cannot be read or is not TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            layer: Layer = tomllib.load(file)
+            return layer
+    except OSError as error:
+        raise Error(
+            f"cannot read {path}: {error.strerror}.", hint="check the path given to --config."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Error(f"{path} is not TOML: {error}.", hint="see https://toml.io.") from error
+
+
+def read_environment(environment: Mapping[str, str] = os.environ) -> Layer:
+    """The layer that ``HPCTRAIN__SECTION__NAME=value`` variables give."""
+    layer: Layer = {}
+    for variable, value in sorted(environment.items()):
+        if variable.startswith(ENVIRONMENT_PREFIX):
+            path = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+            put(layer, ".".join(path), value_of(value))
+    return layer
+
+
+def read_settings(settings: Iterable[str]) -> Layer:
+    """The layer that ``--set key=value`` arguments give.
+
+    Raises:
+        Error: An argument has no ``=``.
+    """
+    layer: Layer = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise Error(f"--set {setting!r} is not key=value.", hint="for example --set seed=1.")
+        put(layer, key.strip(), value_of(value.strip()))
+    return layer
+
+
+def value_of(text: str) -> Any:
+    """A value typed on a command line: TOML where it parses as such, else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def put(layer: Layer, key: str, value: Any) -> None:
+    """Set ``section.name`` in a nested layer."""
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = layer.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise Error(f"'{section}' in '{key}' is a value, not a section.", hint="see --help.")
+        layer = inner
+    layer[name] = value
+
+
+def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
+    """The configuration that layers give, later ones winning.
+
+    Args:
+        layers: Pairs of where a layer comes from (for error messages) and the layer.
+
+    Raises:
+        Error: A key is unknown or a value is not what the key takes; the source is named.
+    """
+    merged: Layer = {}
+    origin: dict[str, str] = {}
+    known = {key for key, _ in keys()}
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+    for source, layer in layers:
+        for key, value in _flatten(layer, sections):
+            if key not in known and not key.startswith("options."):
+                raise Error(f"{source}: unknown key '{key}'.", hint=nearest(key, known))
+            origin[key] = source
+            put(merged, key, value)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        key = next(
+            (k for n in range(len(path), 0, -1) if (k := ".".join(path[:n])) in known), path[0]
+        )
+        raise Error(
+            f"{origin.get(key, 'configuration')}: {key} = {first['input']!r}: {first['msg']}.",
+            hint=description(key) if key in known else "see `hpctrain config`.",
+        ) from error
+
+
+def _flatten(layer: Layer, sections: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in layer.items():
+        key = prefix + name
+        if isinstance(value, dict) and (key in sections or key == "options"):
+            yield from _flatten(value, sections, f"{key}.")
+        else:
+            yield key, value

@@ -1,0 +1,1 @@
+"""Samples: the shard format, importers, the epoch order, and the loader."""

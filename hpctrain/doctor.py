@@ -1,0 +1,235 @@
+"""`hpctrain doctor`: what this machine has, what is wrong with it for training, and what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from hpctrain.errors import Error
+from hpctrain.finding import Finding
+from hpctrain.horovod_build.check import check as check_horovod
+from hpctrain.process import NO_MPI_HINT, cores, mpirun, run, which
+
+LAUNCH_TIMEOUT_SECONDS = 90
+
+
+def examine() -> list[Finding]:
+    """Look at everything; nothing that goes wrong in one check stops the others."""
+    checks: list[Callable[[], list[Finding]]] = [
+        _versions,
+        _cores,
+        _mpi,
+        check_horovod,
+        _launch_mpi,
+        _launch_horovod,
+        _gpus,
+        _hdf5,
+        _shared_memory,
+        _slurm,
+    ]
+    findings: list[Finding] = []
+    for one in checks:
+        try:
+            findings += one()
+        except Error as error:
+            name = one.__name__.strip("_").replace("_", " ")
+            findings.append(Finding("problem", name, error.message, error.hint))
+    return findings
+
+
+def _versions() -> list[Finding]:
+    packages = ("hpctrain", "torch", "numpy", "mpi4py", "h5py", "safetensors")
+    versions = " ".join(f"{name} {metadata.version(name)}" for name in packages)
+    return [Finding("ok", "versions", f"python {platform.python_version()} {versions}")]
+
+
+def _cores() -> list[Finding]:
+    allowed, present = cores(), os.cpu_count() or 1
+    detail = f"{allowed} of {present} usable"
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads and threads.isdigit() and int(threads) > allowed:
+        return [
+            Finding(
+                "note",
+                "cores",
+                f"{detail}, but OMP_NUM_THREADS={threads}",
+                "unset it: hpctrain divides a host's cores among its ranks.",
+            )
+        ]
+    return [Finding("ok", "cores", detail)]
+
+
+def _mpi() -> list[Finding]:
+    program = which("mpirun")
+    if program is None:
+        return [Finding("problem", "MPI", "no mpirun on PATH", NO_MPI_HINT)]
+    version = run([str(program), "--version"], timeout_seconds=30).stdout.strip().splitlines()
+    findings = [Finding("ok", "MPI", f"{version[0] if version else '?'} ({program})")]
+    if which("mpicxx") is None:
+        findings.append(
+            Finding(
+                "note",
+                "mpicxx",
+                "not on PATH, so Horovod cannot be built here",
+                "load the MPI module's development part.",
+            )
+        )
+    if os.geteuid() == 0 and "OMPI_ALLOW_RUN_AS_ROOT" not in os.environ:
+        findings.append(
+            Finding(
+                "note",
+                "root",
+                "Open MPI's mpirun refuses to run as root",
+                "export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.",
+            )
+        )
+    return findings
+
+
+_WORLD = "from mpi4py import MPI; print('size', MPI.COMM_WORLD.size)"
+
+
+def _launch_mpi() -> list[Finding]:
+    """Two real ranks with mpi4py: do they see each other?"""
+    result = run([*mpirun(2), sys.executable, "-c", _WORLD], timeout_seconds=LAUNCH_TIMEOUT_SECONDS)
+    if result.stdout.count("size 2") == 2:
+        return [Finding("ok", "mpirun -np 2, mpi4py", "both ranks see a world of 2")]
+    if "size 1" in result.stdout:
+        return [
+            Finding(
+                "problem",
+                "mpirun -np 2, mpi4py",
+                "each rank sees a world of its own",
+                "mpi4py loads another MPI than mpirun's: load one MPI module only, then "
+                "`pip install --force-reinstall --no-cache-dir --no-binary mpi4py mpi4py`.",
+            )
+        ]
+    return [
+        Finding(
+            "problem",
+            "mpirun -np 2, mpi4py",
+            f"exit code {result.returncode}: {_last(result.stdout)}",
+            "try that command by hand.",
+        )
+    ]
+
+
+def _launch_horovod() -> list[Finding]:
+    """Two real ranks with every controller: do Horovod and the launcher agree?"""
+    from hpctrain.horovod_build import build, toolchain
+
+    if toolchain.installed_version() is None:
+        return []
+    findings = []
+    for name, command in build.launches().items():
+        result = run(command, timeout_seconds=LAUNCH_TIMEOUT_SECONDS)
+        what = f"Horovod over {name}, 2 ranks"
+        if build.proved(result):
+            findings.append(Finding("ok", what, "the all-reduce is right"))
+        else:
+            findings.append(
+                Finding(
+                    "problem",
+                    what,
+                    f"exit code {result.returncode}: {_last(result.stdout)}",
+                    "if ranks say size 1, Horovod was built on another MPI than mpirun's: run "
+                    "`hpctrain horovod build`.",
+                )
+            )
+    return findings
+
+
+def _gpus() -> list[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        names = {torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())}
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        detail = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, NCCL {nccl}"
+        return [Finding("ok", "GPUs", detail)]
+    if shutil.which("nvidia-smi"):
+        return [
+            Finding(
+                "problem",
+                "GPUs",
+                f"nvidia-smi is here, but torch {torch.__version__} sees none",
+                "install a CUDA build of torch that fits the driver.",
+            )
+        ]
+    return [Finding("ok", "GPUs", "none; training runs on the CPU")]
+
+
+def _hdf5() -> list[Finding]:
+    """Can files here be opened while another process holds HDF5's lock on them?"""
+    import h5py
+
+    version = f"{h5py.version.hdf5_version}"
+    with tempfile.NamedTemporaryFile(dir=Path.cwd(), suffix=".h5") as file:
+        try:
+            with h5py.File(file.name, "w"):
+                pass
+        except OSError as error:
+            return [
+                Finding(
+                    "note",
+                    "HDF5 locking",
+                    f"{version}: this file system refuses locks ({error})",
+                    "export HDF5_USE_FILE_LOCKING=FALSE where you write; reading here needs none.",
+                )
+            ]
+    return [Finding("ok", "HDF5 locking", f"{version}: locks work here; reading takes none")]
+
+
+def _shared_memory() -> list[Finding]:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return [Finding("note", "shared memory", "no /dev/shm", "NCCL and MPI may be slow.")]
+    free = shutil.disk_usage(folder).free
+    if free < 2**28:
+        return [
+            Finding(
+                "problem",
+                "shared memory",
+                f"/dev/shm has {free / 2**20:.0f} MiB free",
+                "start the container with --shm-size=1g or more.",
+            )
+        ]
+    return [Finding("ok", "shared memory", f"/dev/shm has {free / 2**30:.1f} GiB free")]
+
+
+def _slurm() -> list[Finding]:
+    if shutil.which("sinfo") is None:
+        return [Finding("ok", "Slurm", "not on this machine")]
+    result = run(["sinfo", "--noheader", "--format=%P %D %t"], timeout_seconds=30)
+    if result.returncode != 0:
+        return [
+            Finding(
+                "problem",
+                "Slurm",
+                f"sinfo fails: {_last(result.stdout)}",
+                "is the controller up, and are you on a login or compute node?",
+            )
+        ]
+    kinds = run(["srun", "--mpi=list"], timeout_seconds=30).stdout
+    if "pmix" in kinds:
+        return [Finding("ok", "Slurm", "sinfo answers; srun --mpi=pmix is there")]
+    return [
+        Finding(
+            "note",
+            "Slurm",
+            "sinfo answers, but srun has no pmix",
+            "start Open MPI jobs by mpirun within sbatch: srun would give worlds of size 1.",
+        )
+    ]
+
+
+def _last(output: str) -> str:
+    lines = [line for line in output.strip().splitlines() if line.strip(" -")]
+    return json.dumps(lines[-1][:200]) if lines else "no output"

@@ -1,0 +1,47 @@
+"""The errors that hpctrain raises on purpose, and the exit codes they become."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class Error(Exception):
+    """Something that the caller can put right.
+
+    Args:
+        message: What failed, and which file, rank or host it was.
+        hint: What to do about it; printed after ``HINT:``.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        # One line whatever the parts held, because a log is read line by line.
+        text = f"{self.message} HINT: {self.hint}" if self.hint else self.message
+        return " ".join(text.split())
+
+
+class PeerLost(Error):  # noqa: N818 - an event of distributed life, not a mistake
+    """A rank that this one depends on died, hung, or left.
+
+    Raised out of ``optimizer.step()`` and of the world's collectives, whatever engine noticed it.
+    """
+
+    exit_code = 1
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint that offers the name closest to a misspelt one, or lists them all."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not close:  # `lr` for `optimizer.lr`
+        close = [known for known in names if known.rpartition(".")[2] == name.rpartition(".")[2]]
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return "valid names: " + ", ".join(sorted(names)) + "."

@@ -1,0 +1,31 @@
+"""Run on every rank of a small launch: all-reduce something and say whether it came out right."""
+
+from __future__ import annotations
+
+import sys
+
+import horovod.torch as hvd
+import torch
+
+from hpctrain.launcher import detect
+
+
+def main() -> int:
+    """Exit code 0 where Horovod's world is the launcher's and its sums are right."""
+    launch = detect()
+    hvd.init()
+    if hvd.size() != launch.size:
+        print(f"{launch.name} started {launch.size} ranks, but Horovod sees {hvd.size()}")
+        return 2
+    total = hvd.allreduce(torch.tensor([float(hvd.rank() + 1)] * 3), op=hvd.Sum, name="prove")
+    expected = hvd.size() * (hvd.size() + 1) / 2
+    if total.tolist() != [expected] * 3:
+        print(f"rank {hvd.rank()}: the sum is {total.tolist()}, not {expected}")
+        return 2
+    print(f"all-reduce over {hvd.size()} ranks is right")
+    hvd.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

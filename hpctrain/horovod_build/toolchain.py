@@ -1,0 +1,174 @@
+"""What Horovod is built from: torch, MPI, compilers and, for GPUs, CUDA and NCCL."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpctrain.errors import Error
+from hpctrain.horovod_build.patches import PATCHES
+from hpctrain.process import NO_MPI_HINT, run, search_path, which
+
+VERSION = "0.28.1"
+SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+# setuptools 81 dropped what Horovod's setup.py still imports.
+BUILD_TOOLS = ("setuptools<81", "wheel", "packaging")
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Everything a wheel depends on.
+
+    Attributes:
+        built_from: What was found, as JSON-able text; the wheel's cache key is its hash.
+        environment: The environment that Horovod's own build reads.
+    """
+
+    built_from: Mapping[str, str]
+    environment: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """Names the wheel in the cache."""
+        text = json.dumps(self.built_from, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def find(*, gpu: bool) -> Toolchain:
+    """Look for what a build needs.
+
+    Args:
+        gpu: Build the NCCL operations. CUDA is taken from ``CUDA_HOME`` or nvcc's place, NCCL from
+            ``NCCL_HOME`` or the nvidia wheels beside torch.
+
+    Raises:
+        Error: Something is missing; the hint says how to get it.
+    """
+    import torch
+
+    mpicxx = _need("mpicxx", NO_MPI_HINT)
+    cxx = _need(os.environ.get("CXX", "c++"), "install a C++17 compiler, e.g. g++ 9 or newer.")
+    cmake = _need("cmake", "`pip install cmake`, or load your site's module.")
+    mpi_prefix = mpicxx.resolve().parent.parent
+    built_from = {
+        "horovod": f"{VERSION} {SDIST_SHA256}",
+        "patches": json.dumps([[patch.file, patch.old, patch.new] for patch in PATCHES]),
+        "build_tools": " ".join(BUILD_TOOLS),
+        "python": f"{sys.implementation.cache_tag} {sysconfig.get_config_var('SOABI')}",
+        "platform": f"{platform.machine()} {platform.libc_ver()[1]}",
+        "torch": f"{torch.__version__} {torch.version.git_version} "
+        f"cxx11abi={torch.compiled_with_cxx11_abi()}",
+        "mpi": _first_line(_need("mpirun", NO_MPI_HINT), "--version"),
+        "compiler": _first_line(cxx, "--version"),
+        "cmake": _first_line(cmake, "--version"),
+        "gpu": "none",
+    }
+    environment = {
+        **os.environ,
+        "PATH": search_path(),
+        "HOROVOD_CMAKE": str(cmake),
+        "HOROVOD_WITH_PYTORCH": "1",
+        "HOROVOD_WITH_MPI": "1",
+        "HOROVOD_WITH_GLOO": "1",
+        "HOROVOD_WITHOUT_TENSORFLOW": "1",
+        "HOROVOD_WITHOUT_MXNET": "1",
+        # CMake 4 refuses the bundled Gloo's declared minimum otherwise.
+        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",
+        "MAKEFLAGS": os.environ.get("MAKEFLAGS", f"-j{len(os.sched_getaffinity(0))}"),
+    }
+    linker = [os.environ.get("LDFLAGS", ""), "-Wl,--strip-debug"]
+    if mpi_prefix == Path(sys.prefix).resolve():
+        # The MPI came as a wheel: find it beside Horovod wherever the cached wheel is installed.
+        linker.append("-Wl,-rpath,$ORIGIN/../../../..")
+    else:
+        built_from["mpi_prefix"] = str(mpi_prefix)
+    environment["LDFLAGS"] = " ".join(linker).strip()
+    if gpu:
+        _add_gpu(built_from, environment)
+    return Toolchain(built_from, environment)
+
+
+def _add_gpu(built_from: dict[str, str], environment: dict[str, str]) -> None:
+    import torch
+
+    if torch.version.cuda is None:
+        raise Error(
+            f"torch {torch.__version__} has no CUDA, so Horovod cannot be built with NCCL.",
+            hint="install a CUDA build of torch first, or build without --gpu.",
+        )
+    nvcc = which("nvcc")
+    cuda_home = os.environ.get("CUDA_HOME") or (nvcc and str(nvcc.resolve().parent.parent))
+    if not cuda_home or not (Path(cuda_home) / "bin" / "nvcc").exists():
+        raise Error(
+            "the CUDA toolkit (nvcc) was not found.",
+            hint="load your site's cuda module, or set CUDA_HOME.",
+        )
+    nccl_home = os.environ.get("NCCL_HOME") or _nccl_wheel()
+    if not nccl_home or not (Path(nccl_home) / "include" / "nccl.h").exists():
+        raise Error(
+            f"NCCL's headers were not found (NCCL_HOME={nccl_home or 'unset'}).",
+            hint="set NCCL_HOME to a folder with include/nccl.h, or install torch's nvidia wheels.",
+        )
+    environment |= {
+        "HOROVOD_GPU_OPERATIONS": "NCCL",
+        "HOROVOD_CUDA_HOME": cuda_home,
+        "HOROVOD_NCCL_HOME": nccl_home,
+        "HOROVOD_NCCL_LINK": "SHARED",
+    }
+    built_from["gpu"] = " ".join(
+        [
+            f"cuda={_last_line(Path(cuda_home) / 'bin' / 'nvcc', '--version')}",
+            f"nccl={nccl_home} {_nccl_version(Path(nccl_home))}",
+            f"architectures={os.environ.get('HOROVOD_BUILD_CUDA_CC_LIST', 'default')}",
+        ]
+    )
+
+
+def _nccl_wheel() -> str | None:
+    """The nvidia-nccl wheel's folder, or None."""
+    spec = importlib.util.find_spec("nvidia.nccl") if importlib.util.find_spec("nvidia") else None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return folders[0] if folders else None
+
+
+def _nccl_version(home: Path) -> str:
+    header = (home / "include" / "nccl.h").read_text(errors="replace")
+    return " ".join(
+        line.split()[-1]
+        for line in header.splitlines()
+        if line.startswith(("#define NCCL_MAJOR", "#define NCCL_MINOR", "#define NCCL_PATCH"))
+    )
+
+
+def _need(program: str, hint: str) -> Path:
+    found = which(program)
+    if found is None:
+        raise Error(f"{program} was not found on PATH.", hint=hint)
+    return found
+
+
+def _first_line(program: Path, *arguments: str) -> str:
+    output = run([str(program), *arguments], timeout_seconds=30).stdout.strip()
+    return output.splitlines()[0] if output else ""
+
+
+def _last_line(program: Path, *arguments: str) -> str:
+    output = run([str(program), *arguments], timeout_seconds=30).stdout.strip()
+    return output.splitlines()[-1] if output else ""
+
+
+def installed_version() -> str | None:
+    """The installed Horovod's version, or None."""
+    try:
+        return importlib.metadata.version("horovod")
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,109 @@
+"""What a run leaves behind for people and programs: metrics.jsonl, TensorBoard, the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import click
+from tqdm import tqdm
+
+Kind = Literal["train", "validation", "event"]
+
+
+class Recorder(Protocol):
+    """Takes what happens during a run."""
+
+    def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+        """Record values at a step."""
+
+    def say(self, text: str) -> None:
+        """Tell the person who watches."""
+
+    def advance(self, step: int) -> None:
+        """Note that a step is done."""
+
+    def close(self) -> None:
+        """Write out whatever is still held."""
+
+
+class Silent:
+    """The recorder of every rank but 0."""
+
+    def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def advance(self, step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class RunRecorder:
+    """Writes ``metrics.jsonl`` (one object a line: kind, step, time, values) and the rest.
+
+    Args:
+        folder: The run folder.
+        steps: Of the whole run, for the progress bar.
+        tensorboard: Also write event files.
+    """
+
+    def __init__(self, folder: Path, steps: int, *, tensorboard: bool) -> None:
+        # Line by line, so that a killed run keeps all but the line it was writing.
+        self._lines = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        self._steps = steps
+        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True) if _terminal() else None
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+        """Record values at a step, and show them."""
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        self._lines.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        text = " ".join(f"{name} {_short(value)}" for name, value in values.items())
+        if self._bar is not None and kind == "train":
+            self._bar.set_postfix_str(text)
+        else:
+            self.say(f"step {step}/{self._steps} {text}")
+
+    def say(self, text: str) -> None:
+        """Tell the person who watches, without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            click.echo(text)
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Write out whatever is still held."""
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

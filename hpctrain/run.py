@@ -1,0 +1,177 @@
+"""A run from its configuration to its result: the run folder, and the order in which things start.
+
+What a run folder holds::
+
+    config.toml       the configuration as resolved
+    metrics.jsonl     one line a record
+    tensorboard/      the same for TensorBoard
+    checkpoints/      the newest few, and `best`
+    result.json       written last, and only at success: its being there is the proof
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hpctrain.checkpoint import CheckpointStore, load_verified
+from hpctrain.config import Layer, RunConfig, put, resolve
+from hpctrain.errors import Error
+from hpctrain.files import write_text
+from hpctrain.recorder import Recorder, RunRecorder, Silent
+from hpctrain.state import parameters_sha256
+from hpctrain.strategies import strategy
+from hpctrain.strategies.broadcast import broadcast_json
+from hpctrain.task import load_task, make_task
+from hpctrain.trainer import Trainer
+from hpctrain.world import World, init
+
+RESULT = "result.json"
+CONFIG = "config.toml"
+CHECKPOINTS = "checkpoints"
+
+
+def configure(layers: list[tuple[str, Layer]]) -> RunConfig:
+    """The configuration that layers give, over the defaults of the task they choose.
+
+    Raises:
+        Error: The task cannot be loaded, or a key or value is wrong.
+    """
+    spec: Any = RunConfig.model_fields["task"].default
+    for _, layer in layers:
+        spec = layer.get("task", spec)
+    defaults: Layer = {}
+    for name, value in load_task(str(spec)).defaults.items():
+        put(defaults, name, value)
+    return resolve([(f"defaults of task {spec}", defaults), *layers])
+
+
+def run(config: RunConfig, say: Callable[[str], None]) -> Path:
+    """Train, on every rank of the world this process was started in.
+
+    Args:
+        config: Resolved; the same on every rank.
+        say: Tells the person who watches.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        Error: The configuration does not fit this machine, data, or world.
+        PeerLost: Another rank is gone.
+    """
+    task = make_task(load_task(config.task), config.options)
+    world = init()
+    if config.world_size is not None:
+        world.require(config.world_size)
+    how = strategy(
+        config.strategy,
+        world,
+        horovod=config.horovod,
+        timeout_seconds=config.timeout_seconds,
+    )
+    out = Path(broadcast_json(world.comm, str(config.out or _default_out(config.task))))
+    store = CheckpointStore(out / CHECKPOINTS, config.checkpoint.keep)
+    snapshot = _prepare(out, config, store, say) if world.rank == 0 else None
+    trainer = Trainer(config, task, how, store)
+    trainer.restore(snapshot)
+    recorder: Recorder = Silent()
+    if world.rank == 0:
+        recorder = RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard)
+    start = trainer.state.counters
+    recorder.say(
+        f"{config.task}: {how.name} on {_ranks(world)}, {world.device.type}, "
+        f"step {start.step} of {trainer.steps}, in {out}"
+    )
+    change = start.world[-1]
+    recorder.write("event", start.step, {"size": change["size"], "reason": change["reason"]})
+    try:
+        trainer.run(recorder)
+    finally:
+        recorder.close()
+    # Nobody counts the run as done before everybody is.
+    world.comm.barrier()
+    if world.rank == 0:
+        result = _result(trainer)
+        write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
+        final = " ".join(
+            f"{name} {value:.4f}" for name, value in result["metrics"]["final"].items()
+        )
+        say(f"completed: {final}\n{out / RESULT}")
+    world.comm.close()
+    return out
+
+
+def _default_out(task: str) -> Path:
+    name = re.sub(r"\W+", "-", Path(task.rpartition(":")[2] or task).stem)
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _ranks(world: World) -> str:
+    return "1 rank" if world.size == 1 else f"{world.size} ranks under {world.launch.name}"
+
+
+def _prepare(
+    out: Path, config: RunConfig, store: CheckpointStore, say: Callable[[str], None]
+) -> Any | None:
+    """Make the run folder, and read the checkpoint to start from; on rank 0 alone."""
+    if config.resume is None and store.steps():
+        raise Error(
+            f"{out} already holds a run with {len(store.steps())} checkpoints.",
+            hint="go on with it by --resume auto, or choose another --out.",
+        )
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        (out / RESULT).unlink(missing_ok=True)
+        write_text(out / CONFIG, config.to_toml())
+        store.clean()
+    except OSError as error:
+        raise Error(
+            f"cannot write the run folder {out}: {error.strerror}.",
+            hint="choose another --out, or make room.",
+        ) from error
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        return store.newest(lambda damage: say(f"{damage} Going back to the one before."))
+    try:
+        return load_verified(Path(config.resume))
+    except Error as error:
+        raise Error(error.message, hint="name another checkpoint, or use --resume auto.") from error
+
+
+def _result(trainer: Trainer) -> dict[str, Any]:
+    counters = trainer.state.counters
+    epochs = trainer.epochs
+    packages = ("hpctrain", "torch", "horovod", "numpy", "h5py")
+    return {
+        "status": "completed",
+        "task": trainer.config.task,
+        "strategy": trainer.strategy.name,
+        "steps": counters.step,
+        "epochs": int(epochs) if epochs == int(epochs) else epochs,
+        "samples": counters.samples,
+        "stopped_early": counters.stopped_early,
+        "metrics": {"final": counters.metrics, "best": counters.best},
+        "parameters_sha256": parameters_sha256(trainer.state.model),
+        "world": counters.world,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version for name in packages if (version := _version(name))},
+        },
+        "host": os.uname().nodename,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,34 @@
+"""The learning rate as a pure function of the step, so that no scheduler state needs saving."""
+
+from __future__ import annotations
+
+import math
+
+from hpctrain.config import OptimizerConfig, ScheduleConfig
+
+
+def peak_scale(config: OptimizerConfig, batch_size: int) -> float:
+    """What the peak rate is multiplied by for the global batch: linear scaling.
+
+    Goyal et al., "Accurate, large minibatch SGD", 2017.
+    """
+    return batch_size / config.lr_batch_size if config.lr_batch_size else 1.0
+
+
+def factor(config: ScheduleConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    """The rate of a step, as a part of the peak.
+
+    Args:
+        config: Shape and warm-up.
+        step: The step to come, counted from 0.
+        steps: Of the whole run.
+        steps_per_epoch: For a warm-up given in epochs.
+    """
+    warmup = config.warmup_steps or round(config.warmup_epochs * steps_per_epoch)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.name == "constant" or steps <= warmup:
+        return 1.0
+    done = min(1.0, (step - warmup) / (steps - warmup))
+    fall = (1 - done) if config.name == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.final + (1 - config.final) * fall

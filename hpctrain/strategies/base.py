@@ -1,0 +1,121 @@
+"""The seam every strategy stands behind: it wraps an optimizer, and `step()` is where it acts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hpctrain.errors import Error
+from hpctrain.world import World
+
+
+class DistributedOptimizer(torch.optim.Optimizer):
+    """An optimizer around the user's own, which makes the replicas agree in ``step()``.
+
+    Groups, state and hooks are the inner optimizer's, so learning-rate schedulers, gradient
+    scalers and checkpoints work on either alike. Gradients become the *average over ranks*; where
+    ranks hold different numbers of samples, multiply each loss by ``batch.weight`` (see
+    :class:`hpctrain.data.loader.Batch`), and the average is the global batch's own.
+
+    Attributes:
+        inner: The user's optimizer.
+        clip_norm: Largest 2-norm of the agreed gradient, or None.
+        grad_norm: That norm before clipping at the last step; None without clipping.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
+        # The base class's own start is left out on purpose: it would make a second set of groups.
+        self.inner = inner
+        self.clip_norm = clip_norm
+        self.grad_norm: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # during unpickling and copying, before it is set
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.inner!r})"
+
+    def synchronize(self) -> None:
+        """Make the gradients the world's average; called by ``step()``, or before by the user."""
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
+        return contextlib.nullcontext()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Agree with the other ranks, clip, and update the parameters.
+
+        Raises:
+            PeerLost: Another rank is gone.
+            Error: A closure was given: it would need an agreement at every evaluation.
+        """
+        if closure is not None:
+            raise Error(
+                "optimizer.step(closure) is not supported across ranks.",
+                hint="use an optimizer that steps once per gradient (not LBFGS).",
+            )
+        self.synchronize()
+        if self.clip_norm is not None:
+            self.grad_norm = nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
+        return self.inner.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the inner optimizer's state."""
+        self.inner.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the strategy has laid out its exchange already.
+
+        Raises:
+            Error: Always.
+        """
+        raise Error(
+            "a wrapped optimizer takes no more parameters.",
+            hint="add the group to the plain optimizer, then wrap it.",
+        )
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.inner.param_groups for p in group["params"] if p.requires_grad]
+
+
+class Strategy(Protocol):
+    """How replicas agree on parameters. Making one connects the world."""
+
+    name: str
+    world: World
+
+    def wrap(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+    ) -> DistributedOptimizer:
+        """Start every replica from rank 0's model and optimizer state, and wrap the optimizer."""
+
+
+def check_trainable(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer without parameters.
+
+    Raises:
+        Error: Nothing to train.
+    """
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise Error(
+            "the optimizer has no parameter that requires a gradient.",
+            hint="give it model.parameters(), and leave some unfrozen.",
+        )

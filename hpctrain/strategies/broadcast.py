@@ -1,0 +1,43 @@
+"""Giving every rank one rank's state, as bytes that cannot carry code."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from hpctrain import tree
+from hpctrain.world import Communicator
+
+
+def broadcast_bytes(comm: Communicator, data: bytes, root: int = 0) -> bytes:
+    """The root's bytes on every rank; what the others pass is ignored."""
+    if comm.size == 1:
+        return data
+    length = torch.tensor([len(data)], dtype=torch.int64)
+    comm.broadcast(length, root)
+    buffer = torch.empty(int(length), dtype=torch.uint8)
+    if comm.rank == root:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    comm.broadcast(buffer, root)
+    return buffer.numpy().tobytes()
+
+
+def broadcast_json(comm: Communicator, value: Any, root: int = 0) -> Any:
+    """The root's JSON-able value on every rank."""
+    return json.loads(broadcast_bytes(comm, json.dumps(value).encode(), root))
+
+
+def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
+    """The root's tree of tensors and plain values on every rank, tensors on the CPU.
+
+    What the others pass is ignored: they may hold nothing yet. Tensors travel in the safetensors
+    format with their names, shapes and types, and nothing that a peer sends is executed.
+    """
+    tensors, rest = tree.split(state if comm.rank == root else {})
+    # Copies, because safetensors refuses tensors that share memory (tied weights do).
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    received = load(broadcast_bytes(comm, save(whole), root))
+    return tree.join(received, broadcast_json(comm, rest, root))

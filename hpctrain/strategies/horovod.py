@@ -1,0 +1,375 @@
+"""Synchronous data parallelism over Horovod's ring all-reduce."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpctrain.config import HorovodConfig
+from hpctrain.errors import Error, PeerLost
+from hpctrain.process import cores
+from hpctrain.strategies.base import DistributedOptimizer, check_trainable
+from hpctrain.strategies.broadcast import broadcast_tree
+from hpctrain.world import World
+
+# What Horovod can reduce. bfloat16 is not among them (horovod issue 4047) and goes as float32.
+_REDUCIBLE = (torch.float16, torch.float32, torch.float64)
+
+
+def _import() -> Any:
+    try:
+        import horovod.torch as hvd
+    except ImportError as error:
+        missing = getattr(error, "name", None) == "horovod"
+        raise Error(
+            "Horovod is not installed."
+            if missing
+            else f"Horovod is installed but cannot be loaded: {error}.",
+            hint="run `hpctrain horovod build`.",
+        ) from error
+    return hvd
+
+
+class HorovodCommunicator:
+    """The world as Horovod sees it."""
+
+    def __init__(self, hvd: Any, timeout_seconds: float) -> None:
+        self._hvd = hvd
+        self.timeout_seconds = timeout_seconds
+
+    @property
+    def rank(self) -> int:
+        """This process, 0 to ``size - 1``."""
+        return int(self._hvd.rank())
+
+    @property
+    def size(self) -> int:
+        """How many processes take part."""
+        return int(self._hvd.size())
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its host."""
+        return int(self._hvd.local_rank())
+
+    @property
+    def local_size(self) -> int:
+        """How many processes run on this host."""
+        return int(self._hvd.local_size())
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum a contiguous tensor over all ranks, in place."""
+        self.wait(self.start_all_reduce(tensor, "hpctrain.all_reduce", self._hvd.Sum))
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
+        """Overwrite a contiguous tensor with the root's, in place."""
+        with _peers(self):
+            handle = self._hvd.broadcast_async_(tensor, root, name="hpctrain.broadcast")
+        self.wait(handle)
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self.all_reduce(torch.zeros(1))
+
+    def start_all_reduce(self, tensor: torch.Tensor, name: str, operation: Any) -> int:
+        """Begin an all-reduce in place; give what this returns to :meth:`wait`."""
+        with _peers(self):
+            return int(self._hvd.allreduce_async_(tensor, name=name, op=operation))
+
+    def wait(self, handle: int) -> None:
+        """Wait for a collective, for ``timeout_seconds`` at most.
+
+        Horovod's own wait spins on a core until the end of time; this one gives the core away more
+        and more as it waits, because ranks often outnumber cores.
+
+        Raises:
+            PeerLost: The time is up, or Horovod says that a peer failed.
+        """
+        start = time.monotonic()
+        pause = 0.0
+        while not self._hvd.poll(handle):
+            time.sleep(pause)
+            waited = time.monotonic() - start
+            if waited > self.timeout_seconds:
+                others = ", ".join(str(r) for r in range(self.size) if r != self.rank)
+                raise PeerLost(
+                    f"rank {self.rank} of {self.size} on {os.uname().nodename} waited "
+                    f"{waited:.0f} s for an exchange with ranks {others}.",
+                    hint="one of them hangs or was stopped; its own log says where. Horovod "
+                    "names ranks that lag behind above, if it could.",
+                )
+            pause = min(waited / 8, 1e-3)
+        with _peers(self):
+            self._hvd.synchronize(handle)
+
+    def close(self) -> None:
+        """Leave the world: every rank has to, and none before all have come."""
+        self.barrier()
+        self._hvd.shutdown()
+
+
+@contextlib.contextmanager
+def _peers(comm: HorovodCommunicator) -> Iterator[None]:
+    """Horovod's exceptions, as the one that hpctrain has for a lost peer."""
+    from horovod.common.exceptions import HorovodInternalError
+
+    try:
+        yield
+    except HorovodInternalError as error:
+        raise PeerLost(
+            f"rank {comm.rank} on {os.uname().nodename} lost a peer: {error}.",
+            hint="look for the first error of another rank; `--resume auto` goes on from the last "
+            "checkpoint.",
+        ) from error
+
+
+@dataclass
+class _Bucket:
+    """Gradients of one type and device, laid end to end in one flat tensor.
+
+    ``flat`` is what the parameters' ``.grad`` are views of. ``wire`` is what is all-reduced: the
+    same tensor, or a float32 copy where Horovod cannot reduce its type.
+    """
+
+    name: str
+    flat: torch.Tensor
+    views: dict[nn.Parameter, torch.Tensor]
+    pending: set[nn.Parameter]
+    handle: int | None = None
+    wire: torch.Tensor | None = None
+
+
+class HorovodOptimizer(DistributedOptimizer):
+    """Averages gradients in flat buckets while ``backward()`` still computes earlier layers.
+
+    Buckets follow the reverse order of the parameters, about the order in which their gradients
+    become ready (Li et al., "PyTorch Distributed", VLDB 2020). Each bucket is all-reduced in place
+    in one piece, which leaves nothing for Horovod to fuse and makes the sums independent of timing.
+
+    A parameter whose gradient no rank computed in a step has a gradient of zeros in that step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: torch.optim.Optimizer,
+        comm: HorovodCommunicator,
+        average: Any,
+        bucket_bytes: int,
+        clip_norm: float | None,
+    ) -> None:
+        super().__init__(inner, clip_norm)
+        self._comm = comm
+        self._average = average
+        self._local_only = False
+        self._synchronized = False
+        self._buckets = _lay_out(self._ordered(model), bucket_bytes)
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._ready)
+
+    def _ordered(self, model: nn.Module) -> list[nn.Parameter]:
+        trained = set(self._parameters())
+        in_model = [p for p in model.parameters() if p in trained]
+        rest = [p for p in self._parameters() if p not in set(in_model)]
+        return [*in_model, *rest][::-1]
+
+    def _ready(self, parameter: nn.Parameter) -> None:
+        """Autograd calls this when a parameter's gradient of one backward pass is whole."""
+        bucket = self._bucket_of[parameter]
+        _adopt(bucket, parameter)
+        if self._local_only:
+            return
+        if parameter not in bucket.pending:
+            raise Error(
+                "backward() ran twice before optimizer.step().",
+                hint="to accumulate gradients, run all but the last pass within "
+                "`with optimizer.no_sync():`.",
+            )
+        bucket.pending.discard(parameter)
+        if not bucket.pending:
+            self._start(bucket)
+
+    def _start(self, bucket: _Bucket) -> None:
+        bucket.wire = (
+            bucket.flat if bucket.flat.dtype in _REDUCIBLE else bucket.flat.to(torch.float32)
+        )
+        bucket.handle = self._comm.start_all_reduce(bucket.wire, bucket.name, self._average)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
+        before, self._local_only = self._local_only, True
+        try:
+            yield
+        finally:
+            self._local_only = before
+
+    def synchronize(self) -> None:
+        """Wait until every gradient is the world's average.
+
+        ``step()`` does this by itself. Call it before to look at or change the averaged gradients,
+        as ``scaler.unscale_(optimizer)`` does; ``step()`` will not repeat it.
+
+        Raises:
+            PeerLost: Another rank is gone.
+        """
+        if self._synchronized:
+            return
+        for bucket in self._buckets:
+            if bucket.handle is None:  # an unused parameter, or a rank without samples
+                for parameter in bucket.pending:
+                    _adopt(bucket, parameter)
+                self._start(bucket)
+        for bucket in self._buckets:
+            assert bucket.handle is not None and bucket.wire is not None
+            self._comm.wait(bucket.handle)
+            if bucket.wire is not bucket.flat:
+                bucket.flat.copy_(bucket.wire)
+            bucket.handle = bucket.wire = None
+            bucket.pending = set(bucket.views)
+        self._synchronized = True
+
+    def step(self, closure: Any = None) -> float | None:  # type: ignore[override]
+        """Average the gradients, clip them, and update the parameters."""
+        result = super().step(closure)
+        self._synchronized = False
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero the gradients; they stay views of their buckets, so ``set_to_none`` is ignored."""
+        self._synchronized = False
+        for bucket in self._buckets:
+            bucket.flat.zero_()
+            for parameter, view in bucket.views.items():
+                parameter.grad = view
+
+
+def _lay_out(parameters: list[nn.Parameter], bucket_bytes: int) -> list[_Bucket]:
+    groups: list[list[nn.Parameter]] = []
+    open_groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kind = (parameter.dtype, parameter.device)
+        group = open_groups.get(kind)
+        if group is None or sum(p.nbytes for p in group) + parameter.nbytes > bucket_bytes:
+            group = open_groups[kind] = []
+            groups.append(group)
+        group.append(parameter)
+    return [_bucket(f"hpctrain.gradients.{n}", group) for n, group in enumerate(groups)]
+
+
+def _bucket(name: str, parameters: list[nn.Parameter]) -> _Bucket:
+    first = parameters[0]
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+    views = {}
+    start = 0
+    for parameter in parameters:
+        # The parameter's own strides, where it is dense: the optimizer then runs over both alike.
+        piece = flat[start : start + parameter.numel()]
+        views[parameter] = piece.as_strided(
+            parameter.shape, _dense_strides(parameter), piece.storage_offset()
+        )
+        start += parameter.numel()
+        if parameter.grad is not None:
+            views[parameter].copy_(parameter.grad)
+        parameter.grad = views[parameter]
+    return _Bucket(name, flat, views, set(parameters))
+
+
+def _dense_strides(parameter: nn.Parameter) -> tuple[int, ...]:
+    # empty_like keeps the strides of dense tensors (channels_last among them), and only of those.
+    return torch.empty_like(parameter, device="meta").stride()
+
+
+def _adopt(bucket: _Bucket, parameter: nn.Parameter) -> None:
+    """Make a gradient that came to stand elsewhere (``grad = None`` before) the bucket's again."""
+    view = bucket.views[parameter]
+    gradient = parameter.grad
+    if gradient is view:
+        return
+    if gradient is None:
+        view.zero_()
+    elif gradient.data_ptr() != view.data_ptr():
+        view.copy_(gradient)
+    parameter.grad = view
+
+
+class Horovod:
+    """The Horovod strategy; making it starts Horovod and puts it under the world.
+
+    Args:
+        world: Who takes part; its communicator is replaced.
+        config: Bucket size.
+        timeout_seconds: Longest wait for another rank.
+
+    Raises:
+        Error: Horovod is not there, or its world is not the one that was launched.
+    """
+
+    name = "horovod"
+
+    def __init__(
+        self,
+        world: World,
+        config: HorovodConfig | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self.config = config or HorovodConfig()
+        self.world = world
+        self._hvd = _import()
+        launched = world.launch.size
+        _set_defaults(world)
+        try:
+            self._hvd.init()
+        except Exception as error:
+            raise Error(
+                f"Horovod could not start under {world.launch.name}: {error}.",
+                hint="`hpctrain doctor` tries a small launch and says what is wrong.",
+            ) from error
+        comm = HorovodCommunicator(self._hvd, timeout_seconds)
+        if comm.size != launched:
+            raise Error(
+                f"{world.launch.name} started {launched} ranks, but Horovod sees {comm.size}.",
+                hint="under srun use --mpi=pmix (Open MPI) or pmi2 (MPICH); else Horovod was built "
+                "on another MPI than the launcher's: run `hpctrain horovod build`.",
+            )
+        world.comm = comm
+
+    def wrap(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+    ) -> HorovodOptimizer:
+        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer.
+
+        Wrap once: the hooks this puts on the parameters live as long as they do.
+        """
+        check_trainable(optimizer)
+        comm = self.world.comm
+        assert isinstance(comm, HorovodCommunicator)
+        start = broadcast_tree(
+            comm, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        )
+        model.load_state_dict(start["model"])
+        optimizer.load_state_dict(start["optimizer"])
+        return HorovodOptimizer(
+            model, optimizer, comm, self._hvd.Average, self.config.bucket_bytes, clip_norm
+        )
+
+
+def _set_defaults(world: World) -> None:
+    """Settings that Horovod and MPI read once, at their start; the user's own are left alone."""
+    # Buckets are whole already: fusing them again would copy, and make sums depend on timing.
+    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    if world.local_size * 2 > cores():
+        # A rank computes and communicates; where cores are fewer than that, MPI must not spin.
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")

@@ -1,0 +1,39 @@
+"""One replica: nothing to agree on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hpctrain.errors import Error
+from hpctrain.strategies.base import DistributedOptimizer, check_trainable
+from hpctrain.world import World
+
+
+class Single:
+    """The strategy of a world of one.
+
+    Raises:
+        Error: The launcher started several ranks; each would train and write for itself.
+    """
+
+    name = "single"
+
+    def __init__(self, world: World) -> None:
+        if world.size != 1:
+            raise Error(
+                f"strategy 'single' on a world of {world.size} ranks: each would train alone.",
+                hint="use --strategy horovod, or start one process.",
+            )
+        self.world = world
+
+    def wrap(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+    ) -> DistributedOptimizer:
+        """Wrap the optimizer, for clipping alone."""
+        check_trainable(optimizer)
+        return DistributedOptimizer(optimizer, clip_norm)

@@ -1,0 +1,209 @@
+"""The user's side of a run: which model, which loss, which data. And finding it by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from hpctrain.config import DataConfig, OptimizerConfig
+from hpctrain.data.loader import Batch
+from hpctrain.data.shards import ShardSet
+from hpctrain.data.source import Source
+from hpctrain.errors import Error, nearest
+
+READY = {
+    "digits": "hpctrain.tasks.digits:Digits",
+    "cifar10": "hpctrain.tasks.cifar10:Cifar10",
+    "charlm": "hpctrain.tasks.charlm:CharLM",
+    "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
+}
+
+Loss = torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+class Task:
+    """What to train. Subclass it and write ``model`` and ``loss``; the rest has defaults.
+
+    Make the subclass a dataclass to give it knobs of its own: its fields are set by
+    ``--set options.name=value`` or the table ``[options]`` of a TOML file.
+
+    Attributes:
+        defaults: Configuration this task wants unless a user says otherwise, by dotted key, such as
+            ``{"optimizer.lr": 0.1}``.
+        monitor: The validation metric that picks the best model and stops a run early.
+        mode: Whether the monitored metric should be large (``max``) or small (``min``).
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {}
+    monitor: ClassVar[str] = "loss"
+    mode: ClassVar[Literal["min", "max"]] = "min"
+
+    def model(self) -> nn.Module:
+        """A new model. Random numbers are seeded before, so every rank builds the same one."""
+        raise NotImplementedError(f"{type(self).__name__} must define model()")
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """The mean loss over a batch's samples; with it, if wanted, further means by name.
+
+        Args:
+            model: In training or evaluation mode, as it fits.
+            batch: Field name -> tensor of shape (samples, ...), after ``transform``.
+
+        Returns:
+            A scalar, or a scalar and a dict of scalars such as ``{"accuracy": ...}``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define loss()")
+
+    def data(self, config: DataConfig) -> dict[str, Source]:
+        """Samples by split: ``train``, and where there is one ``validation``.
+
+        The default is the shard set at ``data.path``; its split ``validation``, or else ``test``,
+        is what the model is validated on.
+
+        Raises:
+            Error: No path was given, or no shard set is there.
+        """
+        if config.path is None:
+            raise Error(
+                "this task needs data.",
+                hint="give --data DIR, a shard set made by `hpctrain data import SRC DIR`.",
+            )
+        shards = ShardSet(config.path)
+        sources: dict[str, Source] = {"train": shards.split("train")}
+        for name in ("validation", "test"):
+            if name in shards.splits and len(shards.splits[name]):
+                sources["validation"] = shards.splits[name]
+                break
+        return sources
+
+    def transform(self, batch: Batch, training: bool) -> Batch:
+        """Prepare a batch on the CPU: normalise, and augment where ``training``.
+
+        For augmentation draw from ``batch.uniform(count)``, which is the same at any world size.
+        """
+        return batch
+
+    def optimizer(self, model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+        """The optimizer, at its peak learning rate; the schedule multiplies it.
+
+        The default is what ``[optimizer]`` says, without weight decay on biases and norms (whatever
+        has fewer than two dimensions).
+        """
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {
+                "params": [p for p in trained if p.ndim >= 2],
+                "weight_decay": config.weight_decay,
+            },
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if config.name == "sgd":
+            return torch.optim.SGD(
+                groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
+            )
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def load_task(spec: str) -> type[Task]:
+    """The task class of a ready name, ``file.py[:Name]`` or ``package.module:Name``.
+
+    Raises:
+        Error: There is none, there are several, or the file raised.
+    """
+    place, colon, name = READY.get(spec, spec).rpartition(":")
+    if not colon:
+        place, name = name, ""
+    if place.endswith(".py"):
+        module = _import_file(Path(place))
+    elif name:
+        module = _run_import(place, lambda: importlib.import_module(place))
+    else:
+        raise Error(
+            f"there is no task '{spec}'.",
+            hint=f"{nearest(spec, READY)} Your own: my_task.py[:Name] or package.mod:Name.",
+        )
+    classes = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, Task)
+        and value.__module__ == module.__name__
+    }
+    if name:
+        if name not in classes:
+            raise Error(f"{place} defines no task '{name}'.", hint=nearest(name, classes))
+        return classes[name]
+    if len(classes) != 1:
+        raise Error(
+            f"{place} defines {len(classes)} tasks.",
+            hint=f"say which: {place}:NAME, one of {', '.join(classes)}."
+            if classes
+            else "define a class that inherits from hpctrain.Task.",
+        )
+    return next(iter(classes.values()))
+
+
+def make_task(kind: type[Task], options: dict[str, Any]) -> Task:
+    """A task with its options set.
+
+    Raises:
+        Error: An option is unknown or of the wrong type.
+    """
+    fields: list[str] = []
+    if dataclasses.is_dataclass(kind):
+        fields = [field.name for field in dataclasses.fields(kind)]
+    for option in options:
+        if option not in fields:
+            raise Error(
+                f"task {kind.__name__} has no option '{option}'.",
+                hint=nearest(option, fields) if fields else "it has none.",
+            )
+    if not fields:
+        made: Task = _run_import(kind.__name__, kind)
+        return made
+    try:
+        task: Task = TypeAdapter(kind).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Error(
+            f"options.{'.'.join(map(str, first['loc']))} = {first['input']!r}: {first['msg']}.",
+            hint=f"see the fields of {kind.__name__}.",
+        ) from error
+    return task
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise Error(f"task file {path} does not exist.", hint="check the path.")
+    name = f"hpctrain_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(path.resolve().parent))  # a task may have helpers beside it
+    loader = spec.loader
+    _run_import(str(path), lambda: loader.exec_module(module))
+    return module
+
+
+def _run_import(what: str, action: Any) -> Any:
+    """Run the user's code at start-up; what it raises is a one-line error with its place."""
+    try:
+        return action()
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = f", line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
+        raise Error(
+            f"task {what} cannot be loaded: {type(error).__name__}: {error}{line}.",
+            hint=f"try `python {what}`." if what.endswith(".py") else "is it installed?",
+        ) from error

@@ -1,0 +1,1 @@
+"""Ready tasks, each of which a user may copy and change."""

@@ -1,0 +1,253 @@
+"""The one training loop: every strategy runs through it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from hpctrain.checkpoint import CheckpointStore
+from hpctrain.config import RunConfig
+from hpctrain.data.loader import Batch, Loader
+from hpctrain.data.order import key
+from hpctrain.meter import Meter
+from hpctrain.recorder import Recorder
+from hpctrain.schedule import factor, peak_scale
+from hpctrain.state import TrainState
+from hpctrain.strategies.base import Strategy
+from hpctrain.strategies.broadcast import broadcast_tree
+from hpctrain.task import Task
+from hpctrain.world import World
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
+
+
+class Trainer:
+    """Trains one task under one configuration.
+
+    Args:
+        config: Resolved.
+        task: The user's side.
+        strategy: Connected: how the world's replicas agree.
+        store: Where checkpoints go; rank 0 alone writes there.
+    """
+
+    def __init__(
+        self, config: RunConfig, task: Task, strategy: Strategy, store: CheckpointStore
+    ) -> None:
+        self.config = config
+        self.task = task
+        self.store = store
+        self.world: World = strategy.world
+        self.device = self.world.device
+        self.dtype = DTYPES[config.train.dtype]
+        if config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        sources = task.data(config.data)
+        self._seed(step=-1, rank=0)  # the same start on every rank
+        model = task.model().to(self.device, self.dtype)
+        optimizer = task.optimizer(model, config.optimizer)
+        scale = peak_scale(config.optimizer, config.train.batch_size)
+        self._peaks = [group["lr"] * scale for group in optimizer.param_groups]
+        self._loader = Loader(
+            sources["train"],
+            config.train.batch_size,
+            world=self.world,
+            seed=config.seed,
+            shuffle=config.data.order == "shuffle",
+            transform=lambda batch: task.transform(batch, True),
+        )
+        self._validation = sources.get("validation")
+        self._train_meter = Meter()
+        self._validation_meter = Meter()
+        self.state = TrainState(model, optimizer, self._loader)
+        if config.train.ema_decay is not None:
+            self.state.ema = AveragedModel(
+                model,
+                multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay),
+                use_buffers=True,
+            )
+        self.strategy = strategy
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.train.steps or self.config.train.epochs * len(self._loader)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.state.counters.step >= self.steps or self.state.counters.stopped_early
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data done so far; whole at the end of an epoch."""
+        return self._loader.epoch + self._loader.cursor / len(self._loader.source)
+
+    def restore(self, snapshot: Any | None) -> None:
+        """Take over rank 0's snapshot, if it has one; what other ranks pass is ignored."""
+        found = broadcast_tree(self.world.comm, {"snapshot": snapshot})["snapshot"]
+        if found is not None:
+            self.state.load_state_dict(found)
+            reason = f"resumed at step {self.state.counters.step}"
+        else:
+            reason = "start"
+        self.state.counters.world.append(
+            {"step": self.state.counters.step, "size": self.world.size, "reason": reason}
+        )
+
+    def run(self, recorder: Recorder) -> None:
+        """Train from the present state to the end of the run.
+
+        Raises:
+            PeerLost: Another rank is gone.
+            Error: Samples or checkpoints cannot be read or written.
+        """
+        optimizer = self.strategy.wrap(
+            self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
+        )
+        counters = self.state.counters
+        self.state.model.train()
+        mark, marked_samples = time.monotonic(), counters.samples
+        while not self.finished:
+            for batch in self._loader:
+                self._step(optimizer, batch)
+                recorder.advance(counters.step)
+                epoch_ended = batch.stop == len(self._loader.source)
+                last = counters.step >= self.steps
+                if counters.step % self.config.log.every_steps == 0 or last:
+                    values: dict[str, Any] = {"epoch": round(self.epochs, 3)}
+                    metrics = self._train_meter.read(self.world.comm)
+                    counters.metrics |= {f"train_{name}": v for name, v in metrics.items()}
+                    values |= metrics
+                    values["lr"] = optimizer.param_groups[0]["lr"]
+                    if optimizer.grad_norm is not None:
+                        values["grad_norm"] = float(optimizer.grad_norm)
+                    now = time.monotonic()
+                    values["samples_per_second"] = (counters.samples - marked_samples) / (
+                        now - mark
+                    )
+                    mark, marked_samples = now, counters.samples
+                    recorder.write("train", counters.step, values)
+                improved = False
+                if self._due(self.config.train.validate_every_steps, epoch_ended) or last:
+                    improved = self._validate(recorder)
+                due = self._due(self.config.checkpoint.every_steps, epoch_ended)
+                if due or improved or self.finished:
+                    self._save(best=improved)
+                if self.finished:
+                    break
+        self.store.wait()
+
+    def _due(self, every_steps: int | None, epoch_ended: bool) -> bool:
+        if every_steps is None:
+            return epoch_ended
+        return self.state.counters.step % every_steps == 0
+
+    def _step(self, optimizer: Any, batch: Batch) -> None:
+        counters = self.state.counters
+        self._seed(counters.step, self.world.rank)
+        multiplier = factor(self.config.schedule, counters.step, self.steps, len(self._loader))
+        for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * multiplier
+        optimizer.zero_grad()
+        parts = list(batch.split(self.config.train.accumulate))
+        for number, part in enumerate(parts, start=1):
+            with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
+                loss, means = self._loss(self.state.model, part)
+                (loss * part.weight).backward()
+            self._train_meter.add(means, part.samples)
+        # A rank without samples steps too: the others wait for its zeros.
+        optimizer.step()
+        if self.state.ema is not None:
+            self.state.ema.update_parameters(self.state.model)
+        counters.step += 1
+        counters.samples += batch.global_samples
+
+    def _loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        bf16 = self.config.train.dtype == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            result = self.task.loss(model, batch.to(self.device, self.dtype))
+        loss, means = result if isinstance(result, tuple) else (result, {})
+        return loss, {"loss": loss, **means}
+
+    def _validate(self, recorder: Recorder) -> bool:
+        """Measure on the validation samples, each once; True where it is the best so far."""
+        if self._validation is None:
+            return False
+        counters = self.state.counters
+        self._average_buffers()
+        model = self.state.model if self.state.ema is None else self.state.ema
+        training = model.training
+        model.eval()
+        loader = Loader(
+            self._validation,
+            self.config.train.batch_size,
+            world=self.world,
+            shuffle=False,
+            transform=lambda batch: self.task.transform(batch, False),
+        )
+        with torch.no_grad():
+            for batch in loader:
+                for part in batch.split(self.config.train.accumulate):
+                    self._validation_meter.add(self._loss(model, part)[1], part.samples)
+        model.train(training)
+        metrics = self._validation_meter.read(self.world.comm)
+        recorder.write("validation", counters.step, metrics)
+        counters.metrics |= {f"val_{name}": value for name, value in metrics.items()}
+        return self._judge({f"val_{name}": value for name, value in metrics.items()})
+
+    def _judge(self, metrics: dict[str, float]) -> bool:
+        """Compare with the best so far. Every rank has the same numbers, so all decide alike."""
+        counters = self.state.counters
+        monitored = f"val_{self.task.monitor}"
+        if monitored not in metrics:
+            raise KeyError(
+                f"{type(self.task).__name__}.monitor is '{self.task.monitor}', but its loss() "
+                f"gives {[name.removeprefix('val_') for name in metrics]}"
+            )
+        sign = 1 if self.task.mode == "max" else -1
+        value = metrics[monitored]
+        before = counters.best["metrics"][monitored] if counters.best else -sign * math.inf
+        if sign * value > sign * before:
+            counters.best = {"step": counters.step, "metrics": metrics}
+            counters.validations_since_best = 0
+            return True
+        counters.validations_since_best += 1
+        patience = self.config.train.patience
+        counters.stopped_early = patience is not None and (
+            counters.validations_since_best >= patience
+        )
+        return False
+
+    def _save(self, *, best: bool) -> None:
+        self._average_buffers()
+        if self.world.rank == 0:
+            self.store.save(self.state.counters.step, self.state.state_dict(), best=best)
+
+    def _average_buffers(self) -> None:
+        """Make running statistics the world's: each rank's batches gave it slightly other ones."""
+        if self.world.size == 1:
+            return
+        modules = [m for m in (self.state.model, self.state.ema) if m is not None]
+        buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
+        if buffers:
+            flat = torch.cat([buffer.detach().double().view(-1) for buffer in buffers])
+            self.world.comm.all_reduce(flat)
+            flat /= self.world.size
+            for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
+
+    def _seed(self, step: int, rank: int) -> None:
+        """Random numbers as a function of (seed, step, rank): nothing to save, nothing to lose."""
+        seed = int(key(self.config.seed, step, rank))
+        torch.manual_seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        random.seed(seed)

