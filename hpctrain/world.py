@@ -140,8 +140,9 @@ class World:
         """This rank's GPU where there are any, else the CPU."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        # A launcher that binds GPUs shows each rank its own as number 0.
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        # By the launcher's numbers, which never change: the model lives there. (An engine may count
+        # a host's ranks in another order.) A launcher that binds GPUs shows each rank one alone.
+        return torch.device("cuda", self.launch.local_rank % torch.cuda.device_count())
 
     def require(self, size: int) -> None:
         """Refuse a world of another size than was asked for.

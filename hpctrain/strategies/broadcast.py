@@ -18,6 +18,8 @@ def broadcast_bytes(comm: Communicator, data: bytes, root: int = 0) -> bytes:
         return data
     length = torch.tensor([len(data)], dtype=torch.int64)
     comm.broadcast(length, root)
+    if not length:
+        return b""
     buffer = torch.empty(int(length), dtype=torch.uint8)
     if comm.rank == root:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))

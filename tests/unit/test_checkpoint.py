@@ -1,0 +1,176 @@
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpctrain import tree
+from hpctrain.checkpoint import REST, TENSORS, CheckpointStore, load_verified, save
+from hpctrain.errors import Error
+
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**40), 2**40)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=5)
+    | st.builds(lambda n: torch.arange(n), st.integers(0, 4))
+)
+trees = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text("abc", max_size=3) | st.integers(0, 5), inner, max_size=4)
+    ),
+    max_leaves=15,
+)
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b and type(a) is type(b)
+
+
+@given(state=trees)
+def test_a_tree_survives_being_split(state):
+    tensors, rest = tree.split(state)
+    assert same(tree.join(tensors, json.loads(json.dumps(rest))), state)
+
+
+def test_other_leaves_are_refused():
+    with pytest.raises(Error, match=r"'a.0.b' is a set"):
+        tree.split({"a": [{"b": {1}}]})
+
+
+STATE = {"model": {"w": torch.arange(6.0), "b": torch.tensor(2, dtype=torch.int64)}, "step": 7}
+
+
+def test_save_and_load(tmp_path):
+    save(tmp_path / "step-00000007", STATE)
+    assert same(load_verified(tmp_path / "step-00000007"), STATE)
+    save(tmp_path / "step-00000007", {"step": 8})
+    assert load_verified(tmp_path / "step-00000007") == {"step": 8}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
+@pytest.mark.parametrize("name", [TENSORS, REST])
+def test_any_flipped_byte_is_found(tmp_path, name):
+    save(tmp_path / "c", STATE)
+    file = tmp_path / "c" / name
+    good = file.read_bytes()
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 1 << (place % 8)
+        file.write_bytes(bad)
+        with pytest.raises(Error, match="damaged|cannot be read"):
+            load_verified(tmp_path / "c")
+    for length in (0, len(good) // 2, len(good) - 1):
+        file.write_bytes(good[:length])
+        with pytest.raises(Error, match="damaged"):
+            load_verified(tmp_path / "c")
+    file.unlink()
+    with pytest.raises(Error, match=f"{name} cannot be read"):
+        load_verified(tmp_path / "c")
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in range(1, 7):
+        store.save(step, {"step": step}, best=step in (1, 3))
+    store.wait()
+    assert store.steps() == [3, 5, 6]
+    assert load_verified(store.best()) == {"step": 3}
+    assert same(store.newest(pytest.fail), {"step": 6})
+
+
+def test_the_state_may_change_while_it_is_written(tmp_path):
+    tensor = torch.zeros(1_000_000)
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"t": tensor})
+    tensor.fill_(1)
+    store.wait()
+    assert not load_verified(store.path(1))["t"].any()
+
+
+def test_goes_back_to_the_newest_good_one(tmp_path):
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        store.save(step, {"t": torch.tensor(step)})
+    store.wait()
+    (store.path(3) / TENSORS).write_bytes(b"x")
+    (store.path(2) / REST).unlink()
+    said = []
+    assert store.newest(said.append) == {"t": torch.tensor(1)}
+    assert "step-00000003" in said[0] and "step-00000002" in said[1]
+    (store.path(1) / REST).write_text("{}")
+    with pytest.raises(Error, match="all 3 checkpoints"):
+        store.newest(said.append)
+    assert CheckpointStore(tmp_path / "none", keep=1).newest(said.append) is None
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """The kernel refuses to write beyond a size, as it does beyond the disk's end."""
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"t": torch.zeros(10)})
+    store.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        store.save(2, {"t": torch.zeros(100_000)})
+        with pytest.raises(Error, match=r"cannot write checkpoint .*step-00000002.*HINT: make room"):
+            store.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert store.steps() == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"]
+    store.save(3, {"t": torch.zeros(100_000)})
+    store.wait()
+    assert store.steps() == [3]
+
+
+ENDLESS = """
+import itertools, sys, torch
+from pathlib import Path
+from hpctrain.checkpoint import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]), keep=2)
+store.clean()
+first = (store.newest(print) or {"step": 0})["step"]
+for step in itertools.count(first + 1):
+    store.save(step, {"step": step, "t": torch.full((200_000,), float(step))}, best=step % 5 == 0)
+    print(step, flush=True)
+"""
+
+
+def test_killed_at_any_instant_a_good_one_is_left(tmp_path):
+    """SIGKILL at random moments of a process that does nothing but save."""
+    random.seed(0)
+    newest = 0
+    for _ in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3):
+            assert process.stdout.readline()
+        time.sleep(random.uniform(0, 0.1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        state = CheckpointStore(tmp_path, keep=2).newest(pytest.fail)
+        assert state["step"] > newest
+        assert (state["t"] == float(state["step"])).all()
+        newest = state["step"]
