@@ -37,6 +37,7 @@ setup(
         "test": [
             "pytest>=8",  # the test runner
             "pytest-timeout>=2.3",  # a bound on every test
+            "psutil>=5.9",  # finding a launcher's ranks, to send them real signals
             "hypothesis>=6.100",  # properties against a sequential oracle
             "mypy>=1.11",  # strict types on hpctrain/
             "ruff>=0.6",  # lint and format

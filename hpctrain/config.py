@@ -275,11 +275,10 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
     merged: Layer = {}
     origin: dict[str, str] = {}
     known = {key for key, _ in keys()}
-    sections = {key.rpartition(".")[0] for key in known} - {""}
     for source, layer in layers:
-        for key, value in _flatten(layer, sections):
+        for key, value in _flatten(layer):
             if key not in known and not key.startswith("options."):
-                raise Error(f"{source}: unknown key '{key}'.", hint=nearest(key, known))
+                raise Error(f"{source}: unknown key '{key}'.", hint=nearest(key, known, "`hpctrain config`"))
             origin[key] = source
             put(merged, key, value)
     try:
@@ -296,10 +295,10 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
         ) from error
 
 
-def _flatten(layer: Layer, sections: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in layer.items():
         key = prefix + name
-        if isinstance(value, dict) and (key in sections or key == "options"):
-            yield from _flatten(value, sections, f"{key}.")
+        if isinstance(value, dict) and not prefix.startswith("options."):
+            yield from _flatten(value, f"{key}.")
         else:
             yield key, value

@@ -36,12 +36,20 @@ class PeerLost(Error):  # noqa: N818 - an event of distributed life, not a mista
     exit_code = 1
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint that offers the name closest to a misspelt one, or lists them all."""
+def nearest(name: str, names: Iterable[str], listing: str = "") -> str:
+    """A hint that offers the name closest to a misspelt one, or says which there are.
+
+    Args:
+        name: As it was given.
+        names: The valid ones.
+        listing: What shows them, where they are too many for a line.
+    """
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if not close:  # `lr` for `optimizer.lr`
         close = [known for known in names if known.rpartition(".")[2] == name.rpartition(".")[2]]
     if close:
         return f"did you mean '{close[0]}'?"
+    if listing:
+        return f"{listing} lists the valid names."
     return "valid names: " + ", ".join(sorted(names)) + "."

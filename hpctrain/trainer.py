@@ -247,7 +247,10 @@ class Trainer:
 
     def _seed(self, step: int, rank: int) -> None:
         """Random numbers as a function of (seed, step, rank): nothing to save, nothing to lose."""
-        seed = int(key(self.config.seed, step, rank))
-        torch.manual_seed(seed)
+        seed = key(self.config.seed, step, rank)
+        # Not torch.manual_seed: it notes a stack trace for every kind of device it cannot reach.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         random.seed(seed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from hpctrain.data.order import EpochOrder, share
-from hpctrain.data.source import Source
+from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
 from hpctrain.launcher import ALONE
 from hpctrain.world import World
@@ -106,7 +106,7 @@ class Loader:
     needs. There is no ``set_epoch`` to forget.
 
     Args:
-        source: The samples.
+        source: The samples, or arrays or CPU tensors by field name that hold them.
         batch_size: Global: over all ranks together.
         world: Who shares the batches; None: this process alone.
         seed: Of the order and of ``Batch.uniform``.
@@ -119,7 +119,7 @@ class Loader:
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Mapping[str, Any],
         batch_size: int,
         *,
         world: World | None = None,
@@ -127,9 +127,9 @@ class Loader:
         shuffle: bool = True,
         transform: Callable[[Batch], Batch] | None = None,
     ) -> None:
-        if len(source) == 0:
+        self.source = ArraySource(source) if isinstance(source, Mapping) else source
+        if len(self.source) == 0:
             raise Error("there are no samples to load.", hint="is the split empty?")
-        self.source = source
         self.batch_size = batch_size
         self.world = world or World(ALONE)
         self.seed = seed

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.uint64]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _ROUNDS = 6
 
 
@@ -22,22 +24,24 @@ def mix(values: Integers) -> Integers:
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
-    with np.errstate(over="ignore"):
-        values = values + _GOLDEN
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return values ^ (values >> np.uint64(31))
+    values = values + np.uint64(_GOLDEN)  # arrays wrap around without a word
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(_FACTORS[0])
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(_FACTORS[1])
+    return values ^ (values >> np.uint64(31))
 
 
-def key(*parts: int) -> np.uint64:
+def key(*parts: int) -> int:
     """One 64-bit key from several integers; their order counts."""
-    state = np.zeros(1, dtype=np.uint64)
-    for part in parts:
-        state = mix(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
-    return np.uint64(state[0])
+    state = 0
+    for part in parts:  # mix() on Python's integers, which are quicker one at a time
+        state = ((state ^ (part & _MASK)) + _GOLDEN) & _MASK
+        state = (state ^ (state >> 30)) * _FACTORS[0] & _MASK
+        state = (state ^ (state >> 27)) * _FACTORS[1] & _MASK
+        state ^= state >> 31
+    return state
 
 
-def permute(positions: Integers, n: int, secret: np.uint64) -> Integers:
+def permute(positions: Integers, n: int, secret: int) -> Integers:
     """Where a keyed permutation of ``0 .. n-1`` takes each position.
 
     A Feistel network over the smallest even number of bits that holds ``n``, walked on until the
@@ -51,7 +55,7 @@ def permute(positions: Integers, n: int, secret: np.uint64) -> Integers:
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    round_keys = [key(int(secret), r) for r in range(_ROUNDS)]
+    round_keys = [np.uint64(key(secret, r)) for r in range(_ROUNDS)]
 
     def encrypt(values: Integers) -> Integers:
         left, right = values >> half, values & mask
@@ -65,7 +69,7 @@ def permute(positions: Integers, n: int, secret: np.uint64) -> Integers:
     return result
 
 
-def uniform(positions: Integers, count: int, secret: np.uint64) -> NDArray[np.float32]:
+def uniform(positions: Integers, count: int, secret: int) -> NDArray[np.float32]:
     """Numbers in [0, 1) that belong to positions: the same whichever rank draws them.
 
     Args:
@@ -76,9 +80,8 @@ def uniform(positions: Integers, count: int, secret: np.uint64) -> NDArray[np.fl
     Returns:
         Shape (n, count).
     """
-    with np.errstate(over="ignore"):
-        columns = np.arange(count, dtype=np.uint64) * _GOLDEN
-        values = mix(mix(positions ^ secret)[:, None] + columns[None, :])
+    columns = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)
+    values = mix(mix(positions ^ np.uint64(secret))[:, None] + columns[None, :])
     return (values >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 

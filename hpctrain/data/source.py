@@ -33,14 +33,14 @@ class ArraySource:
     """Samples held in memory.
 
     Args:
-        fields: Arrays with the same first dimension.
+        fields: Arrays (or CPU tensors) with the same first dimension.
 
     Raises:
         Error: The arrays differ in length, or there are none.
     """
 
-    def __init__(self, fields: Mapping[str, NDArray[Any]]) -> None:
-        self._fields = {name: np.ascontiguousarray(array) for name, array in fields.items()}
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = {name: np.ascontiguousarray(np.asarray(array)) for name, array in fields.items()}
         lengths = {name: len(array) for name, array in self._fields.items()}
         if len(set(lengths.values())) != 1:
             raise Error(f"the fields of a source differ in length: {lengths}.")

@@ -1,0 +1,99 @@
+"""What happens to a world when one rank fails: nobody hangs, and the truth is told."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from hpctrain.process import run, search_path
+
+HERE = Path(__file__).parent
+
+RAISES_ON_RANK_1 = """
+import hpctrain
+from hpctrain.tasks.digits import Digits
+
+class Mine(Digits):
+    def loss(self, model, batch):
+        if hpctrain.init().launch.rank == 1 and self.calls > 5:
+            raise RuntimeError("boom on rank 1")
+        self.calls += 1
+        return super().loss(model, batch)
+
+    calls = 0
+"""
+
+
+def test_an_exception_on_one_rank_ends_the_run(hpctrain):
+    (hpctrain.folder / "mine.py").write_text(RAISES_ON_RANK_1)
+    start = time.monotonic()
+    result = hpctrain("train", "mine.py:Mine", "--out", "run", ranks=2)
+    assert result.returncode == 1
+    assert "RuntimeError: boom on rank 1" in result.stdout
+    assert time.monotonic() - start < 60
+    assert not (hpctrain.folder / "run" / "result.json").exists()
+
+
+def test_a_stopped_rank_is_noticed(hpctrain):
+    """SIGSTOP: the process lives, its sockets too, and only the clock tells."""
+    process = subprocess.Popen(
+        [*hpctrain.prefix(2), "hpctrain", "train", "digits", "--epochs", "100000"]
+        + ["--out", "run", "--set", "timeout_seconds=3"],
+        cwd=hpctrain.folder,
+        env={**os.environ, "PATH": search_path()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list((hpctrain.folder / "run" / "checkpoints").glob("step-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        ranks = {
+            child.environ()["OMPI_COMM_WORLD_RANK"]: child
+            for child in psutil.Process(process.pid).children(recursive=True)
+        }
+        ranks["1"].send_signal(signal.SIGSTOP)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode == 1
+    lines = [line for line in output.splitlines() if line.startswith("hpctrain: error:")]
+    assert len(lines) == 1 and "waited 3 s for an exchange with ranks 1" in lines[0], output
+    assert "Traceback" not in output
+
+
+FAILING_TEST = """
+from hpctrain.launcher import detect
+
+def test_on_one_rank(world):
+    value = 7
+    assert detect().rank != 1 or value == 8, "only rank 1 sees this"
+    world.comm.barrier()
+    world.comm.barrier()
+"""
+
+
+def test_pytest_fails_at_once_on_every_rank(hpctrain):
+    """An assertion that fails on one rank alone; the others wait in a barrier by then."""
+    shutil.copy(HERE.parent / "mpi" / "conftest.py", hpctrain.folder)
+    (hpctrain.folder / "test_one.py").write_text(FAILING_TEST)
+    start = time.monotonic()
+    result = run(
+        [*hpctrain.prefix(2), "pytest", "--color=no", str(hpctrain.folder)],
+        timeout_seconds=60,
+        cwd=hpctrain.folder,
+    )
+    assert result.returncode == 1, result.stdout
+    assert time.monotonic() - start < 30
+    assert "only rank 1 sees this" in result.stdout
+    assert "FAILED test_one.py::test_on_one_rank on rank 1 of 2, in its call" in result.stdout
+    assert ">       assert detect().rank != 1 or value == 8" in result.stdout
