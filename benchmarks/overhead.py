@@ -1,49 +1,56 @@
 """What `hpctrain train` costs over the barest Horovod loop: same model, batch, and data in memory.
 
-    python -m benchmarks.overhead --pairs 7
+    mpirun -np 2 --bind-to none python -m benchmarks.overhead
 
-Each pair starts both under mpirun, one after the other (which is first alternates), and compares
-seconds a step between two marks well after the start. Prints JSON.
+Both train in the same processes, a block of steps of the one and then of the other, so that
+whatever else the machine does falls on both alike; each such pair of blocks gives a ratio. The
+trainer runs as it does for `hpctrain train`, with loader, metrics and recorder. Rank 0 prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+# Horovod's own default, which the bare loop would have; hpctrain alone would set 0.
+os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(64 * 2**20))
 
 import numpy as np
 import torch
 from torch import nn
 
-from hpctrain import Batch, Task
-from hpctrain.config import DataConfig, OptimizerConfig
+from hpctrain import Batch, Task, init, strategy
+from hpctrain.checkpoint import CheckpointStore
+from hpctrain.config import DataConfig, OptimizerConfig, read_environment, resolve
 from hpctrain.data.source import ArraySource, Source
-from hpctrain.process import mpirun, run
+from hpctrain.recorder import RunRecorder, Silent
+from hpctrain.trainer import Trainer
 
 SAMPLES = 4096
-BATCH = {"convnet": 128, "perceptron": 128}
+BATCH = 128
 LR = 0.01
-WARM = 50
+BLOCK_STEPS = {"convnet": 10, "perceptron": 200}
 
 
 def arrays(kind: str) -> dict[str, np.ndarray]:
     """Random samples in memory."""
     rng = np.random.default_rng(0)
     shape = (SAMPLES, 3, 32, 32) if kind == "convnet" else (SAMPLES, 256)
-    x = rng.normal(size=shape).astype(np.float32)
-    return {"x": x, "y": rng.integers(0, 10, SAMPLES)}
+    return {"x": rng.normal(size=shape).astype(np.float32), "y": rng.integers(0, 10, SAMPLES)}
 
 
 def build(kind: str) -> nn.Module:
-    """CIFAR-10's network, of tens of milliseconds a step, or a perceptron of about one."""
+    """CIFAR-10's network, of some 100 ms a step, or a perceptron of a few."""
     torch.manual_seed(0)
     if kind == "convnet":
         from hpctrain.tasks.cifar10 import Cifar10
@@ -62,9 +69,9 @@ def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Overhead(Task):
-    """The task that `hpctrain train` is given."""
+    """What the trainer is given."""
 
-    kind: str = "convnet"
+    kind: str
 
     def model(self) -> nn.Module:
         """See build."""
@@ -83,12 +90,10 @@ class Overhead(Task):
         return {"train": ArraySource(arrays(self.kind))}
 
 
-def bare(kind: str, steps: int) -> None:
-    """The barest hand-written loop, as Horovod's documentation has it."""
+def bare(kind: str) -> Iterator[None]:
+    """The barest hand-written loop, as Horovod's documentation has it; a step each time."""
     import horovod.torch as hvd
 
-    hvd.init()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // hvd.local_size()))
     data = arrays(kind)
     x, y = torch.from_numpy(data["x"]), torch.from_numpy(data["y"])
     model = build(kind)
@@ -96,103 +101,95 @@ def bare(kind: str, steps: int) -> None:
     optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
-    per_rank = BATCH[kind] // hvd.size()
-    mark = time.time()
-    for step in range(1, WARM + steps + 1):
-        if (step - 1) % (SAMPLES // BATCH[kind]) == 0:
-            order = torch.randperm(SAMPLES)[hvd.rank() :: hvd.size()]
-        start = (step - 1) % (SAMPLES // BATCH[kind]) * per_rank
-        indices = order[start : start + per_rank]
-        optimizer.zero_grad()
-        loss_of(model, x[indices], y[indices]).backward()
-        optimizer.step()
-        if step == WARM:
-            mark = time.time()
-    if hvd.rank() == 0:
-        print(json.dumps({"step_seconds": (time.time() - mark) / steps}))
+    per_rank = BATCH // hvd.size()
+    while True:
+        order = torch.randperm(SAMPLES)[hvd.rank() :: hvd.size()]
+        for start in range(0, len(order) - per_rank + 1, per_rank):
+            indices = order[start : start + per_rank]
+            optimizer.zero_grad()
+            loss_of(model, x[indices], y[indices]).backward()
+            optimizer.step()
+            yield
 
 
-def time_bare(kind: str, steps: int, ranks: int) -> float:
-    """Seconds a step of the bare loop."""
-    here = [sys.executable, "-m", "benchmarks.overhead", "--bare", "--model", kind]
-    result = run([*mpirun(ranks), *here, "--steps", str(steps)], timeout_seconds=600)
-    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
-    if result.returncode != 0 or not lines:
-        sys.exit(result.stdout)
-    return float(json.loads(lines[-1])["step_seconds"])
+class Alternating:
+    """A recorder that, after each block of the trainer's steps, runs one of the bare loop."""
 
+    def __init__(self, recorder: Any, kind: str, block: int) -> None:
+        self.recorder = recorder
+        self.block = block
+        self.bare = bare(kind)
+        self.seconds: list[tuple[float, float]] = []
+        self.mark = time.perf_counter()
 
-def time_hpctrain(kind: str, steps: int, ranks: int) -> float:
-    """Seconds a step of `hpctrain train`, by the times it records itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = run(
-            [
-                *[*mpirun(ranks), "hpctrain", "train", "benchmarks/overhead.py:Overhead"],
-                *["--steps", str(WARM + steps), "--batch-size", str(BATCH[kind])],
-                *["--set", f"options.kind={kind}", "--out", f"{folder}/run"],
-                *["--set", "checkpoint.every_steps=1000000", "--set", "schedule.name=constant"],
-            ],
-            timeout_seconds=600,
-        )
-        if result.returncode != 0:
-            sys.exit(result.stdout)
-        text = (Path(folder) / "run" / "metrics.jsonl").read_text()
-    times = {
-        line["step"]: line["time"]
-        for line in map(json.loads, text.splitlines())
-        if line["kind"] == "train"
-    }
-    return float(times[WARM + steps] - times[WARM]) / steps
+    def advance(self, step: int) -> None:
+        """Called after every step of the trainer."""
+        self.recorder.advance(step)
+        if step % self.block == 0:
+            middle = time.perf_counter()
+            for _ in itertools.islice(self.bare, self.block):
+                pass
+            end = time.perf_counter()
+            self.seconds.append((middle - self.mark, end - middle))
+            self.mark = time.perf_counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.recorder, name)
 
 
 def main() -> None:
-    """Run the pairs."""
+    """Run the pairs of blocks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--model", choices=list(BATCH), default="convnet")
-    parser.add_argument("--bare", action="store_true", help="(one rank of the bare loop)")
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--model", choices=list(BLOCK_STEPS), default="convnet")
     arguments = parser.parse_args()
-    steps = arguments.steps or {"convnet": 150, "perceptron": 2000}[arguments.model]
-    if arguments.bare:
-        bare(arguments.model, steps)
-        return
-    # Both build the same model on the same cores; MPI gives its core away when it waits, because
-    # a rank computes and communicates on one (hpctrain sets this by itself).
-    os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    ratios, hpctrain_ms, bare_ms = [], [], []
-    for pair in range(arguments.pairs):
-        order = [time_bare, time_hpctrain] if pair % 2 == 0 else [time_hpctrain, time_bare]
-        seconds = {f: f(arguments.model, steps, arguments.ranks) for f in order}
-        ours, theirs = seconds[time_hpctrain], seconds[time_bare]
-        ratios.append(ours / theirs)
-        hpctrain_ms.append(ours * 1e3)
-        bare_ms.append(theirs * 1e3)
-        print(f"pair {pair}: {ours * 1e3:.2f} ms / {theirs * 1e3:.2f} ms = {ratios[-1]:.4f}")
-    print(
-        json.dumps(
-            {
-                "schema": 1,
-                "benchmark": "overhead",
-                "model": arguments.model,
-                "ranks": arguments.ranks,
-                "global_batch": BATCH[arguments.model],
-                "steps": steps,
-                "pairs": arguments.pairs,
-                "ratio_median": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-                "hpctrain_step_ms_median": statistics.median(hpctrain_ms),
-                "bare_step_ms_median": statistics.median(bare_ms),
-                "oversubscribed": arguments.ranks > (os.cpu_count() or 1),
-                "torch": torch.__version__,
-                "machine": platform.machine(),
-                "cores": os.cpu_count(),
-            },
-            indent=2,
-        )
+    block = BLOCK_STEPS[arguments.model]
+    config = resolve(
+        [
+            (
+                "benchmark",
+                {
+                    "train": {"steps": block * (arguments.pairs + 1), "batch_size": BATCH},
+                    "checkpoint": {"every_steps": 10**9},
+                    "schedule": {"name": "constant"},
+                },
+            ),
+            ("environment", read_environment()),
+        ]
     )
+    world = init()
+    how = strategy("auto", world)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = CheckpointStore(folder, keep=1)
+        trainer = Trainer(config, Overhead(arguments.model), how, store)
+        trainer.restore(None)
+        recorder = Silent() if world.rank else RunRecorder(folder, trainer.steps, tensorboard=True)
+        alternating = Alternating(recorder, arguments.model, block)
+        trainer.run(alternating)
+    pairs = alternating.seconds[1:]  # the first warms up
+    ratios = [ours / theirs for ours, theirs in pairs]
+    if world.rank == 0:
+        quartiles = statistics.quantiles(ratios, n=4)
+        record = {
+            "schema": 1,
+            "benchmark": "overhead",
+            "model": arguments.model,
+            "ranks": world.size,
+            "global_batch": BATCH,
+            "block_steps": block,
+            "pairs": len(pairs),
+            "ratio_median": statistics.median(ratios),
+            "ratio_quartiles": [quartiles[0], quartiles[2]],
+            "hpctrain_step_ms": 1e3 * statistics.median(p[0] for p in pairs) / block,
+            "bare_step_ms": 1e3 * statistics.median(p[1] for p in pairs) / block,
+            "oversubscribed": world.size > (os.cpu_count() or 1),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+        }
+        print(json.dumps(record, indent=2))
+    world.comm.close()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ pixels, labels = load_digits(return_X_y=True)
 x, y = torch.tensor(pixels / 16).float(), torch.tensor(labels)
 model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-loader = DataLoader([{"x": a, "y": b} for a, b in zip(x[:1500], y[:1500])], 64, shuffle=True)
+loader = DataLoader([{"x": x[i], "y": y[i]} for i in range(1500)], 64, shuffle=True)
 for _ in range(20):
     for batch in loader:
         optimizer.zero_grad()

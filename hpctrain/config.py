@@ -278,7 +278,9 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
     for source, layer in layers:
         for key, value in _flatten(layer):
             if key not in known and not key.startswith("options."):
-                raise Error(f"{source}: unknown key '{key}'.", hint=nearest(key, known, "`hpctrain config`"))
+                raise Error(
+                    f"{source}: unknown key '{key}'.", hint=nearest(key, known, "`hpctrain config`")
+                )
             origin[key] = source
             put(merged, key, value)
     try:

@@ -40,7 +40,9 @@ class ArraySource:
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
-        self._fields = {name: np.ascontiguousarray(np.asarray(array)) for name, array in fields.items()}
+        self._fields = {
+            name: np.ascontiguousarray(np.asarray(array)) for name, array in fields.items()
+        }
         lengths = {name: len(array) for name, array in self._fields.items()}
         if len(set(lengths.values())) != 1:
             raise Error(f"the fields of a source differ in length: {lengths}.")

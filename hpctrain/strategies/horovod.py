@@ -22,6 +22,9 @@ from hpctrain.world import World
 # What Horovod can reduce. bfloat16 is not among them (horovod issue 4047) and goes as float32.
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)
 
+YIELDING_SECONDS = 2e-3
+"""How long a wait only yields its core; waking from a sleep would delay a short one too much."""
+
 
 def _import() -> Any:
     try:
@@ -86,17 +89,18 @@ class HorovodCommunicator:
     def wait(self, handle: int) -> None:
         """Wait for a collective, for ``timeout_seconds`` at most.
 
-        Horovod's own wait spins on a core until the end of time; this one gives the core away more
-        and more as it waits, because ranks often outnumber cores.
+        Horovod's own wait spins on a core until the end of time. This one offers its core to others
+        at once, and soon sleeps, because ranks and their MPI threads often outnumber cores.
 
         Raises:
             PeerLost: The time is up, or Horovod says that a peer failed.
         """
         start = time.monotonic()
-        pause = 0.0
         while not self._hvd.poll(handle):
-            time.sleep(pause)
             waited = time.monotonic() - start
+            if waited < YIELDING_SECONDS:
+                os.sched_yield()
+                continue
             if waited > self.timeout_seconds:
                 others = ", ".join(str(r) for r in range(self.size) if r != self.rank)
                 raise PeerLost(
@@ -105,7 +109,7 @@ class HorovodCommunicator:
                     hint="one of them hangs or was stopped; its own log says where. Horovod "
                     "names ranks that lag behind above, if it could.",
                 )
-            pause = min(waited / 8, 1e-3)
+            time.sleep(min(waited / 8, 1e-3))
         with _peers(self):
             self._hvd.synchronize(handle)
 
@@ -244,12 +248,13 @@ class HorovodOptimizer(DistributedOptimizer):
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the gradients; they stay views of their buckets, so ``set_to_none`` is ignored."""
+        """Forget the gradients; the next ones are put into their buckets as they come."""
         self._synchronized = False
         for bucket in self._buckets:
-            bucket.flat.zero_()
             for parameter, view in bucket.views.items():
-                parameter.grad = view
+                parameter.grad = None if set_to_none else view
+            if not set_to_none:
+                bucket.flat.zero_()
 
 
 def _lay_out(parameters: list[nn.Parameter], bucket_bytes: int) -> list[_Bucket]:

@@ -70,7 +70,7 @@ def test_one_line(hpctrain, arguments, message):
 
 
 def test_own_task_trains(hpctrain):
-    """The same file as above, with data: without validation samples there is nothing to validate."""
+    """The same file as above, with data, and without validation samples."""
     (hpctrain.folder / "mine.py").write_text(TASK)
     with ShardWriter(hpctrain.folder / "shards") as writer:
         writer.write("train", {"x": np.ones((20, 2), "float32")})
@@ -165,9 +165,10 @@ def test_full_disk(hpctrain):
         cwd=hpctrain.folder,
     )
     assert "cannot write checkpoint" in complaint(result)
-    assert "resumed at step 46" in hpctrain.train(
-        "digits", "--epochs", 4, "--out", "run", "--resume", "auto"
-    ).stdout
+    assert (
+        "resumed at step 46"
+        in hpctrain.train("digits", "--epochs", 4, "--out", "run", "--resume", "auto").stdout
+    )
 
 
 @pytest.mark.parametrize(

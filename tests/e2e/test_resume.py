@@ -1,4 +1,4 @@
-"""Promise 3: a run that was killed and resumed ends where an uninterrupted one ends, bit for bit."""
+"""Promise 3: killed and resumed, a run ends where an uninterrupted one ends, bit for bit."""
 
 import os
 import random

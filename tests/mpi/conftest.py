@@ -14,17 +14,9 @@ from hpctrain.launcher import detect
 LAUNCH = detect()
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "mpi: runs inside a world of several ranks")
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if LAUNCH.rank > 0 and reporter is not None:
-        # One report is enough; what goes wrong on another rank is printed below.
-        reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115, PTH123
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
-        item.add_marker(pytest.mark.mpi)
+        item.add_marker("mpi")
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+
 from hpctrain.errors import PeerLost
 from hpctrain.launcher import detect
 from hpctrain.meter import Meter

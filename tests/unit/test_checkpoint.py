@@ -131,7 +131,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         store.save(2, {"t": torch.zeros(100_000)})
-        with pytest.raises(Error, match=r"cannot write checkpoint .*step-00000002.*HINT: make room"):
+        with pytest.raises(Error, match=r"cannot write .*step-00000002.*HINT: make room"):
             store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

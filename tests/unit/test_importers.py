@@ -51,8 +51,8 @@ def test_images_without_splits(tmp_path):
     source = fill(tmp_path / "images", splits=("",), per_class=20)
     shards = import_data(source, tmp_path / "shards", ImportOptions(validation_fraction=0.25))
     assert len(shards.split("train")) == 30 and len(shards.split("validation")) == 10
-    values = [rows(split)["image"][:, 0, 0, 0].tolist() for split in shards.splits.values()]
-    assert sorted(sum(values, [])) == [*range(20), *range(100, 120)]
+    values = [v for split in shards.splits.values() for v in rows(split)["image"][:, 0, 0, 0]]
+    assert sorted(values) == [*range(20), *range(100, 120)]
 
 
 def test_images_of_several_sizes(tmp_path):

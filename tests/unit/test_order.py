@@ -1,5 +1,7 @@
 """The order's properties, and the loader's against a sequential oracle."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ def test_large_sets_cost_nothing():
     order = EpochOrder(10**12, 0, 0)
     indices = order.indices(10**12 - 1000, 10**12)
     assert len(set(indices.tolist())) == 1000
-    assert 0 <= indices.min() and indices.max() < 10**12
+    assert indices.min() >= 0 and indices.max() < 10**12
 
 
 def test_golden():
@@ -69,7 +71,7 @@ def test_no_position_is_favoured():
 def test_shares(count, size, start):
     parts = [share(start, start + count, rank, size) for rank in range(size)]
     assert parts[0][0] == start and parts[-1][1] == start + count
-    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(parts))
     sizes = [stop - begin for begin, stop in parts]
     assert max(sizes) - min(sizes) <= 1
     assert sizes[0] == max(sizes)
@@ -121,7 +123,7 @@ def test_uniform_belongs_to_positions():
     whole = torch.cat([batch.uniform(3) for batch in Loader(source, 7, seed=4)])
     parts = zip(*loaders(source, 10, 3, 4), strict=True)
     assert torch.equal(whole, torch.cat([part.uniform(3) for batch in parts for part in batch]))
-    assert 0 <= whole.min() and whole.max() < 1
+    assert whole.min() >= 0 and whole.max() < 1
     assert abs(whole.mean() - 0.5) < 0.1
 
 
