@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -68,7 +69,7 @@ class RunRecorder:
 
     def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
         """Record values at a step, and show them."""
-        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **plain(values)}
         self._lines.write(json.dumps(line) + "\n")
         if self._board is not None:
             for name, value in values.items():
@@ -99,6 +100,14 @@ class RunRecorder:
             self._board.close()
         if self._bar is not None:
             self._bar.close()
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them: it knows no infinities and no NaN, which become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 def _terminal() -> bool:

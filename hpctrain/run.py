@@ -11,6 +11,7 @@ What a run folder holds::
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from hpctrain.checkpoint import CheckpointStore, load_verified
 from hpctrain.config import Layer, RunConfig, put, resolve
 from hpctrain.errors import Error
 from hpctrain.files import write_text
-from hpctrain.recorder import Recorder, RunRecorder, Silent
+from hpctrain.recorder import Recorder, RunRecorder, Silent, plain
 from hpctrain.state import parameters_sha256
 from hpctrain.strategies import strategy
 from hpctrain.strategies.broadcast import broadcast_json
@@ -67,6 +68,8 @@ def run(config: RunConfig, say: Callable[[str], None]) -> Path:
         Error: The configuration does not fit this machine, data, or world.
         PeerLost: Another rank is gone.
     """
+    if config.resume == "auto" and config.out is None:
+        raise Error("--resume auto without --out.", hint="say which run to go on with: --out DIR.")
     task = make_task(load_task(config.task), config.options)
     world = init()
     if config.world_size is not None:
@@ -94,6 +97,10 @@ def run(config: RunConfig, say: Callable[[str], None]) -> Path:
     recorder.write("event", start.step, {"size": change["size"], "reason": change["reason"]})
     try:
         trainer.run(recorder)
+    except BaseException:
+        with contextlib.suppress(Error):
+            store.wait()  # whatever ended the run, what is being saved is worth having
+        raise
     finally:
         recorder.close()
     # Nobody counts the run as done before everybody is.
@@ -101,9 +108,8 @@ def run(config: RunConfig, say: Callable[[str], None]) -> Path:
     if world.rank == 0:
         result = _result(trainer)
         write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
-        final = " ".join(
-            f"{name} {value:.4f}" for name, value in result["metrics"]["final"].items()
-        )
+        metrics = trainer.state.counters.metrics
+        final = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         say(f"completed: {final}\n{out / RESULT}")
     world.comm.close()
     return out
@@ -159,7 +165,7 @@ def _result(trainer: Trainer) -> dict[str, Any]:
         "epochs": int(epochs) if epochs == int(epochs) else epochs,
         "samples": counters.samples,
         "stopped_early": counters.stopped_early,
-        "metrics": {"final": counters.metrics, "best": counters.best},
+        "metrics": {"final": plain(counters.metrics), "best": counters.best},
         "parameters_sha256": parameters_sha256(trainer.state.model),
         "world": counters.world,
         "versions": {

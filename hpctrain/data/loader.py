@@ -171,18 +171,24 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts: plain values, for JSON."""
-        return {"epoch": self.epoch, "cursor": self.cursor, "source": self.source.digest}
+        return {"epoch": self.epoch, "cursor": self.cursor, **self._identity()}
+
+    def _identity(self) -> dict[str, Any]:
+        """What a cursor means nothing without."""
+        return {"source": self.source.digest, "seed": self.seed, "shuffle": self.shuffle}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there, in this world, whatever size the other had.
 
         Raises:
-            Error: The state is of another set of samples.
+            Error: The state is of other samples, or of another order.
         """
-        if state["source"] != self.source.digest:
-            raise Error(
-                "the checkpoint's place in the epoch is of other data than this run's.",
-                hint="resume with the data the run was started with, or start a new run.",
-            )
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise Error(
+                    f"the checkpoint's place in the epoch is for {name} {state[name]}, but this "
+                    f"run has {value}: samples would be repeated and missed.",
+                    hint="resume with the data, order and seed the run was started with.",
+                )
         self.epoch = int(state["epoch"])
         self.cursor = int(state["cursor"])

@@ -30,6 +30,13 @@ PATCHES = (
         "CMAKE_CXX_STANDARD 14",
         "CMAKE_CXX_STANDARD 17",
     ),
+    Patch(
+        "cxx17-cuda",
+        _CXX17,
+        "horovod/common/ops/cuda/CMakeLists.txt",
+        "CMAKE_CUDA_STANDARD 11",
+        "CMAKE_CUDA_STANDARD 17",
+    ),
     Patch("cxx17-gloo", _CXX17, "third_party/gloo/CMakeLists.txt", "-std=c++11", "-std=c++17"),
     Patch(
         "double-dash-binding",

@@ -105,9 +105,8 @@ def _add_gpu(built_from: dict[str, str], environment: dict[str, str]) -> None:
             f"torch {torch.__version__} has no CUDA, so Horovod cannot be built with NCCL.",
             hint="install a CUDA build of torch first, or build without --gpu.",
         )
-    nvcc = which("nvcc")
-    cuda_home = os.environ.get("CUDA_HOME") or (nvcc and str(nvcc.resolve().parent.parent))
-    if not cuda_home or not (Path(cuda_home) / "bin" / "nvcc").exists():
+    cuda_home = _cuda_home()
+    if cuda_home is None:
         raise Error(
             "the CUDA toolkit (nvcc) was not found.",
             hint="load your site's cuda module, or set CUDA_HOME.",
@@ -120,17 +119,35 @@ def _add_gpu(built_from: dict[str, str], environment: dict[str, str]) -> None:
         )
     environment |= {
         "HOROVOD_GPU_OPERATIONS": "NCCL",
-        "HOROVOD_CUDA_HOME": cuda_home,
+        "HOROVOD_CUDA_HOME": str(cuda_home),
+        "CUDAToolkit_ROOT": str(cuda_home),
+        # For CMake's own trial of the compiler: its default may be older than nvcc still knows.
+        "CUDAARCHS": os.environ.get("CUDAARCHS")
+        or _first_line(cuda_home / "bin" / "nvcc", "--list-gpu-arch").removeprefix("compute_"),
         "HOROVOD_NCCL_HOME": nccl_home,
         "HOROVOD_NCCL_LINK": "SHARED",
     }
     built_from["gpu"] = " ".join(
         [
-            f"cuda={_last_line(Path(cuda_home) / 'bin' / 'nvcc', '--version')}",
+            f"cuda={_last_line(cuda_home / 'bin' / 'nvcc', '--version')}",
             f"nccl={nccl_home} {_nccl_version(Path(nccl_home))}",
             f"architectures={os.environ.get('HOROVOD_BUILD_CUDA_CC_LIST', 'default')}",
         ]
     )
+
+
+def _cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, or around nvcc (which may be a wrapper), or the usual place."""
+    nvcc = which("nvcc")
+    homes = [
+        os.environ.get("CUDA_HOME"),
+        nvcc and nvcc.resolve().parent.parent,
+        "/usr/local/cuda",
+    ]
+    for home in homes:
+        if home and all((Path(home) / f).exists() for f in ("bin/nvcc", "include/cuda_runtime.h")):
+            return Path(home).resolve()
+    return None
 
 
 def _nccl_wheel() -> str | None:

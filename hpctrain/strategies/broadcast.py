@@ -11,6 +11,9 @@ from safetensors.torch import load, save
 from hpctrain import tree
 from hpctrain.world import Communicator
 
+PIECE_BYTES = 2**28
+"""MPI counts in 32-bit integers, so a large state goes in several pieces."""
+
 
 def broadcast_bytes(comm: Communicator, data: bytes, root: int = 0) -> bytes:
     """The root's bytes on every rank; what the others pass is ignored."""
@@ -23,7 +26,8 @@ def broadcast_bytes(comm: Communicator, data: bytes, root: int = 0) -> bytes:
     buffer = torch.empty(int(length), dtype=torch.uint8)
     if comm.rank == root:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    comm.broadcast(buffer, root)
+    for piece in buffer.split(PIECE_BYTES):
+        comm.broadcast(piece, root)
     return buffer.numpy().tobytes()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -332,7 +334,8 @@ class Horovod:
         launched = world.launch.size
         _set_defaults(world)
         try:
-            self._hvd.init()
+            with _given_up_after(timeout_seconds, world):
+                self._hvd.init()
         except Exception as error:
             raise Error(
                 f"Horovod could not start under {world.launch.name}: {error}.",
@@ -369,6 +372,29 @@ class Horovod:
         return HorovodOptimizer(
             model, optimizer, comm, self._hvd.Average, self.config.bucket_bytes, clip_norm
         )
+
+
+@contextlib.contextmanager
+def _given_up_after(seconds: float, world: World) -> Iterator[None]:
+    """End this process if Horovod's start, which nothing can interrupt, takes longer than that."""
+
+    def give_up() -> None:
+        launch = world.launch
+        error = PeerLost(
+            f"rank {launch.rank} on {os.uname().nodename} waited {seconds:.0f} s for the "
+            f"{launch.size} ranks of {launch.name} to meet.",
+            hint="did all of them start? Can their hosts reach each other?",
+        )
+        print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _set_defaults(world: World) -> None:

@@ -49,6 +49,7 @@ def complaint(result, code=2):
         (["digits", "--world-size", "2"], "asks for 2 ranks, but alone started 1"),
         (["digits", "--out", "file/run"], "cannot write the run folder file/run"),
         (["digits", "--resume", "missing"], "cannot be read: No such file"),
+        (["digits", "--resume", "auto"], "--resume auto without --out"),
         (["mine.py"], "this task needs data"),
         (["mine.py", "--data", "missing"], "missing is not a shard set"),
         (["mine.py", "--data", "truncated"], "train-00000.h5 has 100 bytes"),
@@ -85,6 +86,14 @@ def test_environment_key(hpctrain):
 def test_a_run_is_not_overwritten(hpctrain):
     hpctrain.train("digits", "--epochs", 1, "--out", "run")
     assert "already holds a run" in complaint(hpctrain("train", "digits", "--out", "run"))
+
+
+def test_a_cursor_of_another_order(hpctrain):
+    hpctrain.train("digits", "--steps", 5, "--out", "run")
+    result = hpctrain(
+        "train", "digits", "--steps", 9, "--out", "run", "--resume", "auto", "--seed", 1
+    )
+    assert "is for seed 0, but this run has 1" in complaint(result)
 
 
 def test_no_good_checkpoint(hpctrain):

@@ -97,3 +97,21 @@ def test_pytest_fails_at_once_on_every_rank(hpctrain):
     assert "only rank 1 sees this" in result.stdout
     assert "FAILED test_one.py::test_on_one_rank on rank 1 of 2, in its call" in result.stdout
     assert ">       assert detect().rank != 1 or value == 8" in result.stdout
+
+
+def test_a_rank_that_never_comes_is_noticed(hpctrain):
+    """One rank sleeps instead of starting MPI; the other waits for it in a call without an end."""
+    (hpctrain.folder / "late.py").write_text(
+        "import os, time\n"
+        "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
+        "    time.sleep(100)\n"
+        "import hpctrain\n"
+        "hpctrain.strategy('horovod', hpctrain.init(), timeout_seconds=3)\n"
+    )
+    start = time.monotonic()
+    result = run(
+        [*hpctrain.prefix(2), "python", "late.py"], timeout_seconds=60, cwd=hpctrain.folder
+    )
+    assert result.returncode == 1, result.stdout
+    assert "waited 3 s for the 2 ranks of mpirun to meet" in result.stdout
+    assert time.monotonic() - start < 30

@@ -1,7 +1,7 @@
 """The commands around training, and the examples."""
 
 import difflib
-import os
+import signal
 import subprocess
 import sys
 import time
@@ -145,13 +145,14 @@ def test_interrupted(hpctrain):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ,
+        # A shell starts what it puts in the background with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list((hpctrain.folder / "run" / "checkpoints").glob("step-*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in output and "interrupted" in output

@@ -52,7 +52,7 @@ def test_every_key_is_described_and_the_reference_is_the_config(tmp_path):
     [
         ({"train": {"epoch": 3}}, "run.toml: unknown key 'train.epoch'. HINT: did you mean"),
         ({"lr": 3}, "did you mean 'optimizer.lr'?"),
-        ({"trian": {"epochs": 3}}, "unknown key 'trian'"),
+        ({"trian": {"epochs": 3}}, "unknown key 'trian.epochs'"),
         ({"train": {"epochs": "many"}}, "train.epochs = 'many'"),
         ({"train": {"batch_size": 0}}, "greater than or equal to 1"),
         ({"train": 3}, "unknown key 'train'"),
