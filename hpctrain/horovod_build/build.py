@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -107,9 +108,8 @@ def _build_wheel(chain: Toolchain, folder: Path) -> Path:
         (folder / "log").write_text(result.stdout, encoding="utf-8")
         built = next(wheels.glob("*.whl"), None) if result.returncode == 0 else None
         if built is None:
-            errors = [line for line in result.stdout.splitlines() if "error" in line.lower()]
             raise Error(
-                f"building Horovod failed: {_tail(chr(10).join(errors) or result.stdout, 2)}",
+                f"building Horovod failed: {_first_error(result.stdout)}",
                 hint=f"the whole log is {folder / 'log'}.",
             )
         (folder / BUILT_FROM).write_text(json.dumps(dict(chain.built_from), indent=2))
@@ -156,6 +156,15 @@ def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
             f"pip {arguments[0]} failed: {_tail(result.stdout, 2)}",
             hint="is the package index reachable, and the disk not full?",
         )
+
+
+def _first_error(log: str) -> str:
+    """A compiler's or CMake's first complaint, with the lines that explain it."""
+    lines = log.splitlines()
+    for number, line in enumerate(lines):
+        if re.search(r"CMake Error|\berror:|undefined reference", line):
+            return " | ".join(text.strip() for text in lines[number : number + 4])
+    return _tail(log, 4)
 
 
 def _tail(text: str, lines: int) -> str:

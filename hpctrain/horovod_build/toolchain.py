@@ -121,6 +121,7 @@ def _add_gpu(built_from: dict[str, str], environment: dict[str, str]) -> None:
         "HOROVOD_GPU_OPERATIONS": "NCCL",
         "HOROVOD_CUDA_HOME": str(cuda_home),
         "CUDAToolkit_ROOT": str(cuda_home),
+        "CUDA_HOME": str(cuda_home),  # torch's own search is led astray by a wrapper of nvcc
         # For CMake's own trial of the compiler: its default may be older than nvcc still knows.
         "CUDAARCHS": os.environ.get("CUDAARCHS")
         or _first_line(cuda_home / "bin" / "nvcc", "--list-gpu-arch").removeprefix("compute_"),
