@@ -21,7 +21,7 @@ from hpctrain.meter import Meter
 from hpctrain.recorder import Recorder
 from hpctrain.schedule import factor, peak_scale
 from hpctrain.state import TrainState
-from hpctrain.strategies.base import Strategy
+from hpctrain.strategies.base import DistributedOptimizer, Strategy
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.task import Task
 from hpctrain.world import World
@@ -67,6 +67,7 @@ class Trainer:
         self._validation = sources.get("validation")
         self._train_meter = Meter()
         self._validation_meter = Meter()
+        self._mark = (0.0, 0)  # when, and after how many samples, was the last log
         self.state = TrainState(model, optimizer, self._loader)
         if config.train.ema_decay is not None:
             self.state.ema = AveragedModel(
@@ -115,29 +116,17 @@ class Trainer:
         )
         counters = self.state.counters
         self.state.model.train()
-        mark, marked_samples = time.monotonic(), counters.samples
+        self._mark = (time.monotonic(), counters.samples)
         while not self.finished:
             for batch in self._loader:
                 self._step(optimizer, batch)
                 recorder.advance(counters.step)
                 epoch_ended = batch.stop == len(self._loader.source)
                 last = counters.step >= self.steps
-                if counters.step % self.config.log.every_steps == 0 or last:
-                    values: dict[str, Any] = {"epoch": round(self.epochs, 3)}
-                    metrics = self._train_meter.read(self.world.comm)
-                    counters.metrics |= {f"train_{name}": v for name, v in metrics.items()}
-                    values |= metrics
-                    values["lr"] = optimizer.param_groups[0]["lr"]
-                    if optimizer.grad_norm is not None:
-                        values["grad_norm"] = float(optimizer.grad_norm)
-                    now = time.monotonic()
-                    values["samples_per_second"] = (counters.samples - marked_samples) / (
-                        now - mark
-                    )
-                    mark, marked_samples = now, counters.samples
-                    recorder.write("train", counters.step, values)
+                if last or counters.step % self.config.log.every_steps == 0:
+                    self._log(optimizer, recorder)
                 improved = False
-                if self._due(self.config.train.validate_every_steps, epoch_ended) or last:
+                if last or self._due(self.config.train.validate_every_steps, epoch_ended):
                     improved = self._validate(recorder)
                 due = self._due(self.config.checkpoint.every_steps, epoch_ended)
                 if due or improved or self.finished:
@@ -146,12 +135,26 @@ class Trainer:
                     break
         self.store.wait()
 
+    def _log(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
+        """Record the train metrics since the last time, over all ranks."""
+        counters = self.state.counters
+        metrics = self._train_meter.read(self.world.comm)
+        counters.metrics |= {f"train_{name}": value for name, value in metrics.items()}
+        now, before = (time.monotonic(), counters.samples), self._mark
+        self._mark = now
+        values: dict[str, Any] = {"epoch": round(self.epochs, 3), **metrics}
+        values["lr"] = optimizer.param_groups[0]["lr"]
+        if optimizer.grad_norm is not None:
+            values["grad_norm"] = float(optimizer.grad_norm)
+        values["samples_per_second"] = (now[1] - before[1]) / (now[0] - before[0])
+        recorder.write("train", counters.step, values)
+
     def _due(self, every_steps: int | None, epoch_ended: bool) -> bool:
         if every_steps is None:
             return epoch_ended
         return self.state.counters.step % every_steps == 0
 
-    def _step(self, optimizer: Any, batch: Batch) -> None:
+    def _step(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
         counters = self.state.counters
         self._seed(counters.step, self.world.rank)
         multiplier = factor(self.config.schedule, counters.step, self.steps, len(self._loader))

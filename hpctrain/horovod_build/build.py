@@ -40,7 +40,7 @@ def build(*, gpu: bool = False, rebuild: bool = False) -> None:
         rebuild: Build even where the cache holds a wheel.
 
     Raises:
-        Error: A tool is missing, the build failed (its last lines are shown, its log is kept), or
+        Error: A tool is missing, the build failed (its first error is shown, its log is kept), or
             the result cannot all-reduce over two ranks.
     """
     chain = toolchain.find(gpu=gpu)
