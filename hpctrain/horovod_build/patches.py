@@ -47,6 +47,24 @@ PATCHES = (
         "_NO_BINDING_ARGS = ['--bind-to none', '--map-by slot']",
     ),
     Patch(
+        "gloo-exit-code",
+        "horovodrun --gloo ended every failure with a traceback of its own and exit code 1; the "
+        "code of the first rank that failed is the truth (128 + n for signal n)",
+        "horovod/runner/launch.py",
+        "getLevelName(args.log_level))\n\n    _run(args)\n",
+        """getLevelName(args.log_level))
+
+    try:
+        _run(args)
+    except RuntimeError as error:
+        code = str(error).rpartition('Exit code: ')[2].strip()
+        if not code.lstrip('-').isdigit():
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(int(code) if int(code) > 0 else 128 - int(code))
+""",
+    ),
+    Patch(
         "gloo-stall-inspector",
         "reserve() leaves the vector empty, so the stall inspector loops over no ranks and never "
         "fires under the Gloo controller",

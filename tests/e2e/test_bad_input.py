@@ -139,6 +139,14 @@ def test_said_once_by_several_ranks(hpctrain, arguments, message):
     assert message in complaint(hpctrain("train", "digits", *arguments, ranks=2))
 
 
+@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun --gloo"])
+def test_horovodrun_passes_the_exit_code_on(hpctrain, launcher):
+    result = hpctrain("train", "digits", "--set", "seed=x", ranks=2, launcher=launcher)
+    assert result.returncode == 2, result.stdout
+    assert "hpctrain: error: --set: seed = 'x'" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
 def test_silent_singletons(hpctrain):
     """Two processes that were told of each other, and no MPI to meet by (srun --mpi=none)."""
     env = {
