@@ -1,4 +1,4 @@
-"""On data that are not made up, where they are: the folder HPCTRAIN_DATA, or one beside the clone."""
+"""On real data, where there are any: in the folder HPCTRAIN_DATA, or in one beside the clone."""
 
 import json
 import os
