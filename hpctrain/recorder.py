@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -11,6 +12,8 @@ from typing import Any, Literal, Protocol
 
 import click
 from tqdm import tqdm
+
+from hpctrain.errors import Error
 
 Kind = Literal["train", "validation", "event"]
 
@@ -68,13 +71,23 @@ class RunRecorder:
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
-        """Record values at a step, and show them."""
+        """Record values at a step, and show them.
+
+        Raises:
+            Error: The disk is full, or the like.
+        """
         line = {"kind": kind, "step": step, "time": round(time.time(), 3), **plain(values)}
-        self._lines.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self._lines.write(json.dumps(line) + "\n")
+            if self._board is not None:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            raise Error(
+                f"cannot write {self._lines.name}: {error.strerror}.",
+                hint="make room, then go on with --resume auto.",
+            ) from error
         text = " ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar is not None and kind == "train":
             self._bar.set_postfix_str(text)
@@ -95,9 +108,11 @@ class RunRecorder:
 
     def close(self) -> None:
         """Write out whatever is still held."""
-        self._lines.close()
+        with contextlib.suppress(OSError):  # said by write() already
+            self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
         if self._bar is not None:
             self._bar.close()
 

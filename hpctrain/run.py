@@ -107,7 +107,7 @@ def run(config: RunConfig, say: Callable[[str], None]) -> Path:
     world.comm.barrier()
     if world.rank == 0:
         result = _result(trainer)
-        write_text(out / RESULT, json.dumps(result, indent=2) + "\n")
+        _write(out / RESULT, json.dumps(result, indent=2) + "\n")
         metrics = trainer.state.counters.metrics
         final = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         say(f"completed: {final}\n{out / RESULT}")
@@ -136,13 +136,10 @@ def _prepare(
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
         (out / RESULT).unlink(missing_ok=True)
-        write_text(out / CONFIG, config.to_toml())
         store.clean()
     except OSError as error:
-        raise Error(
-            f"cannot write the run folder {out}: {error.strerror}.",
-            hint="choose another --out, or make room.",
-        ) from error
+        raise _unwritable(out, error) from error
+    _write(out / CONFIG, config.to_toml())
     if config.resume is None:
         return None
     if config.resume == "auto":
@@ -151,6 +148,20 @@ def _prepare(
         return load_verified(Path(config.resume))
     except Error as error:
         raise Error(error.message, hint="name another checkpoint, or use --resume auto.") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> Error:
+    return Error(
+        f"cannot write {path}: {error.strerror}.",
+        hint="make room, or choose another --out.",
+    )
 
 
 def _result(trainer: Trainer) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def complaint(result, code=2):
         (["digits", "--set", "options.chanels=3"], "did you mean 'channels'?"),
         (["digits", "--set", "options.channels=many"], "options.channels = 'many'"),
         (["digits", "--world-size", "2"], "asks for 2 ranks, but alone started 1"),
-        (["digits", "--out", "file/run"], "cannot write the run folder file/run"),
+        (["digits", "--out", "file/run"], "cannot write file/run"),
         (["digits", "--resume", "missing"], "cannot be read: No such file"),
         (["digits", "--resume", "auto"], "--resume auto without --out"),
         (["mine.py"], "this task needs data"),
@@ -131,7 +131,7 @@ def test_horovod_not_built(hpctrain):
         (["--set", "seed=x"], "seed = 'x'"),
         (["--world-size", "3"], "asks for 3 ranks, but mpirun started 2"),
         (["--strategy", "single"], "strategy 'single' on a world of 2 ranks"),
-        (["--out", "file/run"], "cannot write the run folder"),
+        (["--out", "file/run"], "cannot write file/run"),
     ],
 )
 def test_said_once_by_several_ranks(hpctrain, arguments, message):
@@ -161,6 +161,14 @@ def test_silent_singletons(hpctrain):
     result = hpctrain("train", "digits", env=env)
     assert "srun started 2 ranks, but Horovod sees 1" in complaint(result)
     assert "--mpi=pmix" in result.stdout
+
+
+def test_full_disk_for_metrics(hpctrain):
+    """The kernel's file that is always full."""
+    (hpctrain.folder / "run").mkdir()
+    (hpctrain.folder / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    line = complaint(hpctrain("train", "digits", "--out", "run"))
+    assert "cannot write run/metrics.jsonl: No space left on device" in line
 
 
 def test_full_disk(hpctrain):
