@@ -127,12 +127,8 @@ def _ranks(world: World) -> str:
 def _prepare(
     out: Path, config: RunConfig, store: CheckpointStore, say: Callable[[str], None]
 ) -> Any | None:
-    """Make the run folder, and read the checkpoint to start from; on rank 0 alone."""
-    if config.resume is None and store.steps():
-        raise Error(
-            f"{out} already holds a run with {len(store.steps())} checkpoints.",
-            hint="go on with it by --resume auto, or choose another --out.",
-        )
+    """Read the checkpoint to start from, and make the run folder; on rank 0 alone."""
+    snapshot = _snapshot(out, config, store, say)
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
         (out / RESULT).unlink(missing_ok=True)
@@ -140,7 +136,18 @@ def _prepare(
     except OSError as error:
         raise _unwritable(out, error) from error
     _write(out / CONFIG, config.to_toml())
+    return snapshot
+
+
+def _snapshot(
+    out: Path, config: RunConfig, store: CheckpointStore, say: Callable[[str], None]
+) -> Any | None:
     if config.resume is None:
+        if store.steps():
+            raise Error(
+                f"{out} already holds a run with {len(store.steps())} checkpoints.",
+                hint="go on with it by --resume auto, or choose another --out.",
+            )
         return None
     if config.resume == "auto":
         return store.newest(lambda damage: say(f"{damage} Going back to the one before."))
