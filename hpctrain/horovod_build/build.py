@@ -53,7 +53,7 @@ def build(*, gpu: bool = False, rebuild: bool = False) -> None:
         else:
             click.echo(f"Horovod {VERSION} is in the cache: {wheel}")
         _pip("install", "--force-reinstall", "--no-deps", str(wheel))
-        _pip("install", "--find-links", str(folder), f"horovod=={VERSION}")  # what it depends on
+        _pip("install", str(wheel))  # now that it is in place: what it depends on
     prove()
 
 
