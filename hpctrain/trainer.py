@@ -17,6 +17,7 @@ from hpctrain.checkpoint import CheckpointStore
 from hpctrain.config import RunConfig
 from hpctrain.data.loader import Batch, Loader
 from hpctrain.data.order import key
+from hpctrain.errors import Error, nearest
 from hpctrain.meter import Meter
 from hpctrain.recorder import Recorder
 from hpctrain.schedule import factor, peak_scale
@@ -212,9 +213,10 @@ class Trainer:
         counters = self.state.counters
         monitored = f"val_{self.task.monitor}"
         if monitored not in metrics:
-            raise KeyError(
-                f"{type(self.task).__name__}.monitor is '{self.task.monitor}', but its loss() "
-                f"gives {[name.removeprefix('val_') for name in metrics]}"
+            raise Error(
+                f"task {type(self.task).__name__} monitors '{self.task.monitor}', which its loss() "
+                f"does not give.",
+                hint=nearest(self.task.monitor, [name.removeprefix("val_") for name in metrics]),
             )
         sign = 1 if self.task.mode == "max" else -1
         value = metrics[monitored]

@@ -1,12 +1,16 @@
 """End-to-end tests start the installed command, as a user would."""
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from hpctrain.process import mpirun, run
+from hpctrain.process import mpirun, run, search_path
 
 TIMEOUT_SECONDS = 120
 
@@ -31,6 +35,31 @@ class Command:
             cwd=self.folder,
             env={**os.environ, **(env or {})},
         )
+
+    @contextlib.contextmanager
+    def training(self, *arguments, ranks=0):
+        """A run in the background, once its first checkpoint is there; never left behind."""
+        process = subprocess.Popen(
+            [*self.prefix(ranks), "hpctrain", "train", *map(str, arguments), "--out", "run"],
+            cwd=self.folder,
+            env={**os.environ, "PATH": search_path()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            # A shell starts what it puts in the background with the signal ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not list((self.folder / "run" / "checkpoints").glob("step-*")):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
     def train(self, *arguments, **options):
         result = self("train", *arguments, **options)

@@ -1,15 +1,13 @@
 """What happens to a world when one rank fails: nobody hangs, and the truth is told."""
 
-import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import psutil
 
-from hpctrain.process import run, search_path
+from hpctrain.process import run
 
 HERE = Path(__file__).parent
 
@@ -40,31 +38,14 @@ def test_an_exception_on_one_rank_ends_the_run(hpctrain):
 
 def test_a_stopped_rank_is_noticed(hpctrain):
     """SIGSTOP: the process lives, its sockets too, and only the clock tells."""
-    process = subprocess.Popen(
-        [*hpctrain.prefix(2), "hpctrain", "train", "digits", "--epochs", "100000"]
-        + ["--out", "run", "--set", "timeout_seconds=3"],
-        cwd=hpctrain.folder,
-        env={**os.environ, "PATH": search_path()},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not list((hpctrain.folder / "run" / "checkpoints").glob("step-*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+    arguments = ("digits", "--epochs", 100000, "--set", "timeout_seconds=3")
+    with hpctrain.training(*arguments, ranks=2) as process:
         ranks = {
             child.environ()["OMPI_COMM_WORLD_RANK"]: child
             for child in psutil.Process(process.pid).children(recursive=True)
         }
         ranks["1"].send_signal(signal.SIGSTOP)
         output, _ = process.communicate(timeout=30)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
     assert process.returncode == 1
     lines = [line for line in output.splitlines() if line.startswith("hpctrain: error:")]
     assert len(lines) == 1 and "waited 3 s for an exchange with ranks 1" in lines[0], output

@@ -2,14 +2,11 @@
 
 import os
 import random
-import signal
-import subprocess
 import time
 
 import psutil
 import pytest
 
-from hpctrain.process import search_path
 from tests.e2e.conftest import result_of
 
 ARGUMENTS = (
@@ -31,29 +28,10 @@ def kill_a_rank(process):
 
 def train_and_kill(hpctrain, ranks, after_seconds):
     """Start a run and kill it so long after its first checkpoint."""
-    checkpoints = hpctrain.folder / "run" / "checkpoints"
-    process = subprocess.Popen(
-        [*hpctrain.prefix(ranks), "hpctrain", "train", *map(str, ARGUMENTS)]
-        + ["--out", "run", "--resume", "auto"],
-        cwd=hpctrain.folder,
-        env={**os.environ, "PATH": search_path()},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not list(checkpoints.glob("step-*")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+    with hpctrain.training(*ARGUMENTS, ranks=ranks) as process:
         time.sleep(after_seconds)
-        if process.poll() is None:
-            kill_a_rank(process)
-        process.wait(timeout=30)  # a rank's death ends the whole run
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        kill_a_rank(process)
+        process.communicate(timeout=30)  # a rank's death ends the whole run
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

@@ -12,6 +12,7 @@ from hpctrain.checkpoint import CheckpointStore
 from hpctrain.config import OptimizerConfig, ScheduleConfig, resolve
 from hpctrain.data.order import EpochOrder
 from hpctrain.data.source import ArraySource
+from hpctrain.errors import Error
 from hpctrain.launcher import ALONE
 from hpctrain.recorder import Silent
 from hpctrain.schedule import factor, peak_scale
@@ -245,3 +246,11 @@ def test_a_task_need_not_validate(tmp_path):
     trainer.run(Silent())
     assert trainer.state.counters.step == 2
     assert trainer.state.counters.best is None
+
+
+def test_a_monitor_that_is_not_there(tmp_path):
+    class Wrong(Line):
+        monitor = "absolut"
+
+    with pytest.raises(Error, match=r"monitors 'absolut'.*did you mean 'absolute'"):
+        trainer_of(tmp_path, Wrong()).run(Silent())
