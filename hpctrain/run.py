@@ -24,6 +24,7 @@ from typing import Any
 
 from hpctrain.checkpoint import CheckpointStore, load_verified
 from hpctrain.config import Layer, RunConfig, put, resolve
+from hpctrain.data.stage import stage, unstage
 from hpctrain.errors import Error
 from hpctrain.files import write_text
 from hpctrain.recorder import Recorder, RunRecorder, Silent, plain
@@ -74,6 +75,8 @@ def run(config: RunConfig, say: Callable[[str], None]) -> Path:
     world = init()
     if config.world_size is not None:
         world.require(config.world_size)
+    if config.data.stage_dir is not None:
+        _stage(config, world, say)
     how = strategy(
         config.strategy,
         world,
@@ -111,8 +114,24 @@ def run(config: RunConfig, say: Callable[[str], None]) -> Path:
         metrics = trainer.state.counters.metrics
         final = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         say(f"completed: {final}\n{out / RESULT}")
+    if config.data.stage_dir is not None and world.local_rank == 0:
+        for path in _shard_sets(config):
+            unstage(path, config.data.stage_dir)
     world.comm.close()
     return out
+
+
+def _shard_sets(config: RunConfig) -> list[Path]:
+    return [path for path in (config.data.path, *(e.path for e in config.data.mixture)) if path]
+
+
+def _stage(config: RunConfig, world: World, say: Callable[[str], None]) -> None:
+    """Copy the shards to this node's own storage; one of its ranks does, the others wait."""
+    assert config.data.stage_dir is not None
+    for path in _shard_sets(config):
+        staged = stage(path, config.data.stage_dir, timeout_seconds=config.timeout_seconds)
+        if world.launch.local_rank == 0:
+            say(f"{os.uname().nodename}: staged {path}: {staged}")
 
 
 def _default_out(task: str) -> Path:

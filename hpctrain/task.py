@@ -15,9 +15,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from hpctrain.config import DataConfig, OptimizerConfig
-from hpctrain.data.loader import Batch
+from hpctrain.data.batch import Batch
+from hpctrain.data.mixture import Mixture, Weighted
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.source import Source
+from hpctrain.data.stage import folder_of
 from hpctrain.errors import Error, nearest
 
 READY = {
@@ -72,13 +74,21 @@ class Task:
         Raises:
             Error: No path was given, or no shard set is there.
         """
-        if config.path is None:
+        paths = [config.path] if config.path else [entry.path for entry in config.mixture]
+        if not paths:
             raise Error(
                 "this task needs data.",
                 hint="give --data DIR, a shard set made by `hpctrain data import SRC DIR`.",
             )
-        shards = ShardSet(config.path)
-        sources: dict[str, Source] = {"train": shards.split("train")}
+        shards = _open(paths[0], config)
+        train: Source = shards.split("train")
+        if config.mixture and config.weights is not None:
+            raise Error("data.mixture and data.weights cannot be used together.", hint="drop one.")
+        if config.mixture:
+            train = _mixture(config)
+        elif config.weights is not None:
+            train = Weighted(train, shards.split("train").column(config.weights))
+        sources = {"train": train}
         for name in ("validation", "test"):
             if name in shards.splits and len(shards.splits[name]):
                 sources["validation"] = shards.splits[name]
@@ -86,9 +96,12 @@ class Task:
         return sources
 
     def transform(self, batch: Batch, training: bool) -> Batch:
-        """Prepare a batch on the CPU: normalise, and augment where ``training``.
+        """Prepare a batch on the CPU: decode, normalise, and augment where ``training``.
 
-        For augmentation draw from ``batch.uniform(count)``, which is the same at any world size.
+        It runs in the background, on several threads at once. For augmentation draw from
+        ``batch.uniform(count)``, which is the same at any world size and after a resume; torch's
+        own generator is shared with the training step. Transforms that use it, or that spend their
+        time in plain Python, want ``data.worker_kind=process``.
         """
         return batch
 
@@ -112,6 +125,48 @@ class Task:
                 groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
             )
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def _open(path: Path, config: DataConfig) -> ShardSet:
+    staged = folder_of(path, config.stage_dir) if config.stage_dir else None
+    return ShardSet(path, on_bad_shard=config.on_bad_shard, staged=staged)
+
+
+def _mixture(config: DataConfig) -> Mixture:
+    return Mixture(
+        [_open(entry.path, config).split("train") for entry in config.mixture],
+        [entry.weight for entry in config.mixture],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskTransform:
+    """A task's ``transform`` as a loader wants it.
+
+    Another process makes the task anew from this, because a task file's classes cannot be pickled.
+
+    Attributes:
+        task: Whose transform it is.
+        training: Passed to it.
+        spec: What :func:`load_task` finds the task by.
+        options: What :func:`make_task` gave it.
+    """
+
+    task: Task
+    training: bool
+    spec: str
+    options: dict[str, Any]
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The transformed batch."""
+        return self.task.transform(batch, self.training)
+
+    def __reduce__(self) -> Any:
+        return _transform_anew, (self.training, self.spec, self.options)
+
+
+def _transform_anew(training: bool, spec: str, options: dict[str, Any]) -> TaskTransform:
+    return TaskTransform(make_task(load_task(spec), options), training, spec, options)
 
 
 def load_task(spec: str) -> type[Task]:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import random
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hpctrain.checkpoint import CheckpointStore
 from hpctrain.config import RunConfig
-from hpctrain.data.loader import Batch, Loader
-from hpctrain.data.order import key
+from hpctrain.data.batch import Batch
+from hpctrain.data.loader import Loader
+from hpctrain.data.random import key
 from hpctrain.errors import Error, nearest
 from hpctrain.meter import Meter
 from hpctrain.recorder import Recorder
@@ -24,10 +25,19 @@ from hpctrain.schedule import factor, peak_scale
 from hpctrain.state import TrainState
 from hpctrain.strategies.base import DistributedOptimizer, Strategy
 from hpctrain.strategies.broadcast import broadcast_tree
-from hpctrain.task import Task
+from hpctrain.task import Task, TaskTransform
 from hpctrain.world import World
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
+
+
+class _Mark(NamedTuple):
+    """The state of things at a log line, from which the next one counts."""
+
+    seconds: float
+    step: int
+    samples: int
+    input_wait_seconds: float
 
 
 class Trainer:
@@ -62,13 +72,16 @@ class Trainer:
             config.train.batch_size,
             world=self.world,
             seed=config.seed,
-            shuffle=config.data.order == "shuffle",
-            transform=lambda batch: task.transform(batch, True),
+            shuffle=config.data.order,
+            transform=TaskTransform(task, True, config.task, config.options),
+            workers=config.data.workers,
+            worker_kind=config.data.worker_kind,
+            timeout_seconds=config.timeout_seconds,
         )
         self._validation = sources.get("validation")
         self._train_meter = Meter()
         self._validation_meter = Meter()
-        self._mark = (0.0, 0)  # when, and after how many samples, was the last log
+        self._mark = _Mark(0.0, 0, 0, 0.0)
         self.state = TrainState(model, optimizer, self._loader)
         if config.train.ema_decay is not None:
             self.state.ema = AveragedModel(
@@ -91,7 +104,7 @@ class Trainer:
     @property
     def epochs(self) -> float:
         """Passes over the data done so far; whole at the end of an epoch."""
-        return self._loader.epoch + self._loader.cursor / len(self._loader.source)
+        return self._loader.epoch + self._loader.cursor / self._loader.samples
 
     def restore(self, snapshot: Any | None) -> None:
         """Take over rank 0's snapshot, if it has one; what other ranks pass is ignored."""
@@ -117,12 +130,12 @@ class Trainer:
         )
         counters = self.state.counters
         self.state.model.train()
-        self._mark = (time.monotonic(), counters.samples)
+        self._mark = self._now()
         while not self.finished:
             for batch in self._loader:
                 self._step(optimizer, batch)
                 recorder.advance(counters.step)
-                epoch_ended = batch.stop == len(self._loader.source)
+                epoch_ended = batch.stop == self._loader.samples
                 last = counters.step >= self.steps
                 if last or counters.step % self.config.log.every_steps == 0:
                     self._log(optimizer, recorder)
@@ -141,14 +154,31 @@ class Trainer:
         counters = self.state.counters
         metrics = self._train_meter.read(self.world.comm)
         counters.metrics |= {f"train_{name}": value for name, value in metrics.items()}
-        now, before = (time.monotonic(), counters.samples), self._mark
+        now, before = self._now(), self._mark
         self._mark = now
+        seconds, steps = now.seconds - before.seconds, now.step - before.step
+        sums = torch.tensor(
+            [now.input_wait_seconds - before.input_wait_seconds, self._loader.lost],
+            dtype=torch.float64,
+        )
+        self.world.comm.all_reduce(sums)
+        waited = float(sums[0]) / self.world.size
         values: dict[str, Any] = {"epoch": round(self.epochs, 3), **metrics}
         values["lr"] = optimizer.param_groups[0]["lr"]
         if optimizer.grad_norm is not None:
             values["grad_norm"] = float(optimizer.grad_norm)
-        values["samples_per_second"] = (now[1] - before[1]) / (now[0] - before[0])
+        values["samples_per_second"] = (now.samples - before.samples) / seconds
+        # Means over ranks: how long a step stood still for its batch.
+        values["input_wait_ms"] = 1e3 * waited / steps
+        values["input_wait_share"] = waited / seconds
+        if lost := int(sums[1]):
+            values["lost_samples"] = lost
+            counters.metrics["lost_samples"] = lost
         recorder.write("train", counters.step, values)
+
+    def _now(self) -> _Mark:
+        counters, waited = self.state.counters, self._loader.wait_seconds
+        return _Mark(time.monotonic(), counters.step, counters.samples, waited)
 
     def _due(self, every_steps: int | None, epoch_ended: bool) -> bool:
         if every_steps is None:
@@ -195,8 +225,10 @@ class Trainer:
             self._validation,
             self.config.train.batch_size,
             world=self.world,
-            shuffle=False,
-            transform=lambda batch: self.task.transform(batch, False),
+            shuffle="none",
+            transform=TaskTransform(self.task, False, self.config.task, self.config.options),
+            workers=self.config.data.workers,
+            timeout_seconds=self.config.timeout_seconds,
         )
         with torch.no_grad():
             for batch in loader:

@@ -2,100 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from hpctrain.data.order import EpochOrder, share
+from hpctrain.data.batch import Batch
+from hpctrain.data.buffers import Buffers
+from hpctrain.data.order import Order, Shuffle
+from hpctrain.data.read_ahead import Epoch, Maker, ReadAhead
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
 from hpctrain.launcher import ALONE
 from hpctrain.world import World
 
-
-class Batch(dict[str, torch.Tensor]):
-    """This rank's part of a global batch: field name -> tensor of shape (samples, ...).
-
-    Attributes:
-        start: First position of the global batch in the epoch.
-        stop: Position after its last; the cursor once the batch is done.
-        first: Position of this rank's first sample.
-        samples: How many samples this rank has; may be 0 in an epoch's last batch.
-        global_samples: How many the whole world has.
-        weight: What to multiply a mean loss over this part with, so that the average of gradients
-            over ranks is the gradient of the mean over the global batch.
-    """
-
-    def __init__(
-        self,
-        fields: dict[str, torch.Tensor],
-        *,
-        order: EpochOrder,
-        start: int,
-        stop: int,
-        first: int,
-        samples: int,
-        world_size: int,
-    ) -> None:
-        super().__init__(fields)
-        self._order = order
-        self._world_size = world_size
-        self.start = start
-        self.stop = stop
-        self.first = first
-        self.samples = samples
-
-    @property
-    def global_samples(self) -> int:
-        """Samples of the whole world in this batch."""
-        return self.stop - self.start
-
-    @property
-    def weight(self) -> float:
-        """This part's share of the global batch, times the world's size."""
-        return self.samples * self._world_size / self.global_samples
-
-    def uniform(self, count: int) -> torch.Tensor:
-        """Random numbers in [0, 1) for augmentation, of shape (samples, count), float32.
-
-        They belong to the samples' positions in the epoch: the same at any world size, and again
-        after a resume. Ask for all that a transform needs in one call.
-        """
-        return torch.from_numpy(self._order.uniform(self.first, self.first + self.samples, count))
-
-    def replace(self, **fields: torch.Tensor) -> Batch:
-        """The same batch with some fields changed or added."""
-        return self._with({**self, **fields}, self.first, self.samples)
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """The same batch on a device, floating-point fields in another type where one is given."""
-        moved = {
-            name: tensor.to(
-                device, dtype if tensor.is_floating_point() else None, non_blocking=True
-            )
-            for name, tensor in self.items()
-        }
-        return self._with(moved, self.first, self.samples)
-
-    def split(self, parts: int) -> Iterator[Batch]:
-        """Nearly equal parts of this rank's samples; empty ones are left out."""
-        for part in range(parts):
-            start, stop = share(0, self.samples, part, parts)
-            if stop > start:
-                fields = {name: tensor[start:stop] for name, tensor in self.items()}
-                yield self._with(fields, self.first + start, stop - start)
-
-    def _with(self, fields: dict[str, torch.Tensor], first: int, samples: int) -> Batch:
-        return Batch(
-            fields,
-            order=self._order,
-            start=self.start,
-            stop=self.stop,
-            first=first,
-            samples=samples,
-            world_size=self._world_size,
-        )
+Transform = Callable[[Batch], Batch]
+WorkerKind = Literal["thread", "process"]
 
 
 class Loader:
@@ -103,15 +26,33 @@ class Loader:
 
     The global batches are the same whatever the world's size, which is asked of the world at every
     batch. ``epoch`` and ``cursor`` say where the next batch starts; they are all that a resume
-    needs. There is no ``set_epoch`` to forget.
+    needs, in this world or in one of another size. There is no ``set_epoch`` to forget.
+
+    Batches are made ahead of time in the background. On ``workers`` threads, which suits whatever
+    spends its time in numpy, torch or Pillow; they share the mapped shards, and no process is ever
+    forked. Or on as many processes, for transforms in plain Python: started afresh (never forked,
+    so MPI and CUDA are safe), they are given the source and the transform by pickling.
 
     Args:
         source: The samples, or arrays or CPU tensors by field name that hold them.
         batch_size: Global: over all ranks together.
         world: Who shares the batches; None: this process alone.
         seed: Of the order and of ``Batch.uniform``.
-        shuffle: See :class:`hpctrain.data.order.EpochOrder`.
-        transform: Applied to each batch, for example to normalise and augment.
+        shuffle: ``block`` reads neighbours at a time and mixes as well (see
+            :class:`hpctrain.data.order.EpochOrder`), ``full`` permutes everything, ``none`` keeps
+            the samples' own order. True and False: ``block`` and ``none``.
+        transform: Applied to each batch, for example to decode, normalise and augment. On threads
+            it may run for several batches at once, and random numbers must come from
+            ``batch.uniform``; on processes torch, numpy and random are seeded for each batch.
+        workers: How many batches are made at a time; 0: each when it is asked for.
+        worker_kind: ``thread`` or ``process``.
+        timeout_seconds: Longest wait for a batch.
+
+    Attributes:
+        epoch: Of the next batch, counted from 0.
+        cursor: Samples of the epoch that the whole world has consumed.
+        wait_seconds: Time spent waiting for batches so far.
+        lost: Samples of this rank left out so far because their shards cannot be read.
 
     Raises:
         Error: The source is empty.
@@ -124,54 +65,90 @@ class Loader:
         *,
         world: World | None = None,
         seed: int = 0,
-        shuffle: bool = True,
-        transform: Callable[[Batch], Batch] | None = None,
+        shuffle: Shuffle | bool = "block",
+        transform: Transform | None = None,
+        workers: int = 2,
+        worker_kind: WorkerKind = "thread",
+        timeout_seconds: float = 600.0,
     ) -> None:
         self.source = ArraySource(source) if isinstance(source, Mapping) else source
         if len(self.source) == 0:
             raise Error("there are no samples to load.", hint="is the split empty?")
+        if isinstance(shuffle, bool):
+            shuffle = "block" if shuffle else "none"
         self.batch_size = batch_size
         self.world = world or World(ALONE)
         self.seed = seed
-        self.shuffle = shuffle
+        self.shuffle: Shuffle = shuffle
         self.transform = transform
+        self.workers = workers
+        self.worker_kind = worker_kind
+        self.timeout_seconds = timeout_seconds
         self.epoch = 0
         self.cursor = 0
+        self.wait_seconds = 0.0
+        self.lost = 0
+        # The order's lanes: the batch size, but that of the epoch's beginning until its end.
+        self._lanes = batch_size
+        self._buffers = Buffers(pinned=torch.cuda.is_available())
+        self._ahead: ReadAhead | None = None
 
     def __len__(self) -> int:
         """Global batches in an epoch."""
-        return -(-len(self.source) // self.batch_size)
+        return -(-self.samples // self.batch_size)
+
+    @property
+    def samples(self) -> int:
+        """Samples in an epoch."""
+        return self._order().samples
+
+    def _epoch(self) -> Epoch:
+        return Epoch(self.seed, self.epoch, self.shuffle, self._lanes)
+
+    def _order(self) -> Order:
+        return self.source.order(*self._epoch())
 
     def __iter__(self) -> Iterator[Batch]:
-        order = EpochOrder(len(self.source), self.seed, self.epoch, self.shuffle)
-        while self.cursor < order.samples:
-            start = self.cursor
-            stop = min(start + self.batch_size, order.samples)
+        if self.cursor == 0:
+            self._lanes = self.batch_size
+        samples = self.samples
+        while self.cursor < samples:
+            # All is asked each time: the world, the batch size and the cursor may have changed.
+            began = time.perf_counter()
+            batch = self._read_ahead().get(
+                self._epoch(), self.cursor, self.batch_size, self.world.rank, self.world.size
+            )
+            self.wait_seconds += time.perf_counter() - began
             # Moved on before the batch is handed out: whoever asks for the state while working on
             # the batch, after its step, must get the place to go on from.
-            self.cursor = stop
-            yield self._batch(order, start, stop)
+            self.cursor = batch.stop
+            self.lost += batch.lost
+            yield batch
         self.epoch += 1
         self.cursor = 0
+        self._lanes = self.batch_size
 
-    def _batch(self, order: EpochOrder, start: int, stop: int) -> Batch:
-        world = self.world
-        first, last = share(start, stop, world.rank, world.size)
-        arrays = self.source.take(order.indices(first, last))
-        batch = Batch(
-            {name: torch.from_numpy(array) for name, array in arrays.items()},
-            order=order,
-            start=start,
-            stop=stop,
-            first=first,
-            samples=last - first,
-            world_size=world.size,
-        )
-        return self.transform(batch) if self.transform else batch
+    def _read_ahead(self) -> ReadAhead:
+        """The background work, kept from epoch to epoch."""
+        if self._ahead is None:
+            maker = Maker(self.source, self.transform, self._buffers)
+            self._ahead = ReadAhead(maker, self.workers, self.worker_kind, self.timeout_seconds)
+        return self._ahead
+
+    def close(self) -> None:
+        """End the background work; it begins again when the loader is iterated."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_ahead", None) is not None:
+            self.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts: plain values, for JSON."""
-        return {"epoch": self.epoch, "cursor": self.cursor, **self._identity()}
+        place = {"epoch": self.epoch, "cursor": self.cursor, "lanes": self._lanes}
+        return {**place, **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
         """What a cursor means nothing without."""
@@ -184,11 +161,12 @@ class Loader:
             Error: The state is of other samples, or of another order.
         """
         for name, value in self._identity().items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise Error(
-                    f"the checkpoint's place in the epoch is for {name} {state[name]}, but this "
-                    f"run has {value}: samples would be repeated and missed.",
+                    f"the checkpoint's place in the epoch is for {name} {state.get(name)}, but "
+                    f"this run has {value}: samples would be repeated and missed.",
                     hint="resume with the data, order and seed the run was started with.",
                 )
         self.epoch = int(state["epoch"])
         self.cursor = int(state["cursor"])
+        self._lanes = int(state["lanes"])

@@ -1,121 +1,206 @@
-"""The epoch order and everything else that is a pure function of (seed, epoch, position).
+"""The epoch order: which sample is seen at which position, and which positions fall to which rank.
 
-Nothing here knows a rank or a world size, needs memory that grows with the number of samples, or
-uses a library's random generator, whose streams may change between versions.
+Both are pure functions. The order knows no rank and no world size, lists nothing, and can be asked
+about any position of an epoch of any length.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Integers = NDArray[np.uint64]
+from hpctrain.data.random import Unsigned, key, mix, mix32, permute, uniform
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_ROUNDS = 6
+Shuffle = Literal["block", "full", "none"]
+Positions = NDArray[np.uint64] | NDArray[np.int64]
+
+# A lane mixes this many blocks at a time ...
+WINDOW_BLOCKS = 4
+# ... and has at least this many windows, so that the one which the epoch's start cuts in two, and
+# which is therefore read twice, is a small part of it.
+WINDOWS_PER_LANE = 8
+# Positions worked out at a time, so that what lies between stays in the cache.
+AT_A_TIME = 8192
 
 
-def mix(values: Integers) -> Integers:
-    """SplitMix64's finalizer: a bijection of 64-bit integers that looks random.
+class Order(Protocol):
+    """One epoch's order.
 
-    Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    Attributes:
+        samples: Positions in the epoch.
     """
-    values = values + np.uint64(_GOLDEN)  # arrays wrap around without a word
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(_FACTORS[0])
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(_FACTORS[1])
-    return values ^ (values >> np.uint64(31))
 
+    @property
+    def samples(self) -> int:
+        """Positions in the epoch."""
 
-def key(*parts: int) -> int:
-    """One 64-bit key from several integers; their order counts."""
-    state = 0
-    for part in parts:  # mix() on Python's integers, which are quicker one at a time
-        state = ((state ^ (part & _MASK)) + _GOLDEN) & _MASK
-        state = (state ^ (state >> 30)) * _FACTORS[0] & _MASK
-        state = (state ^ (state >> 27)) * _FACTORS[1] & _MASK
-        state ^= state >> 31
-    return state
+    def indices(self, positions: Positions) -> NDArray[np.int64]:
+        """The samples at these positions."""
 
-
-def permute(positions: Integers, n: int, secret: int) -> Integers:
-    """Where a keyed permutation of ``0 .. n-1`` takes each position.
-
-    A Feistel network over the smallest even number of bits that holds ``n``, walked on until the
-    value is below ``n`` again (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
-    2002). Takes the same time at any position, for any ``n``.
-
-    Args:
-        positions: Any shape, each below ``n``.
-        n: Size of the domain, at least 1.
-        secret: Chooses the permutation.
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    round_keys = [np.uint64(key(secret, r)) for r in range(_ROUNDS)]
-
-    def encrypt(values: Integers) -> Integers:
-        left, right = values >> half, values & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (mix(right ^ round_key) & mask)
-        return (left << half) | right
-
-    result = encrypt(positions)
-    while (outside := result >= np.uint64(n)).any():
-        result[outside] = encrypt(result[outside])
-    return result
-
-
-def uniform(positions: Integers, count: int, secret: int) -> NDArray[np.float32]:
-    """Numbers in [0, 1) that belong to positions: the same whichever rank draws them.
-
-    Args:
-        positions: Shape (n,).
-        count: Draws per position.
-        secret: Chooses the numbers.
-
-    Returns:
-        Shape (n, count).
-    """
-    columns = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN)
-    values = mix(mix(positions ^ np.uint64(secret))[:, None] + columns[None, :])
-    return (values >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    def uniform(self, positions: Positions, count: int) -> NDArray[np.float32]:
+        """``count`` numbers in [0, 1) for each position, of shape (len(positions), count)."""
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The order in which one epoch's samples are seen.
+    """Every sample once.
+
+    With ``shuffle="block"`` the samples are cut into blocks of ``block`` neighbours. The blocks are
+    permuted and dealt to ``lanes`` lanes, and position ``p`` belongs to lane ``p % lanes``: a batch
+    of as many samples takes one from each lane. A lane goes through its blocks a window of a few at
+    a time, the samples of a window permuted; lanes change windows one after the other, so reading
+    is even in time. A rank that takes the same part of every batch thus reads the same lanes, and
+    each block once, while a batch mixes as many places of the data as it has samples.
+
+    What does not fill whole blocks in every lane, less than ``lanes * block + block`` samples, is
+    dealt to the lanes in runs and seen at a random moment of the epoch.
+
+    With a block of one sample, and with ``shuffle="full"``, the order is a keyed permutation of all
+    samples; with ``"none"`` it is the samples' own.
 
     Attributes:
         samples: How many there are.
         seed: Of the run.
         epoch: Counted from 0.
-        shuffle: A fresh permutation each epoch; else the samples' own order.
+        shuffle: ``block``, ``full`` or ``none``.
+        block: Largest block, in samples; less where there would be too few blocks to mix.
+        lanes: Positions between two samples of a lane; best the global batch.
+        aligned: Blocks must not be made smaller, because whole ones are read (compressed chunks).
     """
 
     samples: int
     seed: int
     epoch: int
-    shuffle: bool = True
+    shuffle: Shuffle = "full"
+    block: int = 1
+    lanes: int = 1
+    aligned: bool = False
 
-    def indices(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The samples at positions ``start`` to ``stop - 1`` of the epoch."""
-        positions = np.arange(start, stop, dtype=np.uint64)
-        if self.shuffle and self.samples > 1:
-            positions = permute(positions, self.samples, key(self.seed, self.epoch, 0))
-        return positions.astype(np.int64)
+    def indices(self, positions: Positions) -> NDArray[np.int64]:
+        """The samples at these positions, each below ``samples``."""
+        if self.shuffle == "none" or self.samples < 2:
+            return np.asarray(positions, dtype=np.int64)
+        # Half the bytes are worked out in half the time.
+        kind = np.uint32 if self.samples < 2**31 else np.uint64
+        result = np.empty(len(positions), dtype=np.int64)
+        for start in range(0, len(positions), AT_A_TIME):
+            part = slice(start, start + AT_A_TIME)
+            wanted = np.asarray(positions[part]).astype(kind, copy=False)
+            if self.shuffle == "full" or self.block_samples == 1:
+                result[part] = permute(wanted, self.samples, key(self.seed, self.epoch, 0))
+            else:
+                result[part] = self._in_lanes(wanted)
+        return result
 
-    def uniform(self, start: int, stop: int, count: int) -> NDArray[np.float32]:
-        """``count`` numbers in [0, 1) for each of these positions, of shape (stop - start, count).
+    def uniform(self, positions: Positions, count: int) -> NDArray[np.float32]:
+        """``count`` numbers in [0, 1) for each of these positions.
 
         They depend on what is drawn for, not on who draws, so augmentation does not change with the
         world's size.
         """
-        positions = np.arange(start, stop, dtype=np.uint64)
-        return uniform(positions, count, key(self.seed, self.epoch, 1))
+        return uniform(np.asarray(positions, dtype=np.uint64), count, key(self.seed, self.epoch, 1))
+
+    @cached_property
+    def block_samples(self) -> int:
+        """Samples in a block, as it came out."""
+        if self.aligned:
+            return self.block
+        least = self.lanes * WINDOW_BLOCKS * WINDOWS_PER_LANE
+        most = max(1, min(self.block, self.samples // least))
+        # The largest power of two: a window of so many samples is permuted without walking.
+        return 1 << (most.bit_length() - 1)
+
+    def _in_lanes(self, positions: Unsigned) -> Unsigned:
+        block, lanes, kind = self.block_samples, self.lanes, positions.dtype.type
+        whole = self.samples // block  # blocks; what is left over is at the end of the samples
+        per_lane = whole // lanes * block  # samples of a lane in whole blocks
+        rest = self.samples - per_lane * lanes
+        run = rest // lanes  # samples of a lane in the rest; fewer than `lanes` remain after it
+        row, lane = _divide(positions, lanes)
+        cut = key(self.seed, self.epoch, 2) % (per_lane + 1)
+        late = row >= cut
+        resting = late & ((row < cut + run) | (row >= per_lane + run))
+        steps = row - late * kind(run)
+        if not resting.any():
+            return self._whole_blocks(steps, lane, whole, per_lane)
+        result = np.empty_like(positions)
+        main = ~resting
+        if main.any():
+            result[main] = self._whole_blocks(steps[main], lane[main], whole, per_lane)
+        row, lane = row[resting], lane[resting]
+        last = row >= per_lane + run  # fewer than `lanes` positions at the epoch's end
+        step = np.where(last, kind(0), row - kind(cut))
+        if run > 1:
+            step = permute(step, run, self._secrets(lane, 4))
+        number = np.where(last, kind(lanes * run) + lane, lane * kind(run) + step)
+        result[resting] = self._rest(number, whole, per_lane // block * lanes, rest)
+        return result
+
+    def _whole_blocks(self, steps: Unsigned, lane: Unsigned, whole: int, length: int) -> Unsigned:
+        block, lanes, kind = self.block_samples, self.lanes, steps.dtype.type
+        window = max(1, min(WINDOW_BLOCKS, length // block // WINDOWS_PER_LANE)) * block
+        # Each lane starts elsewhere in its first window, and comes back to the start of it last.
+        steps = steps + (lane * (window / lanes)).astype(kind)
+        steps -= (steps >= length) * kind(length)
+        number, within = _divide(steps, window)
+        secrets = self._secrets(lane + number * kind(lanes), 5)
+        last = number == length // window  # a window that is shorter than the others
+        if last.any():
+            mixed = np.empty_like(within)
+            mixed[last] = permute(within[last], length % window, secrets[last])
+            mixed[~last] = permute(within[~last], window, secrets[~last])
+        else:
+            mixed = permute(within, window, secrets)
+        place, sample = _divide(number * kind(window) + mixed, block)
+        result: Unsigned = self._dealt(place, lane, whole) * kind(block) + sample
+        return result
+
+    def _dealt(self, place: Unsigned, lane: Unsigned, whole: int) -> Unsigned:
+        """Which block is at each place of each lane."""
+        lanes, kind = self.lanes, place.dtype.type
+        first, width = place.min(), lane.max() - lane.min() + 1
+        count = int(place.max() - first + 1) * int(width)
+        if count < len(place):  # the same blocks again and again: each is worked out once
+            every = np.arange(first, place.max() + 1, dtype=kind)[:, None] * kind(lanes)
+            ordinals = (every + np.arange(lane.min(), lane.max() + 1, dtype=kind)).ravel()
+            table = permute(ordinals, whole, key(self.seed, self.epoch, 0))
+            result: Unsigned = table[(place - first) * kind(width) + (lane - lane.min())]
+            return result
+        return permute(place * kind(lanes) + lane, whole, key(self.seed, self.epoch, 0))
+
+    def _rest(self, number: Unsigned, whole: int, dealt: int, rest: int) -> Unsigned:
+        """Samples of the blocks after the first ``dealt``, and those in no whole block."""
+        block, kind = self.block_samples, number.dtype.type
+        turned = number + kind(key(self.seed, self.epoch, 3) % rest)
+        turned -= (turned >= rest) * kind(rest)
+        in_blocks = (whole - dealt) * block
+        place, sample = _divide(turned, block)
+        result: Unsigned = turned + kind(dealt * block)  # right for those in no whole block
+        blocked = turned < in_blocks
+        if blocked.any():
+            ordinal = place[blocked] + kind(dealt)
+            blocks = permute(ordinal, whole, key(self.seed, self.epoch, 0))
+            result[blocked] = blocks * kind(block) + sample[blocked]
+        return result
+
+    def _secrets(self, values: Unsigned, purpose: int) -> Unsigned:
+        secret = key(self.seed, self.epoch, purpose)
+        if values.dtype == np.uint32:
+            return mix32(values ^ np.uint32(secret & 0xFFFFFFFF))
+        return mix(values ^ np.uint64(secret))
+
+
+def _divide(values: Unsigned, divisor: int) -> tuple[Unsigned, Unsigned]:
+    """Quotients and remainders, several times as fast as ``numpy.divmod``."""
+    kind = values.dtype.type
+    if divisor & (divisor - 1) == 0:
+        return values >> kind(divisor.bit_length() - 1), values & kind(divisor - 1)
+    quotients = values // kind(divisor)
+    return quotients, values - quotients * kind(divisor)
 
 
 def share(start: int, stop: int, rank: int, size: int) -> tuple[int, int]:

@@ -1,37 +1,40 @@
-"""The shard set: a folder of plain HDF5 files and an index, written last and all at once.
+"""Reading a shard set: a folder of plain HDF5 files and an index. docs/shards.md has the format.
 
-Layout (version 1)::
-
-    DIR/hpctrain-index.json    the commit point: without it the folder is not a shard set
-    DIR/train-00000.h5         /samples/FIELD of shape (samples, ...), contiguous, uncompressed
-
-Any HDF5 reader can read a shard. This one asks HDF5 only where a dataset's bytes are, and then maps
-them: a sample costs what a copy from memory costs, and no HDF5 lock or global mutex is involved.
+HDF5 is not asked for samples. The index says where each dataset's bytes are, and the files are
+mapped: a sample costs what a copy from memory costs, and no lock of HDF5's is on the way. Datasets
+in chunks are decompressed a chunk at a time (see chunks.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
-from collections.abc import Iterator, Mapping
+import threading
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-import h5py
+import click
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.source import Arrays
+from hpctrain.data.chunks import BadShard, BlockCache, ChunkedDataset
+from hpctrain.data.index import (
+    HEAD_BYTES,
+    FieldSpec,
+    Index,
+    ShardEntry,
+    first_samples,
+    read_index,
+)
+from hpctrain.data.mapping import Region, phase_of
+from hpctrain.data.order import EpochOrder, Order, Shuffle
+from hpctrain.data.source import OFFSETS, Arrays, Empty, Source
 from hpctrain.errors import Error, nearest
-from hpctrain.files import sha256, sync, write_text
 
-INDEX = "hpctrain-index.json"
-FORMAT = "hpctrain-shards"
-VERSION = 1
-SHARD_BYTES = 256 * 2**20
+BLOCK_BYTES = 512 * 2**10
+"""What is read at a stretch, about: parallel file systems move a megabyte as fast as a page."""
+
+OnBadShard = Literal["stop", "skip"]
 
 
 class ShardSet:
@@ -39,23 +42,29 @@ class ShardSet:
 
     Attributes:
         path: Its folder.
-        splits: Names and samples, as the index has them.
+        index: As read.
+        splits: Name -> samples.
         attributes: What the importer wanted kept, such as the names of classes.
 
     Args:
         path: The folder.
+        on_bad_shard: ``stop``: a shard that cannot be read is an error. ``skip``: its samples are
+            left out and counted.
+        staged: A folder in which copies of shards may be found that are quicker to read.
 
     Raises:
         Error: There is no index, or it is not one that this version reads.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(
+        self, path: Path | str, *, on_bad_shard: OnBadShard = "stop", staged: Path | None = None
+    ) -> None:
         self.path = Path(path)
-        index = _read_index(self.path)
-        self.attributes: dict[str, Any] = index.get("attributes", {})
+        self.index = read_index(self.path)
+        self.attributes: dict[str, Any] = self.index.attributes
         self.splits: dict[str, ShardSplit] = {
-            name: ShardSplit(self.path, name, split, index["fields"])
-            for name, split in index["splits"].items()
+            name: ShardSplit(self.path, name, self.index, on_bad_shard, staged)
+            for name in self.index.splits
         }
 
     def split(self, name: str) -> ShardSplit:
@@ -71,243 +80,380 @@ class ShardSet:
         return self.splits[name]
 
 
-class ShardSplit:
-    """One split's samples: a :class:`hpctrain.data.source.Source` over mapped shards."""
+class ShardSplit(Source):
+    """One split's samples.
+
+    Safe to use from any number of threads, to be pickled, and to be used after a fork.
+
+    Attributes:
+        name: Of the split.
+        fields: Name -> what it is.
+        bad: Path of a shard that could not be read -> why.
+    """
 
     def __init__(
-        self, path: Path, name: str, split: dict[str, Any], fields: dict[str, Any]
+        self,
+        path: Path,
+        name: str,
+        index: Index,
+        on_bad_shard: OnBadShard = "stop",
+        staged: Path | None = None,
     ) -> None:
         self.name = name
-        self.fields = {
-            field: (np.dtype(spec["dtype"]), tuple(spec["shape"])) for field, spec in fields.items()
-        }
-        self._path = path
-        self._shards: list[dict[str, Any]] = split["shards"]
-        self._ends = np.cumsum([shard["samples"] for shard in self._shards], dtype=np.int64)
-        # Opened when first needed and kept: a mapping made anew would fault every page again.
-        self._maps: dict[int, Arrays] = {}
+        self.fields = index.fields
+        self.path = path
+        self.bad: dict[str, BadShard] = {}
+        self._arguments = (path, name, index, on_bad_shard, staged)
+        self._staged = staged
+        self._skip = on_bad_shard == "skip"
+        self._datasets = index.splits[name].datasets
+        self._shards = index.splits[name].shards
+        self._chunk_samples = index.chunk_samples
+        self._firsts = np.array(first_samples(self._shards), dtype=np.int64)
+        # Of the samples in a shard where all but the last have as many; else 0.
+        sizes = np.unique(np.diff(self._firsts)[:-1])
+        even = len(sizes) == 1 and np.diff(self._firsts)[-1] <= sizes[0]
+        self._even_samples = int(sizes[0]) if even else 0
+        self._lock = threading.RLock()
+        # By shard: 0 not opened yet, 1 open, 2 bad.
+        self._states = np.zeros(len(self._shards), dtype=np.uint8)
+        self._readers: dict[str, _Rows | _Ragged | _Blocks | _Nothing] = {}
+        for field, spec in self.fields.items():
+            self._readers[field] = self._reader(field, spec)
+
+    def _reader(self, field: str, spec: FieldSpec) -> _Rows | _Ragged | _Blocks | _Nothing:
+        counts = np.diff(self._firsts)
+        if spec.ragged:
+            return _Ragged(self._datasets[field], spec, len(self._shards))
+        if spec.row_bytes == 0:
+            return _Nothing(spec)
+        if any(self._datasets[field] not in shard.offsets for shard in self._shards):
+            return _Blocks(self._datasets[field], spec, counts, self._chunk_samples)
+        return _Rows(self._datasets[field], spec, len(self._shards), len(self))
+
+    def __reduce__(self) -> Any:
+        return ShardSplit, self._arguments
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._firsts[-1])
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Of the shards' checksums, in order."""
-        text = " ".join(shard["sha256"] for shard in self._shards)
+        """Of the shards' checksums (sizes and heads where there are none), in order."""
+        text = " ".join(
+            shard.sha256 or f"{shard.samples} {shard.bytes} {shard.head_sha256}"
+            for shard in self._shards
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def take(self, indices: NDArray[np.int64]) -> Arrays:
+    def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
+        """Shuffled in blocks of some hundred kilobytes, or of what is compressed together."""
+        if self._chunk_samples:
+            block, aligned = self._chunk_samples, True
+        else:
+            # A ragged sample's size is known only on the average.
+            size = sum(spec.row_bytes for spec in self.fields.values() if not spec.ragged)
+            if any(spec.ragged for spec in self.fields.values()):
+                size = max(size, sum(shard.bytes for shard in self._shards) // max(1, len(self)))
+            block, aligned = max(1, BLOCK_BYTES // max(1, size)), False
+        return EpochOrder(len(self), seed, epoch, shuffle, block, lanes, aligned)
+
+    def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
         """Rows of every field.
 
         Raises:
-            Error: A shard is missing, truncated, or not what the index says.
+            BadShard: A shard is missing, truncated, or not what the index says.
         """
-        shards = np.searchsorted(self._ends, indices, side="right")
-        batch = {
-            field: np.empty((len(indices), *shape), dtype)
-            for field, (dtype, shape) in self.fields.items()
-        }
-        for shard in np.unique(shards):
-            number = int(shard)
-            arrays = self._maps.get(number) or self._open(number)
-            rows = shards == shard
-            local = indices[rows] - (self._ends[number] - self._shards[number]["samples"])
-            for field, out in batch.items():
-                if rows.all():
-                    # Without a mode other than "raise", numpy gathers into a buffer first.
-                    np.take(arrays[field], local, axis=0, out=out, mode="clip")
-                else:
-                    out[rows] = arrays[field][local]
+        shards = self._shards_of(indices)
+        self._open_all(shards)
+        local = indices - self._firsts[shards]
+        batch: Arrays = {}
+        try:
+            for field, reader in self._readers.items():
+                reader.take(field, shards, local, empty, batch)
+        except BadShard as error:
+            self._note_bad(int(shards[0]) if error.shard is None else error.shard, error)
+            raise
         return batch
 
-    def _open(self, number: int) -> Arrays:
-        shard = self._shards[number]
-        path = self._path / shard["path"]
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise Error(
-                f"shard {path} cannot be read: {error.strerror}.",
-                hint="is the whole shard set there? Import it again if not.",
-            ) from error
-        if size != shard["bytes"]:
-            raise Error(
-                f"shard {path} has {size} bytes, but the index says {shard['bytes']}.",
-                hint="it is truncated or not the shard of this index; import the data again.",
-            )
-        try:
-            arrays = dict(self._map(path, shard["samples"]))
-        except (OSError, KeyError, RuntimeError) as error:
-            raise Error(
-                f"shard {path} is not the HDF5 file it was: {error}.",
-                hint="it is corrupt; import the data again.",
-            ) from error
-        self._maps[number] = arrays
-        return arrays
+    def _shards_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self._even_samples:
+            return indices // self._even_samples
+        return np.searchsorted(self._firsts[1:], indices, side="right")
 
-    def _map(self, path: Path, samples: int) -> Iterator[tuple[str, NDArray[Any]]]:
-        with h5py.File(path, "r", locking=False) as file:
-            for field, (dtype, shape) in self.fields.items():
-                dataset = file[f"samples/{field}"]
-                if dataset.shape != (samples, *shape) or dataset.dtype != dtype:
-                    raise Error(
-                        f"shard {path}: samples/{field} is {dataset.dtype}{dataset.shape}, but the "
-                        f"index says {dtype}{(samples, *shape)}.",
-                        hint="the shard and the index are not of one set; import the data again.",
-                    )
-                offset = dataset.id.get_offset()
-                if offset is None:
-                    raise Error(
-                        f"shard {path}: samples/{field} is not stored contiguously.",
-                        hint="write shards with `hpctrain data import` or ShardWriter.",
-                    )
-                yield (
-                    field,
-                    np.memmap(path, dtype, mode="r", offset=offset, shape=(samples, *shape)),
-                )
-
-
-class ShardWriter:
-    """Writes a shard set; use it as a context manager.
-
-    Nothing counts until the context ends without an exception: then the index is written. Shards
-    are written under another name, synced, and renamed, so a reader never sees half a one.
-
-    Args:
-        path: Folder to make; it must not hold a shard set yet.
-        shard_bytes: A new shard is begun when one would grow beyond this.
-
-    Raises:
-        Error: The folder cannot be made, or holds a shard set.
-    """
-
-    def __init__(self, path: Path | str, *, shard_bytes: int = SHARD_BYTES) -> None:
-        self.path = Path(path)
-        self.shard_bytes = shard_bytes
-        self.attributes: dict[str, Any] = {}
-        self._fields: dict[str, dict[str, Any]] = {}
-        self._splits: dict[str, list[dict[str, Any]]] = {}
-        self._pending: dict[str, list[Arrays]] = {}
-        if (self.path / INDEX).exists():
-            raise Error(
-                f"{self.path} already holds a shard set.", hint="remove it, or choose another name."
-            )
-        with _writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-
-    def write(self, split: str, fields: Mapping[str, NDArray[Any]]) -> None:
-        """Add samples to a split.
-
-        Args:
-            split: Such as ``train``.
-            fields: Name -> array of shape (samples, ...); the same names, types and sample shapes
-                in every call.
+    def column(self, field: str) -> NDArray[Any]:
+        """One field of all samples, without reading the others.
 
         Raises:
-            Error: A field is missing, new, or of another type or shape than before.
+            Error: There is no such field, or it is ragged.
+            BadShard: A shard cannot be read.
         """
-        arrays = {name: np.asarray(array) for name, array in fields.items()}
-        spec = {
-            name: {"dtype": array.dtype.str, "shape": list(array.shape[1:])}
-            for name, array in arrays.items()
-        }
-        self._fields = self._fields or spec
-        if spec != self._fields:
+        if field not in self.fields or self.fields[field].ragged:
             raise Error(
-                f"samples of split '{split}' have fields {spec}, but the first had {self._fields}.",
-                hint="all samples of a set must have the same fields, types and shapes.",
+                f"split '{self.name}' of {self.path} has no field '{field}' of one shape.",
+                hint=nearest(field, self.fields),
             )
-        pending = self._pending.setdefault(split, [])
-        pending.append(arrays)
-        if sum(array.nbytes for part in pending for array in part.values()) >= self.shard_bytes:
-            self._flush(split)
+        every = np.arange(len(self))
+        shards = self._shards_of(every)
+        self._open_all(shards)
+        batch: Arrays = {}
+        self._readers[field].take(field, shards, every - self._firsts[shards], np.empty, batch)
+        return batch[field]
 
-    def _flush(self, split: str) -> None:
-        parts = self._pending.pop(split, [])
-        if not parts:
+    def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Which samples are in shards that are not known to be bad; None: all must be."""
+        if not self._skip:
+            return None
+        shards = self._shards_of(indices)
+        self._open_all(shards)
+        return np.asarray(self._states[shards] != 2)
+
+    def _open_all(self, shards: NDArray[np.int64]) -> None:
+        if (self._states[shards] == 1).all():
             return
-        shards = self._splits.setdefault(split, [])
-        name = f"{split}-{len(shards):05d}.h5"
-        arrays = {field: np.concatenate([part[field] for part in parts]) for field in self._fields}
-        temporary = self.path / f".{name}.{os.getpid()}"
-        with _writing(self.path):
-            try:
-                # Object headers hold no times, so the same samples give the same bytes.
-                with h5py.File(temporary, "w", libver="v110") as file:
-                    file.attrs["format"] = FORMAT
-                    file.attrs["version"] = VERSION
-                    for field, array in arrays.items():
-                        file.create_dataset(f"samples/{field}", data=array, track_times=False)
-                sync(temporary)
-                digest = sha256(temporary)
-                temporary.replace(self.path / name)
-            finally:
-                temporary.unlink(missing_ok=True)
-        samples = len(next(iter(arrays.values())))
-        size = (self.path / name).stat().st_size
-        shards.append({"path": name, "samples": samples, "bytes": size, "sha256": digest})
+        for number in np.unique(shards).tolist():
+            with self._lock:
+                state = self._states[number]
+                if state == 2 and not self._skip:
+                    raise self.bad[str(self.path / self._shards[number].path)]
+                if state == 0:
+                    try:
+                        self._open(number)
+                        self._states[number] = 1
+                    except BadShard as error:
+                        self._note_bad(number, error)
+                        if not self._skip:
+                            raise
 
-    def __enter__(self) -> ShardWriter:
-        return self
+    def _note_bad(self, number: int, error: BadShard) -> None:
+        with self._lock:
+            if self._skip and self._states[number] != 2:
+                lost = self._shards[number].samples
+                click.echo(
+                    f"hpctrain: warning: {error.message} Its {lost} samples are left out.", err=True
+                )
+            self._states[number] = 2
+            self.bad[str(self.path / self._shards[number].path)] = error
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
+    def _open(self, number: int) -> None:
+        shard = self._shards[number]
+        path = self._path_of(shard)
+        check(path, shard)
+        try:
+            for reader in self._readers.values():
+                reader.open(number, path, shard)
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            raise BadShard(
+                f"shard {path} cannot be opened: {error}.",
+                hint="`hpctrain data verify` tells more.",
+            ) from error
+
+    def _path_of(self, shard: ShardEntry) -> Path:
+        if self._staged is not None:
+            copy = self._staged / staged_name(shard)
+            if copy.exists():
+                return copy
+        return self.path / shard.path
+
+
+def staged_name(shard: ShardEntry) -> str:
+    """Name of a shard's copy; files of one name in different folders have different ones."""
+    place = hashlib.sha256(shard.path.encode()).hexdigest()[:12]
+    return f"{place}-{Path(shard.path).name}"
+
+
+def check(path: Path, shard: ShardEntry) -> None:
+    """Compare what costs nothing: the file's size, and its first bytes.
+
+    Raises:
+        BadShard: It is missing, or differs from the index.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise BadShard(
+            f"shard {path} cannot be read: {error.strerror}.",
+            hint="is the whole shard set there? Import it again if not.",
+        ) from error
+    if size != shard.bytes:
+        raise BadShard(
+            f"shard {path} has {size} bytes, but the index says {shard.bytes}.",
+            hint="it is truncated or not the shard of this index; import the data again.",
+        )
+    if hashlib.sha256(head).hexdigest() != shard.head_sha256:
+        raise BadShard(
+            f"shard {path} does not begin as the index says.",
+            hint="it is corrupt or another shard in its place; `hpctrain data verify` tells more.",
+        )
+
+
+class _Rows:
+    """A field whose rows are mapped."""
+
+    def __init__(self, dataset: str, spec: FieldSpec, shards: int, rows: int) -> None:
+        self._dataset = dataset
+        self._spec = spec
+        self._shards, self._rows = shards, rows
+        # One region, unless files put the field at offsets that no common grid of rows has.
+        self._regions: dict[int, Region] = {}
+        self._region_of = np.zeros(shards, dtype=np.int64)
+        self._first_row = np.zeros(shards, dtype=np.int64)
+
+    def open(self, number: int, path: Path, shard: ShardEntry) -> None:
+        offset = shard.offsets[self._dataset]
+        if offset + shard.samples * self._spec.row_bytes > shard.bytes:
+            raise ValueError(f"{self._dataset} leads beyond the file's end")
+        if shard.samples:
+            phase = phase_of(offset, self._spec.row_bytes)
+            if phase not in self._regions:
+                self._regions[phase] = Region(self._spec.row_bytes, self._rows, self._shards, phase)
+            self._region_of[number] = phase
+            self._first_row[number] = self._regions[phase].map(path, offset, shard.samples)
+
+    def _gather(
+        self, shards: NDArray[np.int64], local: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> None:
-        if kind is not None:
+        rows = self._first_row[shards] + local
+        if len(self._regions) == 1:
+            # Without a mode other than "raise", numpy gathers into a buffer first.
+            for region in self._regions.values():
+                np.take(region.rows, rows, axis=0, out=out, mode="clip")
             return
-        for split in list(self._pending):
-            self._flush(split)
-        index = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fields": self._fields,
-            "splits": {
-                name: {"samples": sum(shard["samples"] for shard in shards), "shards": shards}
-                for name, shards in self._splits.items()
-            },
-            "attributes": self.attributes,
-        }
-        with _writing(self.path):
-            write_text(self.path / INDEX, json.dumps(index, indent=1) + "\n")
+        phases = self._region_of[shards]
+        for phase, region in list(self._regions.items()):
+            mine = phases == phase
+            out[mine] = region.rows[rows[mine]]
+
+    def take(
+        self,
+        field: str,
+        shards: NDArray[np.int64],
+        local: NDArray[np.int64],
+        empty: Empty,
+        batch: Arrays,
+    ) -> None:
+        batch[field] = empty((len(local), *self._spec.shape), self._spec.kind)
+        if len(local):
+            self._gather(shards, local, as_bytes(batch[field]))
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    file = path / INDEX
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        if index["format"] != FORMAT:
-            raise ValueError(f"its format is {index['format']!r}")
-        if index["version"] != VERSION:
-            raise Error(
-                f"{file} is of version {index['version']}; this hpctrain reads {VERSION}.",
-                hint="update hpctrain, or import the data again.",
-            )
-        for split in index["splits"].values():
-            for shard in split["shards"]:
-                int(shard["samples"]), int(shard["bytes"]), str(shard["path"]), shard["sha256"]
-        for spec in index["fields"].values():
-            np.dtype(spec["dtype"]), tuple(spec["shape"])
-    except OSError as error:
-        raise Error(
-            f"{path} is not a shard set: {INDEX} cannot be read ({error.strerror}).",
-            hint="make one with `hpctrain data import SRC DST`.",
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Error(
-            f"{file} is damaged: {type(error).__name__}: {error}.", hint="import the data again."
-        ) from error
-    return dict(index)
+class _Blocks:
+    """A field of chunked datasets."""
+
+    def __init__(
+        self, dataset: str, spec: FieldSpec, counts: NDArray[np.int64], block: int
+    ) -> None:
+        self._dataset = dataset
+        self._spec = spec
+        self._block = block
+        blocks = -(-counts // block)
+        self._first_block = np.concatenate([[0], np.cumsum(blocks)])
+        self._open: dict[int, ChunkedDataset] = {}
+        total = int(self._first_block[-1])
+        self._cache = BlockCache(total, block, spec.row_bytes, self._read)
+
+    def open(self, number: int, path: Path, shard: ShardEntry) -> None:
+        dataset = ChunkedDataset(path, self._dataset, self._block)
+        if dataset.rows < shard.samples:
+            raise ValueError(f"{self._dataset} has {dataset.rows} rows, not {shard.samples}")
+        self._open[number] = dataset
+
+    def _read(self, block: int, out: NDArray[np.uint8]) -> None:
+        shard = int(np.searchsorted(self._first_block[1:], block, side="right"))
+        try:
+            self._open[shard].read(block - int(self._first_block[shard]), out)
+        except BadShard as error:
+            error.shard = shard
+            raise
+
+    def take(
+        self,
+        field: str,
+        shards: NDArray[np.int64],
+        local: NDArray[np.int64],
+        empty: Empty,
+        batch: Arrays,
+    ) -> None:
+        batch[field] = empty((len(local), *self._spec.shape), self._spec.kind)
+        place, row = np.divmod(local, self._block)
+        self._cache.take(self._first_block[shards] + place, row, as_bytes(batch[field]))
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Error(
-            f"cannot write {path}: {error.strerror or error}.",
-            hint="is there room, and may you write there?",
-        ) from error
+class _Ragged:
+    """A field of which each sample has any number of rows: mapped values, and mapped offsets."""
+
+    def __init__(self, dataset: str, spec: FieldSpec, shards: int) -> None:
+        self._dataset = dataset
+        self._spec = spec
+        self._offsets: dict[int, NDArray[np.int64]] = {}
+        self._values: dict[int, NDArray[np.uint8]] = {}
+
+    def open(self, number: int, path: Path, shard: ShardEntry) -> None:
+        offsets = _mapped(path, shard.offsets[f"{self._dataset}/offsets"], shard.samples + 1, 8)
+        self._offsets[number] = offsets.view(np.int64).reshape(-1)
+        rows = int(self._offsets[number][-1])
+        if (np.diff(self._offsets[number]) < 0).any() or self._offsets[number][0] != 0:
+            raise ValueError(f"{self._dataset}/offsets do not rise from 0")
+        start = shard.offsets[f"{self._dataset}/values"]
+        if start + rows * self._spec.row_bytes > shard.bytes:
+            raise ValueError(f"{self._dataset}/offsets lead beyond the file's end")
+        self._values[number] = _mapped(path, start, rows, self._spec.row_bytes)
+
+    def take(
+        self,
+        field: str,
+        shards: NDArray[np.int64],
+        local: NDArray[np.int64],
+        empty: Empty,
+        batch: Arrays,
+    ) -> None:
+        pieces = []
+        offsets = empty((len(local) + 1,), np.dtype(np.int64))
+        offsets[0] = total = 0
+        for i, (shard, sample) in enumerate(zip(shards.tolist(), local.tolist(), strict=True), 1):
+            start, stop = self._offsets[shard][sample : sample + 2].tolist()
+            pieces.append(self._values[shard][start:stop])
+            offsets[i] = total = total + stop - start
+        values = empty((total, *self._spec.shape), self._spec.kind)
+        if total:
+            np.concatenate(pieces, out=as_bytes(values))
+        batch[field] = values
+        batch[field + OFFSETS] = offsets
+
+
+class _Nothing:
+    """A field whose samples have no bytes."""
+
+    def __init__(self, spec: FieldSpec) -> None:
+        self._spec = spec
+
+    def open(self, number: int, path: Path, shard: ShardEntry) -> None:
+        pass
+
+    def take(
+        self,
+        field: str,
+        shards: NDArray[np.int64],
+        local: NDArray[np.int64],
+        empty: Empty,
+        batch: Arrays,
+    ) -> None:
+        batch[field] = empty((len(local), *self._spec.shape), self._spec.kind)
+
+
+def _mapped(path: Path, offset: int, rows: int, row_bytes: int) -> NDArray[np.uint8]:
+    if rows * row_bytes == 0:
+        return np.empty((rows, row_bytes), np.uint8)
+    return np.memmap(path, np.uint8, mode="r", offset=offset, shape=(rows, row_bytes))
+
+
+def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """The same memory as rows of bytes, of shape (n, row bytes)."""
+    return (
+        array.view(np.uint8).reshape(len(array), -1)
+        if array.size
+        else np.empty((len(array), 0), np.uint8)
+    )

@@ -3,33 +3,96 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpctrain.data.order import EpochOrder, Order, Shuffle
 from hpctrain.errors import Error
+
+if TYPE_CHECKING:
+    import torch
 
 Arrays = dict[str, NDArray[Any]]
 
+OFFSETS = ".offsets"
+"""A ragged field ``x`` comes as the rows of all samples one after the other, ``x``, and as
+``x.offsets``: sample ``i`` has the rows from ``offsets[i]`` to ``offsets[i + 1]``."""
 
-class Source(Protocol):
-    """Samples that can be taken by number. A sample is one row of each field."""
+Empty = Callable[[tuple[int, ...], Any], NDArray[Any]]
+"""Gives an array of a shape and dtype to be filled, as ``numpy.empty`` does."""
 
+
+class Source(ABC):
+    """Samples that can be taken by number. A sample is one row of each field.
+
+    A source of your own needs ``__len__``, ``digest`` and ``take``. It is also a map-style dataset
+    for ``torch.utils.data.DataLoader``, which asks it for the samples of a batch in one call.
+    """
+
+    @abstractmethod
     def __len__(self) -> int:
         """How many samples there are."""
 
     @property
+    @abstractmethod
     def digest(self) -> str:
         """Names the content: a checkpoint's cursor means nothing in another set of samples."""
 
-    def take(self, indices: NDArray[np.int64]) -> Arrays:
-        """Rows of every field, in the order of ``indices``, in memory of their own."""
+    @abstractmethod
+    def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
+        """Rows of every field, in the order of ``indices``, in memory of their own.
+
+        Args:
+            indices: Shape (n,), each from 0 to ``len(self) - 1``.
+            empty: Gives the memory, where the source has a use for it.
+
+        Returns:
+            Field name -> array of shape (n, ...).
+
+        Raises:
+            BadShard: What holds some of the samples cannot be read.
+        """
+
+    def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Which of these samples are not known to be lost, of shape (n,); None: all."""
+        return None
+
+    def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
+        """The order in which an epoch's samples are seen."""
+        return EpochOrder(len(self), seed, epoch, shuffle, lanes=lanes)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Samples by their numbers: for each, field name -> tensor."""
+        batch = self.take(np.asarray(indices, dtype=np.int64))
+        fields = {name: native(array) for name, array in batch.items()}
+        return [
+            {
+                name: rows[fields[name + OFFSETS][i] : fields[name + OFFSETS][i + 1]]
+                if name + OFFSETS in fields
+                else rows[i]
+                for name, rows in fields.items()
+                if not name.endswith(OFFSETS)
+            }
+            for i in range(len(indices))
+        ]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One sample: field name -> tensor.
+
+        Raises:
+            IndexError: There is none of this number.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.__getitems__([index])[0]
 
 
-class ArraySource:
+class ArraySource(Source):
     """Samples held in memory.
 
     Args:
@@ -60,6 +123,20 @@ class ArraySource:
             digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def take(self, indices: NDArray[np.int64]) -> Arrays:
+    def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
         """Rows of every field."""
-        return {name: array[indices] for name, array in self._fields.items()}
+        batch = {}
+        for name, array in self._fields.items():
+            batch[name] = empty((len(indices), *array.shape[1:]), array.dtype)
+            # Without a mode other than "raise", numpy gathers into a buffer first.
+            np.take(array, indices, axis=0, out=batch[name], mode="clip")
+        return batch
+
+
+def native(array: NDArray[Any]) -> torch.Tensor:
+    """The array as a tensor, in this machine's byte order; shared memory where that is the same."""
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    import torch  # here, because importing data needs none, and it takes a second to load
+
+    return torch.from_numpy(array)

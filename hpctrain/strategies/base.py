@@ -19,7 +19,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     Groups, state and hooks are the inner optimizer's, so learning-rate schedulers, gradient
     scalers and checkpoints work on either alike. Gradients become the *average over ranks*; where
     ranks hold different numbers of samples, multiply each loss by ``batch.weight`` (see
-    :class:`hpctrain.data.loader.Batch`), and the average is the global batch's own.
+    :class:`hpctrain.data.batch.Batch`), and the average is the global batch's own.
 
     Attributes:
         inner: The user's optimizer.

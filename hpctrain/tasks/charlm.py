@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hpctrain.data.loader import Batch
+from hpctrain.data.batch import Batch
 from hpctrain.task import Loss, Task
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from hpctrain.data.loader import Batch
+from hpctrain.data.batch import Batch
+from hpctrain.data.normalize import normalize
 from hpctrain.task import Loss, Task
 
 # Of CIFAR-10's training images, by channel, of values 0 to 255.
@@ -60,7 +61,8 @@ class Cifar10(Task):
 
     def transform(self, batch: Batch, training: bool) -> Batch:
         """Normalise; when training, flip half of the images and shift each by up to 4 pixels."""
-        images = batch["image"].float().sub_(torch.tensor(MEAN)).div_(torch.tensor(STD))
+        images = batch.empty(*batch["image"].shape)
+        normalize(batch["image"], MEAN, STD, out=images)
         if training and batch.samples:
             images = augment(images, batch.uniform(3))
         # From (n, height, width, channels); a view, which is what channels-last means.

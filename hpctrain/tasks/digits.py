@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 from torch.nn import functional as F
 
 from hpctrain.config import DataConfig
-from hpctrain.data.loader import Batch
+from hpctrain.data.batch import Batch
 from hpctrain.data.order import EpochOrder
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.task import Loss, Task
@@ -58,7 +59,7 @@ class Digits(Task):
         digits = load_digits()
         pixels = (digits.data / 16.0).astype("float32")
         labels = digits.target.astype("int64")
-        order = EpochOrder(len(labels), seed=0, epoch=0).indices(0, len(labels))
+        order = EpochOrder(len(labels), seed=0, epoch=0).indices(np.arange(len(labels)))
         held, rest = order[: len(labels) // 5], order[len(labels) // 5 :]
         return {
             "train": ArraySource({"pixels": pixels[rest], "label": labels[rest]}),

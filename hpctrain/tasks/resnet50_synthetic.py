@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from hpctrain.config import DataConfig
-from hpctrain.data.loader import Batch
-from hpctrain.data.order import key, uniform
-from hpctrain.data.source import Arrays, Source
+from hpctrain.data.batch import Batch
+from hpctrain.data.random import key, uniform
+from hpctrain.data.source import Arrays, Empty, Source
 from hpctrain.task import Loss, Task
 
 
@@ -51,7 +51,7 @@ class ResNet50Synthetic(Task):
         return {"train": SyntheticImages(self.samples, self.image_size, self.classes)}
 
 
-class SyntheticImages:
+class SyntheticImages(Source):
     """A source whose sample i is a pure function of i."""
 
     def __init__(self, samples: int, size: int, classes: int) -> None:
@@ -67,7 +67,7 @@ class SyntheticImages:
         """Of what the samples are made from."""
         return f"synthetic {self._samples} {self._pattern.shape} {self._classes}"
 
-    def take(self, indices: NDArray[np.int64]) -> Arrays:
+    def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
         """A pattern scaled by the label, of shape (n, 3, size, size)."""
         draws = uniform(indices.astype(np.uint64), 1, key(0))
         labels: NDArray[Any] = (draws[:, 0] * self._classes).astype(np.int64)

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from hpctrain.data.shards import ShardWriter
+from hpctrain.data.writer import ShardWriter
 
 TASK = """
 import hpctrain
@@ -52,7 +52,7 @@ def complaint(result, code=2):
         (["digits", "--resume", "auto"], "--resume auto without --out"),
         (["mine.py"], "this task needs data"),
         (["mine.py", "--data", "missing"], "missing is not a shard set"),
-        (["mine.py", "--data", "truncated"], "train-00000.h5 has 100 bytes"),
+        (["mine.py", "--data", "truncated"], "train-000000.h5 has 100 bytes"),
     ],
 )
 def test_one_line(hpctrain, arguments, message):
@@ -66,7 +66,7 @@ def test_one_line(hpctrain, arguments, message):
     (folder / "file").write_text("not a folder")
     with ShardWriter(folder / "truncated") as writer:
         writer.write("train", {"x": np.zeros((20, 2), "float32")})
-    os.truncate(folder / "truncated" / "train-00000.h5", 100)
+    os.truncate(folder / "truncated" / "train-000000.h5", 100)
     assert message in complaint(hpctrain("train", *arguments))
 
 
@@ -202,6 +202,11 @@ def test_full_disk(hpctrain):
         (["import", "missing", "shards"], "missing does not exist"),
         (["import", "text.txt", "file/shards"], "cannot write file/shards"),
         (["info", "."], "is not a shard set"),
+        (["adopt", "missing.h5", "--out", "index"], "missing.h5 does not exist"),
+        (["adopt", "text.txt", "--out", "index"], "text.txt cannot be read as HDF5"),
+        (["verify", "missing"], "missing is not a shard set"),
+        (["stage", "missing", "local"], "missing is not a shard set"),
+        (["bench", "missing"], "missing is not a shard set"),
     ],
 )
 def test_data_commands(hpctrain, arguments, message):

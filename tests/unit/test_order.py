@@ -1,56 +1,139 @@
-"""The order's properties, and the loader's against a sequential oracle."""
+"""The epoch order: exactly once, at any position, well mixed, and read mostly by one rank."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain.data.loader import Loader
-from hpctrain.data.order import EpochOrder, key, permute, share
-from hpctrain.data.source import ArraySource
-from hpctrain.launcher import Launch
-from hpctrain.world import World
+from hpctrain.data.order import EpochOrder, share
+from hpctrain.data.quality import amplification, shuffle_quality
+from hpctrain.data.random import key, permute
+
+ORDERS = st.builds(
+    EpochOrder,
+    samples=st.integers(1, 3000),
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 10**6),
+    shuffle=st.sampled_from(["block", "full", "none"]),
+    block=st.integers(1, 200),
+    lanes=st.integers(1, 100),
+    aligned=st.booleans(),
+)
 
 
-@given(n=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6))
-def test_a_permutation(n, seed, epoch):
-    order = EpochOrder(n, seed, epoch).indices(0, n)
-    assert sorted(order.tolist()) == list(range(n))
+def whole(order):
+    return order.indices(np.arange(order.samples))
 
 
-@given(n=st.integers(1, 2000), data=st.data())
-def test_random_access(n, data):
-    order = EpochOrder(n, 1, 2)
-    start = data.draw(st.integers(0, n))
-    stop = data.draw(st.integers(start, n))
-    assert order.indices(start, stop).tolist() == order.indices(0, n)[start:stop].tolist()
+@given(order=ORDERS)
+def test_every_sample_once(order):
+    assert np.array_equal(np.sort(whole(order)), np.arange(order.samples))
 
 
-def test_large_sets_cost_nothing():
-    order = EpochOrder(10**12, 0, 0)
-    indices = order.indices(10**12 - 1000, 10**12)
+@given(order=ORDERS, data=st.data())
+def test_random_access(order, data):
+    positions = data.draw(st.lists(st.integers(0, order.samples - 1), max_size=30))
+    wanted = order.indices(np.array(positions, dtype=np.int64))
+    assert wanted.tolist() == whole(order)[positions].tolist()
+
+
+@pytest.mark.parametrize("shuffle", ["block", "full", "none"])
+def test_large_sets_cost_nothing(shuffle):
+    order = EpochOrder(10**12, 0, 0, shuffle, block=128, lanes=256)
+    indices = order.indices(np.arange(10**12 - 1000, 10**12))
     assert len(set(indices.tolist())) == 1000
     assert indices.min() >= 0 and indices.max() < 10**12
 
 
 def test_golden():
     """The order is part of the format: a checkpoint's cursor counts on it in later versions too."""
-    assert EpochOrder(10, 0, 0).indices(0, 10).tolist() == GOLDEN[0]
-    assert EpochOrder(10, 1, 2).indices(0, 10).tolist() == GOLDEN[1]
-    assert key(1, 2, 3) == GOLDEN[2]
+    assert whole(EpochOrder(10, 0, 0)).tolist() == GOLDEN[0]
+    assert whole(EpochOrder(10, 1, 2)).tolist() == GOLDEN[1]
+    assert whole(EpochOrder(29, 1, 2, "block", 4, 3, True)).tolist() == GOLDEN[2]
+    assert key(1, 2, 3) == 15020427595393229491
+    large = EpochOrder(10**12, 1, 2, "block", 128, 256).indices(
+        np.array([0, 1, 10**11, 10**12 - 1])
+    )
+    assert large.tolist() == GOLDEN[3]
 
 
-GOLDEN = ([1, 8, 0, 2, 6, 7, 5, 4, 9, 3], [6, 7, 1, 3, 4, 8, 5, 2, 0, 9], 15020427595393229491)
+GOLDEN = [
+    [9, 3, 0, 1, 4, 6, 2, 8, 7, 5],
+    [4, 8, 1, 0, 3, 7, 2, 5, 6, 9],
+    [
+        2,
+        22,
+        6,
+        3,
+        20,
+        4,
+        1,
+        21,
+        24,
+        0,
+        10,
+        26,
+        14,
+        11,
+        25,
+        15,
+        9,
+        27,
+        17,
+        18,
+        19,
+        13,
+        8,
+        5,
+        12,
+        23,
+        7,
+        28,
+        16,
+    ],
+    [772796302526, 709502759127, 112190785578, 116811713068],
+]
 
 
-def test_epochs_and_seeds_differ():
+@pytest.mark.parametrize("block", [1, 5])
+def test_epochs_and_seeds_differ(block):
     orders = {
-        tuple(EpochOrder(50, seed, epoch).indices(0, 50)) for seed in range(5) for epoch in range(5)
+        tuple(whole(EpochOrder(50, seed, epoch, "block", block, 4, True)))
+        for seed in range(5)
+        for epoch in range(5)
     }
     assert len(orders) == 25
+
+
+@pytest.mark.parametrize(
+    ("samples", "block", "lanes", "aligned"),
+    [(50_000, 170, 256, False), (50_000, 64, 256, True), (60_000, 512, 128, False)],
+)
+def test_mixing_and_reading(samples, block, lanes, aligned):
+    """Samples sorted by class are mixed as by a full permutation, though ranks read blocks."""
+    labels = np.arange(samples) // 500
+    order = EpochOrder(samples, 3, 4, "block", block, lanes, aligned)
+    assert order.block_samples > 1
+    assert shuffle_quality(order, labels, lanes) < 1.1
+    for ranks in (5, 8, 12):
+        assert amplification(order, lanes, ranks) < 1.3
+    unmixed = EpochOrder(samples, 3, 4, "none")
+    assert shuffle_quality(unmixed, labels, lanes) > 20
+
+
+def test_reading_is_even_in_time():
+    """Lanes change windows one after the other: no moment in which all want new blocks."""
+    order = EpochOrder(1_000_000, 0, 0, "block", 64, 256, aligned=True)
+    blocks = whole(order)[: 256 * 1024].reshape(64, -1) // 64
+    seen: set[int] = set()
+    new = []
+    for stretch in blocks:
+        fresh = set(stretch.tolist()) - seen
+        new.append(len(fresh))
+        seen |= fresh
+    assert max(new[16:]) < 2 * np.mean(new[16:])
 
 
 def test_no_position_is_favoured():
@@ -75,62 +158,3 @@ def test_shares(count, size, start):
     sizes = [stop - begin for begin, stop in parts]
     assert max(sizes) - min(sizes) <= 1
     assert sizes[0] == max(sizes)
-
-
-def loaders(source, batch_size, size, seed):
-    return [
-        Loader(source, batch_size, world=World(Launch("mpirun", rank, size, rank, size)), seed=seed)
-        for rank in range(size)
-    ]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 100),
-    batch_size=st.integers(1, 40),
-    seed=st.integers(0, 1000),
-    worlds=st.lists(st.tuples(st.integers(1, 7), st.integers(0, 6)), max_size=5),
-)
-def test_exactly_once_whatever_the_world(n, batch_size, seed, worlds):
-    """Two epochs through a sequence of (world size, batches until it changes)."""
-    source = ArraySource({"x": np.arange(n)})
-    oracle = [
-        EpochOrder(n, seed, epoch).indices(start, min(start + batch_size, n)).tolist()
-        for epoch in range(2)
-        for start in range(0, n, batch_size)
-    ]
-    state = loaders(source, batch_size, 1, seed)[0].state_dict()
-    seen = []
-    for size, batches in [*worlds, (2, 10**6)]:
-        ranks = loaders(source, batch_size, size, seed)
-        for loader in ranks:
-            loader.load_state_dict(state)
-        while batches > 0 and ranks[0].epoch < 2:
-            for parts in zip(*ranks, strict=True):
-                seen.append([x for part in parts for x in part["x"].tolist()])
-                assert {part.global_samples for part in parts} == {len(seen[-1])}
-                assert sum(part.weight for part in parts) == pytest.approx(size)
-                state = ranks[0].state_dict()
-                assert all(loader.state_dict() == state for loader in ranks)
-                batches -= 1
-                if not batches:
-                    break
-    assert seen == oracle
-
-
-def test_uniform_belongs_to_positions():
-    source = ArraySource({"x": np.arange(30)})
-    whole = torch.cat([batch.uniform(3) for batch in Loader(source, 7, seed=4)])
-    parts = zip(*loaders(source, 10, 3, 4), strict=True)
-    assert torch.equal(whole, torch.cat([part.uniform(3) for batch in parts for part in batch]))
-    assert whole.min() >= 0 and whole.max() < 1
-    assert abs(whole.mean() - 0.5) < 0.1
-
-
-def test_split_keeps_order_and_weight():
-    source = ArraySource({"x": np.arange(10)})
-    batch = next(iter(Loader(source, 7, shuffle=False)))
-    parts = list(batch.split(3))
-    assert [part["x"].tolist() for part in parts] == [[0, 1, 2], [3, 4], [5, 6]]
-    assert sum(part.weight for part in parts) == pytest.approx(1)
-    assert torch.equal(torch.cat([part.uniform(1) for part in parts]), batch.uniform(1))

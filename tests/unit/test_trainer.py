@@ -60,7 +60,7 @@ def trainer_of(tmp_path, task=None, **sections):
 
 
 def batches(epoch):
-    order = EpochOrder(N, 0, epoch).indices(0, N)
+    order = EpochOrder(N, 0, epoch).indices(np.arange(N))
     return [torch.from_numpy(order[start : start + 8]) for start in range(0, N, 8)]
 
 

@@ -1,0 +1,174 @@
+"""A rank's part of a global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hpctrain.data.buffers import Buffers
+from hpctrain.data.order import EpochOrder, Order, share
+from hpctrain.data.random import Integers
+from hpctrain.data.source import OFFSETS
+
+
+class Batch(dict[str, torch.Tensor]):
+    """This rank's part of a global batch: field name -> tensor of shape (samples, ...).
+
+    A ragged field ``x`` is two tensors: ``x``, the rows of all samples one after the other, and
+    ``x.offsets``, of shape (samples + 1,); ``batch.rows("x")`` gives them sample by sample.
+
+    Attributes:
+        start: First position of the global batch in the epoch.
+        stop: Position after its last; the cursor once the batch is done.
+        positions: Of this rank's samples, shape (samples,), uint64.
+        lost: How many of this rank's samples were left out because their shards cannot be read.
+    """
+
+    def __init__(
+        self,
+        fields: dict[str, torch.Tensor],
+        *,
+        order: Order,
+        start: int,
+        stop: int,
+        positions: Integers,
+        world_size: int,
+        lost: int = 0,
+        buffers: Buffers | None = None,
+    ) -> None:
+        super().__init__(fields)
+        self._order = order
+        self._world_size = world_size
+        self._buffers = buffers or Buffers()
+        self.start = start
+        self.stop = stop
+        self.positions = positions
+        self.lost = lost
+
+    @property
+    def samples(self) -> int:
+        """How many samples this rank has; may be 0 in an epoch's last batch."""
+        return len(self.positions)
+
+    @property
+    def global_samples(self) -> int:
+        """Samples of the whole world in this batch."""
+        return self.stop - self.start
+
+    @property
+    def weight(self) -> float:
+        """What to multiply a mean loss over this part with.
+
+        The average of gradients over ranks is then the gradient of the mean over the global batch.
+        """
+        return self.samples * self._world_size / self.global_samples
+
+    def uniform(self, count: int) -> torch.Tensor:
+        """Random numbers in [0, 1) for augmentation, of shape (samples, count), float32.
+
+        They belong to the samples' positions in the epoch: the same at any world size, and again
+        after a resume. Ask for all that a transform needs in one call.
+        """
+        return torch.from_numpy(self._order.uniform(self.positions, count))
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Memory for a result, with anything in it.
+
+        It is used again once nothing refers to it, which for large batches is several times as fast
+        as memory from ``torch.empty``.
+        """
+        kind = torch.empty(0, dtype=dtype).numpy().dtype
+        return torch.from_numpy(self._buffers.empty(shape, kind))
+
+    def rows(self, name: str) -> list[torch.Tensor]:
+        """A ragged field's samples, each of shape (rows, ...), without a copy."""
+        sizes = self[name + OFFSETS].diff().tolist()
+        return list(self[name].split(sizes)) if sizes else []
+
+    def replace(self, **fields: torch.Tensor) -> Batch:
+        """The same batch with some fields changed or added."""
+        return self._with({**self, **fields}, self.positions)
+
+    def drop(self, *names: str) -> Batch:
+        """The same batch without some fields; a ragged one goes with its offsets."""
+        gone = {*names, *(name + OFFSETS for name in names)}
+        kept = {name: tensor for name, tensor in self.items() if name not in gone}
+        return self._with(kept, self.positions)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """The same batch on a device, floating-point fields in another type where one is given."""
+        moved = {
+            name: tensor.to(
+                device, dtype if tensor.is_floating_point() else None, non_blocking=True
+            )
+            for name, tensor in self.items()
+        }
+        return self._with(moved, self.positions)
+
+    def split(self, parts: int) -> Iterator[Batch]:
+        """Nearly equal parts of this rank's samples; empty ones are left out."""
+        for number in range(parts):
+            start, stop = share(0, self.samples, number, parts)
+            if stop > start:
+                yield self._with(part(self, start, stop), self.positions[start:stop])
+
+    def _with(self, fields: dict[str, torch.Tensor], positions: Integers) -> Batch:
+        return Batch(
+            fields,
+            order=self._order,
+            start=self.start,
+            stop=self.stop,
+            positions=positions,
+            world_size=self._world_size,
+            lost=self.lost,
+            buffers=self._buffers,
+        )
+
+    def __reduce__(self) -> Any:
+        # Between processes; whoever gets it knows the order.
+        arguments = (dict(self), self.start, self.stop, self.positions, self._world_size, self.lost)
+        return _rebuilt, arguments
+
+    def attach(self, order: Order, buffers: Buffers) -> Batch:
+        """Give a batch that came from another process what was left behind there."""
+        self._order, self._buffers = order, buffers
+        return self
+
+
+Rows = TypeVar("Rows", torch.Tensor, NDArray[Any])
+
+
+def part(fields: Mapping[str, Rows], start: int, stop: int) -> dict[str, Rows]:
+    """Some of the samples of all fields, without a copy of more than offsets."""
+    result: dict[str, Rows] = {}
+    for name, tensor in fields.items():
+        if name.endswith(OFFSETS):
+            result[name] = tensor[start : stop + 1] - tensor[start]
+        elif (offsets := fields.get(name + OFFSETS)) is not None:
+            result[name] = tensor[int(offsets[start]) : int(offsets[stop])]
+        else:
+            result[name] = tensor[start:stop]
+    return result
+
+
+def _rebuilt(
+    fields: dict[str, torch.Tensor],
+    start: int,
+    stop: int,
+    positions: Integers,
+    world_size: int,
+    lost: int,
+) -> Batch:
+    return Batch(
+        fields,
+        order=EpochOrder(stop, 0, 0),
+        start=start,
+        stop=stop,
+        positions=np.asarray(positions),
+        world_size=world_size,
+        lost=lost,
+    )

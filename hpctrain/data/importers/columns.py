@@ -1,0 +1,136 @@
+"""Columns of Arrow tables as columns of samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import types
+
+from hpctrain.data.index import FieldSpec
+from hpctrain.data.writer import Column, Ragged
+from hpctrain.errors import Error
+
+CLASS_COLUMNS = ("label", "class", "target", "y")
+BYTES = FieldSpec("|u1", ragged=True)
+
+
+def holds_classes(field: Any) -> bool:
+    """Whether an Arrow field names each row's class."""
+    return field.name.lower() in CLASS_COLUMNS and _is_text(_plain(field.type))
+
+
+def is_undecided(field: Any) -> bool:
+    """Whether the values must be seen to know what becomes of an Arrow field."""
+    return holds_classes(field) or _is_list(field.type)
+
+
+def spec_of_field(field: Any, lengths: set[int], where: str) -> FieldSpec:
+    """What an Arrow field becomes.
+
+    Args:
+        field: Its name and type.
+        lengths: Shortest and longest list, where it holds lists.
+        where: What to call it in an error.
+
+    Raises:
+        Error: Nothing can become of it.
+    """
+    kind = _plain(field.type)
+    if not field.name:
+        raise Error(f"{where} has no name.", hint="pandas' to_csv(index=False) leaves it out.")
+    if holds_classes(field):
+        return FieldSpec("<i8")
+    if _is_text(kind):
+        return BYTES
+    if _is_number(kind):
+        return FieldSpec(_numpy(kind))
+    if types.is_fixed_size_list(kind) and _is_number(kind.value_type):
+        return FieldSpec(_numpy(kind.value_type), (kind.list_size,))
+    if _is_list(kind) and _is_number(kind.value_type):
+        fixed = len(lengths) == 1
+        return FieldSpec(_numpy(kind.value_type), tuple(lengths) if fixed else (), not fixed)
+    raise Error(
+        f"{where} is of type {kind}, which cannot be a field.",
+        hint="numbers, booleans, text, and lists of numbers can: convert it or leave it out.",
+    )
+
+
+def lengths_of(column: Any) -> set[int]:
+    """Shortest and longest list of a column; empty where it holds no lists."""
+    if not _is_list(column.type) or not len(column):
+        return set()
+    found = pc.min_max(pc.list_value_length(column)).as_py()
+    return {length for length in found.values() if length is not None}
+
+
+def column_of(column: Any, spec: FieldSpec, classes: list[str] | None, where: str) -> Column:
+    """The samples that an Arrow array holds.
+
+    Args:
+        column: The array.
+        spec: What they are to be.
+        classes: Names whose numbers they become; None: they hold no classes.
+        where: What to call it in an error.
+
+    Raises:
+        Error: Some rows hold nothing.
+    """
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    _refuse_nulls(column, where)
+    if classes is not None:
+        numbers = pc.index_in(column, value_set=pa.array(classes, column.type))
+        return np.asarray(numbers.to_numpy(zero_copy_only=False)).astype(np.int64)
+    if _is_text(column.type):
+        column = column.cast(pa.large_binary())
+        offsets = np.frombuffer(column.buffers()[1], np.int64)
+        offsets = offsets[column.offset : column.offset + len(column) + 1]
+        content = column.buffers()[2]
+        values = np.frombuffer(content, np.uint8) if content else np.empty(0, np.uint8)
+        return Ragged(values[offsets[0] : offsets[-1]], offsets - offsets[0])
+    if _is_number(column.type):
+        return np.asarray(column.to_numpy(zero_copy_only=False))
+    inner = column.flatten()
+    _refuse_nulls(inner, f"a list in {where}")
+    values = np.asarray(inner.to_numpy(zero_copy_only=False))
+    if spec.ragged:
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+        return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return values.reshape(len(column), *spec.shape)
+
+
+def _refuse_nulls(column: Any, where: str) -> None:
+    if column.null_count:
+        raise Error(f"{where} holds nulls.", hint="fill them, or leave these rows out.")
+
+
+def _plain(kind: Any) -> Any:
+    return kind.value_type if types.is_dictionary(kind) else kind
+
+
+def _is_number(kind: Any) -> bool:
+    return bool(types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    tests = (
+        types.is_string,
+        types.is_large_string,
+        types.is_string_view,
+        types.is_binary,
+        types.is_large_binary,
+        types.is_binary_view,
+        types.is_fixed_size_binary,
+    )
+    return any(bool(test(kind)) for test in tests)
+
+
+def _is_list(kind: Any) -> bool:
+    return bool(types.is_list(kind) or types.is_large_list(kind))
+
+
+def _numpy(kind: Any) -> str:
+    return "|b1" if types.is_boolean(kind) else np.dtype(kind.to_pandas_dtype()).str

@@ -1,0 +1,224 @@
+"""The index of a shard set: what it holds, shard by shard, and a checksum of itself.
+
+It is JSON, one shard a line, and its last member is the SHA-256 of every byte before that member's
+line, so that no change to it goes unseen. docs/shards.md is its specification.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpctrain.errors import Error
+from hpctrain.files import write_text
+
+INDEX = "hpctrain-index.json"
+FORMAT = "hpctrain-shards"
+VERSION = 1
+HEAD_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One field of a sample.
+
+    Attributes:
+        dtype: numpy's name of it, such as ``|u1`` or ``<f4``.
+        shape: Of one sample; of one row where the field is ragged.
+        ragged: A sample has any number of rows.
+    """
+
+    dtype: str
+    shape: tuple[int, ...] = ()
+    ragged: bool = False
+
+    @property
+    def kind(self) -> np.dtype[Any]:
+        """The dtype."""
+        return np.dtype(self.dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a sample, or of one row of a ragged one."""
+        return self.kind.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    def __str__(self) -> str:
+        if self.ragged:
+            return f"{self.kind}(rows{''.join(f', {n}' for n in self.shape)})"
+        return f"{self.kind}{self.shape}"
+
+
+class ShardEntry(NamedTuple):
+    """One shard.
+
+    Attributes:
+        path: Relative to the index.
+        samples: In it, of this split.
+        bytes: Of the file.
+        sha256: Of the file; empty where it was adopted unread.
+        head_sha256: Of the file's first 8,192 bytes, which tells a shard from any other at once.
+        offsets: Dataset -> where its bytes begin in the file; datasets in chunks have none.
+    """
+
+    path: str
+    samples: int
+    bytes: int
+    sha256: str
+    head_sha256: str
+    offsets: dict[str, int]
+
+
+@dataclass
+class SplitEntry:
+    """One split.
+
+    Attributes:
+        datasets: Field -> dataset in each of the split's files.
+        shards: In order.
+    """
+
+    datasets: dict[str, str]
+    shards: list[ShardEntry] = field(default_factory=list)
+
+
+@dataclass
+class Index:
+    """What the file ``hpctrain-index.json`` says.
+
+    Attributes:
+        fields: Name -> what it is; the same in all splits.
+        splits: Name -> its shards.
+        attributes: What the importer wanted kept, such as the names of classes.
+        chunk_samples: Samples in a compressed chunk; 0 where samples can be read one by one.
+    """
+
+    fields: dict[str, FieldSpec]
+    splits: dict[str, SplitEntry]
+    attributes: dict[str, Any] = field(default_factory=dict)
+    chunk_samples: int = 0
+
+    def shards(self) -> Iterator[tuple[str, SplitEntry, ShardEntry]]:
+        """All shards with the names of their splits."""
+        for name, split in self.splits.items():
+            for shard in split.shards:
+                yield name, split, shard
+
+    def write(self, folder: Path) -> None:
+        """Put the index in place, whole or not at all.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        write_text(folder / INDEX, _text(self))
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a shard set.
+
+    Raises:
+        Error: There is none, or it is damaged, or of another version.
+    """
+    file = folder / INDEX
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise Error(
+            f"{folder} is not a shard set: {INDEX} cannot be read ({error.strerror}).",
+            hint="make one with `hpctrain data import SRC DST` or `hpctrain data adopt`.",
+        ) from error
+    with _uncollected():
+        return _checked(file, content)
+
+
+def _checked(file: Path, content: bytes) -> Index:
+    try:
+        tree = json.loads(content)
+        if tree["format"] != FORMAT:
+            raise ValueError(f"its format is {tree['format']!r}")
+        version = tree["version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+    if isinstance(version, int) and version > VERSION:
+        raise Error(
+            f"{file} is of version {version}; this hpctrain reads {VERSION}.",
+            hint="update hpctrain, or import the data again.",
+        )
+    start = content.rfind(b' "sha256": "')
+    digest = hashlib.sha256(content[:start]).hexdigest()
+    if content[start:] != _last_line(digest).encode():
+        raise _damaged(file, "it differs from its own checksum")
+    try:
+        return _parse(tree)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which would look through all entries each time some are added."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _damaged(file: Path, why: str) -> Error:
+    return Error(f"{file} is damaged: {why}.", hint="import the data again, or restore the index.")
+
+
+def _parse(tree: dict[str, Any]) -> Index:
+    if tree["version"] != VERSION:
+        raise ValueError(f"its version is {tree['version']!r}")
+    fields = {
+        name: FieldSpec(spec["dtype"], tuple(spec["shape"]), spec["ragged"])
+        for name, spec in tree["fields"].items()
+    }
+    for spec in fields.values():
+        np.dtype(spec.dtype)
+    splits = {}
+    for name, split in tree["splits"].items():
+        shards = [ShardEntry(**shard) for shard in split["shards"]]
+        splits[name] = SplitEntry(dict(split["datasets"]), shards)
+    return Index(fields, splits, tree["attributes"], tree["chunk_samples"])
+
+
+def _text(index: Index) -> str:
+    parts = [
+        "{\n",
+        f' "format": "{FORMAT}",\n "version": {VERSION},\n',
+        f' "fields": {json.dumps({k: asdict(v) for k, v in index.fields.items()})},\n',
+        f' "chunk_samples": {index.chunk_samples},\n',
+        f' "attributes": {json.dumps(index.attributes)},\n',
+        ' "splits": {',
+    ]
+    for number, (name, split) in enumerate(index.splits.items()):
+        samples = sum(shard.samples for shard in split.shards)
+        lines = ",\n".join("   " + json.dumps(shard._asdict()) for shard in split.shards)
+        parts.append(
+            f'{"," if number else ""}\n  {json.dumps(name)}: {{\n   "samples": {samples},\n'
+            f'   "datasets": {json.dumps(split.datasets)},\n   "shards": [\n{lines}\n  ]}}'
+        )
+    parts.append("\n },\n")
+    text = "".join(parts)
+    return text + _last_line(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _last_line(digest: str) -> str:
+    return f' "sha256": "{digest}"\n}}\n'
+
+
+def first_samples(shards: list[ShardEntry]) -> list[int]:
+    """Number of each shard's first sample in its split, and at the end their count."""
+    return list(accumulate((shard.samples for shard in shards), initial=0))

@@ -1,0 +1,394 @@
+"""Making batches in the background, on threads or processes, and handing them out in order."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
+from concurrent.futures import TimeoutError as FutureTimeout
+from copy import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from hpctrain.data.batch import Batch, part
+from hpctrain.data.buffers import Buffers
+from hpctrain.data.chunks import BadShard
+from hpctrain.data.order import Order, Shuffle, share
+from hpctrain.data.random import Integers, key
+from hpctrain.data.source import Arrays, Source, native
+from hpctrain.errors import Error
+
+# A job is as many batches as take about this long, so that handing over small ones costs little.
+JOB_SECONDS = 0.002
+JOB_BATCHES = 16
+# A plan is for so many samples of a rank: few at first, so that the first batch is soon there.
+PLAN_POSITIONS = (1024, 32768)
+
+
+class Epoch(NamedTuple):
+    """What :meth:`Source.order` makes an order of."""
+
+    seed: int
+    number: int
+    shuffle: Shuffle
+    lanes: int
+
+    def following(self, lanes: int) -> Epoch:
+        """The next one."""
+        return self._replace(number=self.number + 1, lanes=lanes)
+
+
+class Span(NamedTuple):
+    """Consecutive global batches of an epoch.
+
+    Attributes:
+        start: First position.
+        stop: Position after the last; the last batch may be smaller.
+        batch_size: Global.
+    """
+
+    start: int
+    stop: int
+    batch_size: int
+
+    def first(self, batches: int) -> Span:
+        """So many of them, or all there are."""
+        return self._replace(stop=min(self.stop, self.start + batches * self.batch_size))
+
+    def holds(self, other: Span) -> bool:
+        """Whether the other's batches are among these."""
+        return (
+            self.batch_size == other.batch_size
+            and self.start <= other.start
+            and other.stop <= self.stop
+            and (other.start - self.start) % self.batch_size == 0
+        )
+
+    def batches(self) -> list[tuple[int, int]]:
+        """The first position of each, and that after its last."""
+        starts = range(self.start, self.stop, self.batch_size)
+        return [(start, min(start + self.batch_size, self.stop)) for start in starts]
+
+
+class Plan:
+    """Which samples a rank reads.
+
+    It is worked out for many batches at a time, which costs little more than for one.
+
+    Args:
+        order: Of the epoch.
+        rank, size: Of the world.
+    """
+
+    def __init__(self, order: Order, rank: int, size: int) -> None:
+        self.order = order
+        self.rank = rank
+        self.size = size
+        self._lock = threading.Lock()
+        self._worked_out = 0
+        # The newest few pieces, because threads are not at the same place.
+        self._pieces: deque[_Piece] = deque(maxlen=4)
+
+    def batches(self, span: Span) -> tuple[Integers, NDArray[np.int64], list[int]]:
+        """What falls to this rank of the batches of a span.
+
+        Returns:
+            Positions and samples, batch after batch, and where in them each batch begins, and the
+            last ends.
+        """
+        with self._lock:
+            for piece in self._pieces:
+                if piece.span.holds(span):
+                    break
+            else:
+                piece = self._work_out(span)
+                self._pieces.append(piece)
+        first = (span.start - piece.span.start) // span.batch_size
+        bounds = piece.bounds[first : first + len(span.batches()) + 1]
+        part = slice(bounds[0], bounds[-1])
+        return piece.positions[part], piece.indices[part], [end - bounds[0] for end in bounds]
+
+    def _work_out(self, span: Span) -> _Piece:
+        wanted = min(PLAN_POSITIONS[1], PLAN_POSITIONS[0] << 2 * self._worked_out)
+        self._worked_out += 1
+        count = max(len(span.batches()), wanted * self.size // span.batch_size)
+        span = span._replace(stop=self.order.samples).first(count)
+        parts = [share(start, stop, self.rank, self.size) for start, stop in span.batches()]
+        positions = np.concatenate([np.arange(*part, dtype=np.uint64) for part in parts])
+        bounds = list(itertools.accumulate((stop - start for start, stop in parts), initial=0))
+        return _Piece(span, positions, self.order.indices(positions), bounds)
+
+
+class _Piece(NamedTuple):
+    """What a rank reads of the batches of a span."""
+
+    span: Span
+    positions: Integers
+    indices: NDArray[np.int64]
+    bounds: list[int]
+
+
+class Maker:
+    """Makes a rank's parts of global batches.
+
+    Args:
+        source: Of the samples.
+        transform: Applied to each batch.
+        buffers: Where batches' memory comes from.
+    """
+
+    def __init__(
+        self, source: Source, transform: Callable[[Batch], Batch] | None, buffers: Buffers
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.buffers = buffers
+
+    def make(self, plan: Plan, span: Span) -> list[Batch]:
+        """This rank's parts of the batches of a span.
+
+        Raises:
+            BadShard: A shard cannot be read, and is not to be skipped.
+        """
+        # The samples of several small batches are gathered in one go; the batches are parts of it.
+        places = span.batches()
+        positions, indices, bounds = plan.batches(span)
+        arrays, kept = self._take(indices)
+        lost = [0] * len(places)
+        if kept is not None:
+            positions = positions[kept]
+            lost = [int((~kept[i:j]).sum()) for i, j in itertools.pairwise(bounds)]
+            bounds = np.concatenate([[0], np.cumsum(kept)])[bounds].tolist()
+        batches = []
+        for number, (start, stop) in enumerate(places):
+            first, last = bounds[number], bounds[number + 1]
+            batch = Batch(
+                {name: native(array) for name, array in part(arrays, first, last).items()},
+                order=plan.order,
+                start=start,
+                stop=stop,
+                positions=positions[first:last],
+                world_size=plan.size,
+                lost=lost[number],
+                buffers=self.buffers,
+            )
+            batches.append(self.transform(batch) if self.transform else batch)
+        return batches
+
+    def _take(self, indices: NDArray[np.int64]) -> tuple[Arrays, NDArray[np.bool_] | None]:
+        """The samples that can be read, and which of those asked for they are; None: all."""
+        readable = self.source.readable(indices)
+        while True:
+            try:
+                if readable is None or readable.all():
+                    return self.source.take(indices, self.buffers.empty), None
+                return self.source.take(indices[readable], self.buffers.empty), readable
+            except BadShard:
+                # Found out only now; where it is to be skipped, the source has made a note of it.
+                before, readable = readable, self.source.readable(indices)
+                if readable is None or (before is not None and (before == readable).all()):
+                    raise
+
+
+class ReadAhead:
+    """A queue of batches being made, across the ends of epochs.
+
+    Args:
+        maker: Makes them.
+        workers: How many jobs run at a time; 0: none, a batch is made when it is asked for.
+        kind: ``thread`` or ``process``.
+        timeout_seconds: Longest wait for a batch.
+    """
+
+    def __init__(self, maker: Maker, workers: int, kind: str, timeout_seconds: float) -> None:
+        self._maker = maker
+        self._workers = workers
+        self._processes = kind == "process"
+        self._timeout_seconds = timeout_seconds
+        self._pool: Executor | None = None
+        self._owner = os.getpid()
+        self._plans: dict[tuple[Epoch, int, int], Plan] = {}
+        # Jobs under way, in order, then batches of the first job that is done.
+        self._jobs: deque[tuple[Plan, Span, Future[tuple[list[Batch], float]]]] = deque()
+        self._ready: deque[Batch] = deque()
+        self._batch_seconds = JOB_SECONDS
+        # What will be asked for next if nothing changes, and what is to be submitted next.
+        self._expected: tuple[Epoch, int, int, int, int] | None = None
+        self._next: tuple[Epoch, int]
+
+    def get(self, epoch: Epoch, start: int, batch_size: int, rank: int, size: int) -> Batch:
+        """The batch that starts at a position; those after it are expected to be asked for next.
+
+        Raises:
+            BadShard: A shard cannot be read.
+            Error: The batch took too long, or its process died.
+        """
+        if os.getpid() != self._owner:
+            self._begin_anew()
+        if self._workers == 0:
+            plan = self._plan(epoch, rank, size)
+            return self._maker.make(plan, Span(start, plan.order.samples, batch_size).first(1))[0]
+        # An epoch that nothing was made ahead of has no jobs.
+        if self._expected != (epoch, start, batch_size, rank, size) or self._next[0] < epoch:
+            self._forget()
+            self._next = (epoch, start)
+        self._submit(batch_size, rank, size)
+        if not self._ready:
+            self._receive(rank)
+            self._submit(batch_size, rank, size)
+        batch = self._ready.popleft()
+        ended = batch.stop == self._plan(epoch, rank, size).order.samples
+        then = (epoch.following(batch_size), 0) if ended else (epoch, batch.stop)
+        self._expected = (*then, batch_size, rank, size)
+        return batch
+
+    def _plan(self, epoch: Epoch, rank: int, size: int) -> Plan:
+        found = self._plans.get((epoch, rank, size))
+        if found is None:
+            while len(self._plans) > 1:  # this epoch's and the next one's are wanted
+                del self._plans[next(iter(self._plans))]
+            found = Plan(self._maker.source.order(*epoch), rank, size)
+            self._plans[epoch, rank, size] = found
+        return found
+
+    def _submit(self, batch_size: int, rank: int, size: int) -> None:
+        """Keep every worker busy."""
+        while len(self._jobs) <= self._workers:
+            epoch, start = self._next
+            plan = self._plan(epoch, rank, size)
+            if start >= plan.order.samples:
+                if epoch.shuffle == "none":  # an evaluation, which may be the only one
+                    return
+                self._next = (epoch.following(batch_size), 0)
+                continue
+            count = max(1, min(JOB_BATCHES, int(JOB_SECONDS / self._batch_seconds)))
+            span = Span(start, plan.order.samples, batch_size).first(count)
+            self._next = (epoch, span.stop)
+            pool = self._pool or self._start()
+            if self._processes:
+                future = pool.submit(_make_in_process, epoch, span, rank, size)
+            else:
+                future = pool.submit(_make, self._maker, plan, span)
+            self._jobs.append((plan, span, future))
+
+    def _receive(self, rank: int) -> None:
+        plan, span, future = self._jobs.popleft()
+        try:
+            batches, seconds = future.result(self._timeout_seconds)
+        except FutureTimeout as error:
+            self.close()
+            raise Error(
+                f"rank {rank}: the samples from position {span.start} were not ready after "
+                f"{self._timeout_seconds:g} s.",
+                hint="does the file system hang? timeout_seconds allows for more.",
+            ) from error
+        except BrokenExecutor as error:
+            self.close()
+            raise Error(
+                f"rank {rank}: a data worker process died while making the samples from position "
+                f"{span.start}.",
+                hint="was it short of memory? Use fewer workers, or data.worker_kind=thread.",
+            ) from error
+        self._batch_seconds = max(1e-6, seconds / len(batches))
+        if self._processes:
+            batches = [batch.attach(plan.order, self._maker.buffers) for batch in batches]
+        self._ready.extend(batches)
+
+    def _start(self) -> Executor:
+        if self._processes:
+            self._pool = ProcessPoolExecutor(
+                self._workers,
+                # Not forked: MPI, CUDA and threads do not live through a fork.
+                multiprocessing.get_context("spawn"),
+                initializer=_begin_process,
+                # The transform first: a task file's own source is found only once it is loaded.
+                initargs=(self._maker.transform, self._maker.source),
+            )
+        else:
+            self._pool = ThreadPoolExecutor(
+                self._workers, "hpctrain-data", initializer=_begin_thread
+            )
+        return self._pool
+
+    def _forget(self) -> None:
+        """Drop what is under way: it is for another place, or for another world."""
+        for _, _, future in self._jobs:
+            future.cancel()
+        self._jobs.clear()
+        self._ready.clear()
+        self._expected = None
+
+    def _begin_anew(self) -> None:
+        """After a fork: the threads are not in this process, and locks may be held for ever."""
+        maker = self._maker
+        self._maker = Maker(copy(maker.source), maker.transform, Buffers(maker.buffers.pinned))
+        self._plans.clear()
+        self._jobs.clear()
+        self._ready.clear()
+        self._pool, self._owner, self._expected = None, os.getpid(), None
+
+    def close(self) -> None:
+        """End threads and processes, as soon as they have done what they are at."""
+        self._forget()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+
+def _make(maker: Maker, plan: Plan, span: Span) -> tuple[list[Batch], float]:
+    began = time.perf_counter()
+    batches = maker.make(plan, span)
+    return batches, time.perf_counter() - began
+
+
+def _begin_thread() -> None:
+    """Let torch compute on this thread alone: the others are for the training step.
+
+    Not by ``torch.set_num_threads``, which also tells MKL, and that for all threads.
+    """
+    torch.get_num_threads()  # torch would otherwise set this thread's limit anew when it computes
+    threadpool_limits(1, user_api="openmp")
+
+
+class _Process:
+    """What a worker process keeps."""
+
+    maker: Maker
+    key: tuple[Epoch, int, int] | None = None
+    plan: Plan
+
+
+def _begin_process(transform: Callable[[Batch], Batch] | None, source: Source) -> None:
+    torch.set_num_threads(1)
+    _Process.maker = Maker(source, transform, Buffers())
+
+
+def _make_in_process(epoch: Epoch, span: Span, rank: int, size: int) -> tuple[list[Batch], float]:
+    if _Process.key != (epoch, rank, size):
+        _Process.key = (epoch, rank, size)
+        _Process.plan = Plan(_Process.maker.source.order(*epoch), rank, size)
+    began = time.perf_counter()
+    batches = []
+    for start, stop in span.batches():
+        seed = key(epoch.seed, epoch.number, start, rank)
+        torch.manual_seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        random.seed(seed)
+        batches += _Process.maker.make(_Process.plan, Span(start, stop, span.batch_size))
+    return batches, time.perf_counter() - began
