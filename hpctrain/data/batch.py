@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -81,8 +82,7 @@ class Batch(dict[str, torch.Tensor]):
         It is used again once nothing refers to it, which for large batches is several times as fast
         as memory from ``torch.empty``.
         """
-        kind = torch.empty(0, dtype=dtype).numpy().dtype
-        return torch.from_numpy(self._buffers.empty(shape, kind))
+        return torch.from_numpy(self._buffers.empty(shape, _numpy_dtype(dtype)))
 
     def rows(self, name: str) -> list[torch.Tensor]:
         """A ragged field's samples, each of shape (rows, ...), without a copy."""
@@ -137,6 +137,11 @@ class Batch(dict[str, torch.Tensor]):
         """Give a batch that came from another process what was left behind there."""
         self._order, self._buffers = order, buffers
         return self
+
+
+@cache
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 Rows = TypeVar("Rows", torch.Tensor, NDArray[Any])

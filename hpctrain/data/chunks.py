@@ -15,6 +15,7 @@ import mmap
 import os
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from hpctrain.errors import Error
 
 # Numbers that The HDF Group registered for filters.
 DEFLATE, SHUFFLE, LZ4, ZSTD = 1, 2, 32004, 32015
-CACHE_BYTES = 2**30
+CACHE_BYTES = 2**31
+TAKERS = 16
 MAP_NORESERVE = 0x4000  # Python knows the name from 3.13 on
 
 
@@ -217,7 +219,9 @@ class BlockCache:
         self._used = 0
         self._clock = 0
         self._failed: dict[int, Exception] = {}
+        self._to_read: deque[tuple[int, int]] = deque()
         self._change = threading.Condition()
+        self._turn = threading.BoundedSemaphore(TAKERS)
 
     def take(
         self, blocks: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.uint8]
@@ -232,30 +236,26 @@ class BlockCache:
         Raises:
             BadShard: A block cannot be read.
         """
+        if len(blocks) == 0:
+            return
         # So few blocks at a time that there is room for them whatever other threads hold.
-        most = self._slots // 32
-        for start in range(0, len(blocks), most):
-            part = slice(start, start + most)
-            self._take(blocks[part], rows[part], out[part])
+        most = self._slots // TAKERS
+        with self._turn:
+            if len(blocks) <= most or len(np.unique(blocks)) <= most:
+                self._take(blocks, rows, out)
+                return
+            for start in range(0, len(blocks), most):
+                part = slice(start, start + most)
+                self._take(blocks[part], rows[part], out[part])
 
     def _take(
         self, blocks: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> None:
         wanted, counts = np.unique(blocks, return_counts=True)
-        with self._change:
-            missing = wanted[self._slot_of[wanted] < 0]
-            present = self._slot_of[wanted[self._slot_of[wanted] >= 0]]
-            self._pins[present] += 1
-            self._room(missing)
-            added = self._slot_of[missing]
-            self._pins[added] += 1
-            self._clock += 1
-            slots = self._slot_of[wanted]
-            self._last_use[slots] = self._clock
+        slots = self._pin(wanted)
         try:
-            self._fill(missing, added)
+            self._fill(slots)
             with self._change:
-                self._change.wait_for(lambda: bool(self._ready[slots].all()))
                 for block in wanted[self._slot_of[wanted] != slots].tolist():
                     raise self._failed[block]
             source = self._slot_of[blocks].astype(np.int64) * self._rows + rows
@@ -264,49 +264,73 @@ class BlockCache:
             with self._change:
                 self._pins[slots] -= 1
                 self._left[slots] -= counts
-                done = slots[(self._left[slots] <= 0) & (self._pins[slots] == 0)]
-                self._drop(done)
+                self._drop(slots[(self._left[slots] <= 0) & (self._pins[slots] == 0)])
                 self._change.notify_all()
 
-    def _room(self, missing: NDArray[np.int64]) -> None:
-        """Find a slot for each of these blocks."""
-        while len(missing) > len(self._free) + self._slots - self._used:
-            idle = np.flatnonzero(
-                (self._pins[: self._used] == 0) & (self._block_in[: self._used] >= 0)
-            )
-            if len(idle):
-                self._drop(idle[np.argsort(self._last_use[idle], kind="stable")[: len(missing)]])
-            else:
+    def _pin(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Slots for these blocks, kept from others until they are unpinned."""
+        with self._change:
+            while True:
+                slots = self._slot_of[wanted].astype(np.int64)
+                present = slots[slots >= 0]
+                self._pins[present] += 1
+                if self._make_room(len(wanted) - len(present)):
+                    break
+                self._pins[present] -= 1
                 self._change.wait()
-        for block in missing.tolist():
-            if self._free:
-                slot = self._free.pop()
-            else:
-                slot, self._used = self._used, self._used + 1
-            self._slot_of[block] = slot
-            self._block_in[slot] = block
-            self._left[slot] = self._rows
-            self._ready[slot] = False
+            for number in np.flatnonzero(slots < 0).tolist():
+                block = int(wanted[number])
+                if self._free:
+                    slot = self._free.pop()
+                else:
+                    slot, self._used = self._used, self._used + 1
+                slots[number] = self._slot_of[block] = slot
+                self._block_in[slot] = block
+                self._left[slot] = self._rows
+                self._ready[slot] = False
+                self._pins[slot] = 1
+                self._to_read.append((block, slot))
+            self._clock += 1
+            self._last_use[slots] = self._clock
+            self._change.notify_all()
+        return slots
 
-    def _fill(self, blocks: NDArray[np.int64], slots: NDArray[np.int32]) -> None:
-        failed: Exception | None = None
-        for block, slot in zip(blocks.tolist(), slots.tolist(), strict=True):
+    def _make_room(self, count: int) -> bool:
+        """Whether there are so many free slots, having given up blocks that nobody is using."""
+        missing = count - len(self._free) - (self._slots - self._used)
+        if missing > 0:
+            used = slice(0, self._used)
+            idle = np.flatnonzero((self._pins[used] == 0) & (self._block_in[used] >= 0))
+            self._drop(idle[np.argsort(self._last_use[idle], kind="stable")[:missing]])
+            missing -= len(idle)
+        return missing <= 0
+
+    def _fill(self, slots: NDArray[np.int64]) -> None:
+        """Return when all these are read; until then read whatever is to be read, for anybody."""
+        while True:
+            with self._change:
+                while not self._to_read:
+                    if self._ready[slots].all():
+                        return
+                    self._change.wait()
+                if self._ready[slots].all():
+                    return
+                block, slot = self._to_read.popleft()
+            failed: Exception | None = None
             try:
-                if failed is None:
-                    first = slot * self._rows
-                    self._read(block, self._memory[first : first + self._rows])
+                first = slot * self._rows
+                self._read(block, self._memory[first : first + self._rows])
             except Exception as error:
                 failed = error
             with self._change:
                 if failed is not None:
-                    # Whoever else waits for it finds it gone, and the reason here.
+                    # Whoever wants it finds it gone, and the reason here.
                     self._failed[block] = failed
                     self._left[slot] = 0
                     self._slot_of[block] = -1
                 self._ready[slot] = True
-                self._change.notify_all()
-        if failed is not None:
-            raise failed
+                if not self._to_read:  # else nobody is waiting
+                    self._change.notify_all()
 
     def _drop(self, slots: NDArray[Any]) -> None:
         for slot in slots.tolist():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -34,13 +35,22 @@ def normalize(
     if out is None:
         out = torch.empty(images.shape, dtype=torch.float32)
     height, width = images.shape[1], images.shape[2]
-    scale = (1 / torch.tensor(std, dtype=torch.float64)).repeat(width)
-    bias = (-torch.tensor(mean, dtype=torch.float64).repeat(width) * scale).float()
-    scale = scale.float()
+    scale, bias = _row(tuple(mean), tuple(std), width)
     rows = max(1, FLOATS_AT_A_TIME // max(1, len(bias)))
-    count = len(images) * height
-    sources = images.reshape(count, len(bias)).split(rows)
-    for source, target in zip(sources, out.view(count, len(bias)).split(rows), strict=True):
-        target.copy_(source)
-        torch.addcmul(bias, target, scale, out=target)
+    source, target = images.view(-1, len(bias)), out.view(-1, len(bias))
+    for start in range(0, len(images) * height, rows):
+        # Few calls: each gives Python's lock away and has to get it back from other threads.
+        part = target[start : start + rows] if len(target) > rows else target
+        part.copy_(source[start : start + rows] if len(target) > rows else source)
+        torch.addcmul(bias, part, scale, out=part)
     return out
+
+
+@lru_cache(maxsize=16)
+def _row(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor and summand of each number of an image row."""
+    scale = (1 / torch.tensor(std, dtype=torch.float64)).repeat(width)
+    bias = -torch.tensor(mean, dtype=torch.float64).repeat(width) * scale
+    return scale.float(), bias.float()

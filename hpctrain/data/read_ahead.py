@@ -34,9 +34,11 @@ from hpctrain.data.random import Integers, key
 from hpctrain.data.source import Arrays, Source, native
 from hpctrain.errors import Error
 
-# A job is as many batches as take about this long, so that handing over small ones costs little.
-JOB_SECONDS = 0.002
+# A job is as many batches as take about this long, within limits: waking a thread for each small
+# batch, and having threads contend for Python's lock, would cost as much as making it.
+JOB_SECONDS = 0.005
 JOB_BATCHES = 16
+JOB_BYTES = 10 * 2**20
 # A plan is for so many samples of a rank: few at first, so that the first batch is soon there.
 PLAN_POSITIONS = (1024, 32768)
 
@@ -227,7 +229,7 @@ class ReadAhead:
         # Jobs under way, in order, then batches of the first job that is done.
         self._jobs: deque[tuple[Plan, Span, Future[tuple[list[Batch], float]]]] = deque()
         self._ready: deque[Batch] = deque()
-        self._batch_seconds = JOB_SECONDS
+        self._job_batches = 1
         # What will be asked for next if nothing changes, and what is to be submitted next.
         self._expected: tuple[Epoch, int, int, int, int] | None = None
         self._next: tuple[Epoch, int]
@@ -269,7 +271,7 @@ class ReadAhead:
 
     def _submit(self, batch_size: int, rank: int, size: int) -> None:
         """Keep every worker busy."""
-        while len(self._jobs) <= self._workers:
+        while len(self._jobs) < self._workers:
             epoch, start = self._next
             plan = self._plan(epoch, rank, size)
             if start >= plan.order.samples:
@@ -277,8 +279,7 @@ class ReadAhead:
                     return
                 self._next = (epoch.following(batch_size), 0)
                 continue
-            count = max(1, min(JOB_BATCHES, int(JOB_SECONDS / self._batch_seconds)))
-            span = Span(start, plan.order.samples, batch_size).first(count)
+            span = Span(start, plan.order.samples, batch_size).first(self._job_batches)
             self._next = (epoch, span.stop)
             pool = self._pool or self._start()
             if self._processes:
@@ -305,7 +306,9 @@ class ReadAhead:
                 f"{span.start}.",
                 hint="was it short of memory? Use fewer workers, or data.worker_kind=thread.",
             ) from error
-        self._batch_seconds = max(1e-6, seconds / len(batches))
+        size = sum(tensor.nbytes for tensor in batches[0].values())
+        most = min(JOB_SECONDS * len(batches) / max(seconds, 1e-6), JOB_BYTES / max(size, 1))
+        self._job_batches = max(1, min(JOB_BATCHES, int(most)))
         if self._processes:
             batches = [batch.attach(plan.order, self._maker.buffers) for batch in batches]
         self._ready.extend(batches)
