@@ -250,8 +250,8 @@ class ReadAhead:
         if self._expected != (epoch, start, batch_size, rank, size) or self._next[0] < epoch:
             self._forget()
             self._next = (epoch, start)
-        self._submit(batch_size, rank, size)
         if not self._ready:
+            self._submit(batch_size, rank, size)
             self._receive(rank)
             self._submit(batch_size, rank, size)
         batch = self._ready.popleft()
