@@ -17,18 +17,17 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.chunks import BadShard, BlockCache, ChunkedDataset
+from hpctrain.data.chunks import BadShard
+from hpctrain.data.fields import Field, field
 from hpctrain.data.index import (
     HEAD_BYTES,
-    FieldSpec,
     Index,
     ShardEntry,
     first_samples,
     read_index,
 )
-from hpctrain.data.mapping import Region, phase_of
 from hpctrain.data.order import EpochOrder, Order, Shuffle
-from hpctrain.data.source import OFFSETS, Arrays, Empty, Source
+from hpctrain.data.source import Arrays, Empty, Source
 from hpctrain.errors import Error, nearest
 
 BLOCK_BYTES = 512 * 2**10
@@ -117,19 +116,12 @@ class ShardSplit(Source):
         self._lock = threading.RLock()
         # By shard: 0 not opened yet, 1 open, 2 bad.
         self._states = np.zeros(len(self._shards), dtype=np.uint8)
-        self._readers: dict[str, _Rows | _Ragged | _Blocks | _Nothing] = {}
-        for field, spec in self.fields.items():
-            self._readers[field] = self._reader(field, spec)
-
-    def _reader(self, field: str, spec: FieldSpec) -> _Rows | _Ragged | _Blocks | _Nothing:
-        counts = np.diff(self._firsts)
-        if spec.ragged:
-            return _Ragged(self._datasets[field], spec, len(self._shards))
-        if spec.row_bytes == 0:
-            return _Nothing(spec)
-        if any(self._datasets[field] not in shard.offsets for shard in self._shards):
-            return _Blocks(self._datasets[field], spec, counts, self._chunk_samples)
-        return _Rows(self._datasets[field], spec, len(self._shards), len(self))
+        self._readers: dict[str, Field] = {}
+        for column, spec in self.fields.items():
+            dataset = self._datasets[column]
+            mapped = all(dataset in shard.offsets for shard in self._shards)
+            counts = np.diff(self._firsts)
+            self._readers[column] = field(dataset, spec, counts, self._chunk_samples, mapped)
 
     def __reduce__(self) -> Any:
         return ShardSplit, self._arguments
@@ -169,8 +161,9 @@ class ShardSplit(Source):
         local = indices - self._firsts[shards]
         batch: Arrays = {}
         try:
-            for field, reader in self._readers.items():
-                reader.take(field, shards, local, empty, batch)
+            for name, reader in self._readers.items():
+                for suffix, rows in reader.take(shards, local, empty).items():
+                    batch[name + suffix] = rows
         except BadShard as error:
             self._note_bad(int(shards[0]) if error.shard is None else error.shard, error)
             raise
@@ -181,24 +174,23 @@ class ShardSplit(Source):
             return indices // self._even_samples
         return np.searchsorted(self._firsts[1:], indices, side="right")
 
-    def column(self, field: str) -> NDArray[Any]:
+    def column(self, name: str) -> NDArray[Any]:
         """One field of all samples, without reading the others.
 
         Raises:
             Error: There is no such field, or it is ragged.
             BadShard: A shard cannot be read.
         """
-        if field not in self.fields or self.fields[field].ragged:
+        if name not in self.fields or self.fields[name].ragged:
             raise Error(
-                f"split '{self.name}' of {self.path} has no field '{field}' of one shape.",
-                hint=nearest(field, self.fields),
+                f"split '{self.name}' of {self.path} has no field '{name}' of one shape.",
+                hint=nearest(name, self.fields),
             )
         every = np.arange(len(self))
         shards = self._shards_of(every)
         self._open_all(shards)
-        batch: Arrays = {}
-        self._readers[field].take(field, shards, every - self._firsts[shards], np.empty, batch)
-        return batch[field]
+        local = every - self._firsts[shards]
+        return self._readers[name].take(shards, local, np.empty)[""]
 
     def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """Which samples are in shards that are not known to be bad; None: all must be."""
@@ -288,172 +280,3 @@ def check(path: Path, shard: ShardEntry) -> None:
             f"shard {path} does not begin as the index says.",
             hint="it is corrupt or another shard in its place; `hpctrain data verify` tells more.",
         )
-
-
-class _Rows:
-    """A field whose rows are mapped."""
-
-    def __init__(self, dataset: str, spec: FieldSpec, shards: int, rows: int) -> None:
-        self._dataset = dataset
-        self._spec = spec
-        self._shards, self._rows = shards, rows
-        # One region, unless files put the field at offsets that no common grid of rows has.
-        self._regions: dict[int, Region] = {}
-        self._region_of = np.zeros(shards, dtype=np.int64)
-        self._first_row = np.zeros(shards, dtype=np.int64)
-
-    def open(self, number: int, path: Path, shard: ShardEntry) -> None:
-        offset = shard.offsets[self._dataset]
-        if offset + shard.samples * self._spec.row_bytes > shard.bytes:
-            raise ValueError(f"{self._dataset} leads beyond the file's end")
-        if shard.samples:
-            phase = phase_of(offset, self._spec.row_bytes)
-            if phase not in self._regions:
-                self._regions[phase] = Region(self._spec.row_bytes, self._rows, self._shards, phase)
-            self._region_of[number] = phase
-            self._first_row[number] = self._regions[phase].map(path, offset, shard.samples)
-
-    def _gather(
-        self, shards: NDArray[np.int64], local: NDArray[np.int64], out: NDArray[np.uint8]
-    ) -> None:
-        rows = self._first_row[shards] + local
-        if len(self._regions) == 1:
-            # Without a mode other than "raise", numpy gathers into a buffer first.
-            for region in self._regions.values():
-                np.take(region.rows, rows, axis=0, out=out, mode="clip")
-            return
-        phases = self._region_of[shards]
-        for phase, region in list(self._regions.items()):
-            mine = phases == phase
-            out[mine] = region.rows[rows[mine]]
-
-    def take(
-        self,
-        field: str,
-        shards: NDArray[np.int64],
-        local: NDArray[np.int64],
-        empty: Empty,
-        batch: Arrays,
-    ) -> None:
-        batch[field] = empty((len(local), *self._spec.shape), self._spec.kind)
-        if len(local):
-            self._gather(shards, local, as_bytes(batch[field]))
-
-
-class _Blocks:
-    """A field of chunked datasets."""
-
-    def __init__(
-        self, dataset: str, spec: FieldSpec, counts: NDArray[np.int64], block: int
-    ) -> None:
-        self._dataset = dataset
-        self._spec = spec
-        self._block = block
-        blocks = -(-counts // block)
-        self._first_block = np.concatenate([[0], np.cumsum(blocks)])
-        self._open: dict[int, ChunkedDataset] = {}
-        total = int(self._first_block[-1])
-        self._cache = BlockCache(total, block, spec.row_bytes, self._read)
-
-    def open(self, number: int, path: Path, shard: ShardEntry) -> None:
-        dataset = ChunkedDataset(path, self._dataset, self._block)
-        if dataset.rows < shard.samples:
-            raise ValueError(f"{self._dataset} has {dataset.rows} rows, not {shard.samples}")
-        self._open[number] = dataset
-
-    def _read(self, block: int, out: NDArray[np.uint8]) -> None:
-        shard = int(np.searchsorted(self._first_block[1:], block, side="right"))
-        try:
-            self._open[shard].read(block - int(self._first_block[shard]), out)
-        except BadShard as error:
-            error.shard = shard
-            raise
-
-    def take(
-        self,
-        field: str,
-        shards: NDArray[np.int64],
-        local: NDArray[np.int64],
-        empty: Empty,
-        batch: Arrays,
-    ) -> None:
-        batch[field] = empty((len(local), *self._spec.shape), self._spec.kind)
-        place, row = np.divmod(local, self._block)
-        self._cache.take(self._first_block[shards] + place, row, as_bytes(batch[field]))
-
-
-class _Ragged:
-    """A field of which each sample has any number of rows: mapped values, and mapped offsets."""
-
-    def __init__(self, dataset: str, spec: FieldSpec, shards: int) -> None:
-        self._dataset = dataset
-        self._spec = spec
-        self._offsets: dict[int, NDArray[np.int64]] = {}
-        self._values: dict[int, NDArray[np.uint8]] = {}
-
-    def open(self, number: int, path: Path, shard: ShardEntry) -> None:
-        offsets = _mapped(path, shard.offsets[f"{self._dataset}/offsets"], shard.samples + 1, 8)
-        self._offsets[number] = offsets.view(np.int64).reshape(-1)
-        rows = int(self._offsets[number][-1])
-        if (np.diff(self._offsets[number]) < 0).any() or self._offsets[number][0] != 0:
-            raise ValueError(f"{self._dataset}/offsets do not rise from 0")
-        start = shard.offsets[f"{self._dataset}/values"]
-        if start + rows * self._spec.row_bytes > shard.bytes:
-            raise ValueError(f"{self._dataset}/offsets lead beyond the file's end")
-        self._values[number] = _mapped(path, start, rows, self._spec.row_bytes)
-
-    def take(
-        self,
-        field: str,
-        shards: NDArray[np.int64],
-        local: NDArray[np.int64],
-        empty: Empty,
-        batch: Arrays,
-    ) -> None:
-        pieces = []
-        offsets = empty((len(local) + 1,), np.dtype(np.int64))
-        offsets[0] = total = 0
-        for i, (shard, sample) in enumerate(zip(shards.tolist(), local.tolist(), strict=True), 1):
-            start, stop = self._offsets[shard][sample : sample + 2].tolist()
-            pieces.append(self._values[shard][start:stop])
-            offsets[i] = total = total + stop - start
-        values = empty((total, *self._spec.shape), self._spec.kind)
-        if total:
-            np.concatenate(pieces, out=as_bytes(values))
-        batch[field] = values
-        batch[field + OFFSETS] = offsets
-
-
-class _Nothing:
-    """A field whose samples have no bytes."""
-
-    def __init__(self, spec: FieldSpec) -> None:
-        self._spec = spec
-
-    def open(self, number: int, path: Path, shard: ShardEntry) -> None:
-        pass
-
-    def take(
-        self,
-        field: str,
-        shards: NDArray[np.int64],
-        local: NDArray[np.int64],
-        empty: Empty,
-        batch: Arrays,
-    ) -> None:
-        batch[field] = empty((len(local), *self._spec.shape), self._spec.kind)
-
-
-def _mapped(path: Path, offset: int, rows: int, row_bytes: int) -> NDArray[np.uint8]:
-    if rows * row_bytes == 0:
-        return np.empty((rows, row_bytes), np.uint8)
-    return np.memmap(path, np.uint8, mode="r", offset=offset, shape=(rows, row_bytes))
-
-
-def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """The same memory as rows of bytes, of shape (n, row bytes)."""
-    return (
-        array.view(np.uint8).reshape(len(array), -1)
-        if array.size
-        else np.empty((len(array), 0), np.uint8)
-    )
