@@ -205,7 +205,13 @@ class BlockCache:
         # Address space for all of them; pages are given only when they are first written.
         size = self._slots * rows * row_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self._memory = np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
+        try:
+            self._memory = np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
+        except OSError as error:
+            raise Error(
+                f"{size} bytes of memory for decompressed samples cannot be had: {error.strerror}.",
+                hint="lift the limit (`ulimit -v unlimited`), or ask the job for more memory.",
+            ) from error
         self._memory = self._memory.reshape(-1, row_bytes)
         self._slot_of = np.full(blocks, -1, dtype=np.int32)
         # By slot: the block in it or -1, its samples not yet taken, when it was last used, how many

@@ -4,10 +4,13 @@ import io
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from hpctrain.data.shards import ShardSet
 from hpctrain.horovod_build.patches import PATCHES
 from hpctrain.process import run
 
@@ -44,6 +47,16 @@ def test_tutorial(hpctrain):
         assert result.returncode == 0, result.stdout
     for name in ("first", "second", "third"):
         assert (hpctrain.folder / name / "result.json").exists()
+
+
+def test_writing_shards_as_documented(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = [SimpleNamespace(counts=np.arange(1000) % n, name=b"n" * n) for n in range(1, 9)]
+    writing, _ = blocks((ROOT / "docs" / "shards.md").read_text(), "python")
+    exec(writing, {"records": records})
+    split = ShardSet("shards").split("train")
+    assert [len(sample["name"]) for sample in split] == list(range(1, 9))
+    assert split[3]["counts"].max() == 3
 
 
 def test_every_patch_is_documented():
