@@ -26,11 +26,14 @@ class Meter:
     def read(self, comm: Communicator) -> dict[str, float]:
         """The world's means since the last reading. Every rank calls this; every rank gets them.
 
-        A rank that had no samples takes part: what the metrics are called it learns from rank 0,
-        which never is such a rank.
+        A rank that had no samples takes part: what the metrics are called it learns from the first
+        rank that had some. That is rank 0, unless the shards it reads are lost.
         """
+        for root in range(comm.size):
+            if not self._names:
+                self._names = broadcast_json(comm, sorted(self._sums), root)
         if not self._names:
-            self._names = broadcast_json(comm, sorted(self._sums))
+            return {}
         totals = torch.tensor(
             [
                 [float(self._sums.get(name, 0.0)) for name in self._names],

@@ -61,6 +61,14 @@ def test_meter_weights_by_samples(world):
     assert meter.read(world.comm) == {}
 
 
+def test_meter_without_samples_on_rank_0(world):
+    meter = Meter()
+    assert meter.read(world.comm) == {}
+    if world.rank == world.size - 1:
+        meter.add({"loss": torch.tensor(2.0)}, samples=3)
+    assert meter.read(world.comm) == {"loss": 2.0}
+
+
 def test_waiting_is_bounded_and_names_the_ranks(strategy, world):
     comm = world.comm
     if world.rank == 0:
