@@ -93,12 +93,6 @@ class Batch(dict[str, torch.Tensor]):
         """The same batch with some fields changed or added."""
         return self._with({**self, **fields}, self.positions)
 
-    def drop(self, *names: str) -> Batch:
-        """The same batch without some fields; a ragged one goes with its offsets."""
-        gone = {*names, *(name + OFFSETS for name in names)}
-        kept = {name: tensor for name, tensor in self.items() if name not in gone}
-        return self._with(kept, self.positions)
-
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """The same batch on a device, floating-point fields in another type where one is given."""
         moved = {

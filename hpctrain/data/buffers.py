@@ -33,9 +33,6 @@ class Buffers:
         self._held: dict[int, list[NDArray[np.uint8]]] = {}
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> Any:
-        return Buffers, ()
-
     def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """An array of this shape and dtype, with anything in it."""
         kind = np.dtype(dtype)
