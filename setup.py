@@ -23,7 +23,9 @@ setup(
         "hdf5plugin>=4.0",  # writing lz4 and zstd chunks, and HDF5's own reading of them
         "cramjam>=2.8",  # decompressing chunks on several threads at once
         "threadpoolctl>=3.1",  # one core for a thread that makes batches
-        "mpi4py>=4.0",  # the MPI library's identity (doctor) and ranks without Horovod
+        "mpi4py>=4.0",  # the parameter server's messages, and the MPI library's identity
+        "msgspec>=0.18",  # typed messages of the parameter server, without pickle
+        "cryptography>=47",  # encrypting them on networks that others share
         "safetensors>=0.4",  # tensor files that cannot execute code
         "pydantic>=2.6",  # typed, validated configuration
         "tomli>=2.0; python_version < '3.11'",  # TOML reading before tomllib

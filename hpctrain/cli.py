@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hpctrain import __version__
+from hpctrain import __version__, process
 from hpctrain.errors import Error
 from hpctrain.launcher import detect
 
@@ -36,8 +36,13 @@ def cli() -> None:
 @click.option(
     "--strategy",
     metavar="NAME",
-    help="How replicas agree: single, horovod, or auto (horovod on several ranks).",
+    help="How replicas agree: single, horovod, ps, or auto (horovod on several ranks).",
 )
+@click.option("--servers", metavar="N", help="With ps: ranks that hold parameters.")
+@click.option("--consistency", metavar="MODE", help="With ps: sync, async, ssp:S, or backup:B.")
+@click.option("--replicas", metavar="N", help="With ps: copies of each slice on other servers.")
+@click.option("--record-order", metavar="DIR", help="With ps: record the order of pushes.")
+@click.option("--replay", metavar="DIR", help="With ps: repeat a recorded run bit for bit.")
 @click.option(
     "--data", "data_path", metavar="DIR", help="Shard set made by `hpctrain data import`."
 )
@@ -68,6 +73,7 @@ def train(config_path: str | None, settings: tuple[str, ...], **flags: str | Non
       hpctrain train digits
       horovodrun -np 2 hpctrain train digits
       mpirun -np 2 hpctrain train cifar10 --data shards/ --epochs 10
+      mpirun -np 6 hpctrain train cifar10 --strategy ps --servers 2 --consistency ssp:3
       srun --mpi=pmix hpctrain train my_task.py --config run.toml --resume auto
 
     \b
@@ -91,6 +97,11 @@ _FLAG_KEYS = {
     "batch_size": "train.batch_size",
     "lr": "optimizer.lr",
     "dtype": "train.dtype",
+    "servers": "ps.servers",
+    "consistency": "ps.consistency",
+    "replicas": "ps.replicas",
+    "record_order": "ps.record_order",
+    "replay": "ps.replay",
 }
 
 
@@ -100,7 +111,10 @@ def _layers(
     from hpctrain.config import put, read_environment, read_settings, read_toml, value_of
 
     given: dict[str, Any] = {}
-    texts = ("data_path", "on_bad_shard", "out", "resume", "task", "strategy", "dtype")
+    texts = (
+        "data_path", "on_bad_shard", "out", "resume", "task", "strategy", "dtype", "consistency",
+        "record_order", "replay",
+    )  # fmt: skip
     for flag, value in flags.items():
         if value is not None:
             put(given, _FLAG_KEYS.get(flag, flag), value if flag in texts else value_of(value))
@@ -398,6 +412,6 @@ def _leave(code: int) -> NoReturn:
     """End this process; on failure at once, because tearing MPI down would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code != 0:
+    if code != 0 or not process.mpi_is_whole:
         os._exit(code)
     sys.exit(0)

@@ -167,11 +167,75 @@ class HorovodConfig(Section):
     )
 
 
+class PsConfig(Section):
+    """The parameter server."""
+
+    servers: int = Field(1, ge=1, description="Ranks that hold parameters.")
+    colocate: bool = Field(
+        False,
+        description="Servers are threads of the first workers, instead of ranks of their own.",
+    )
+    consistency: str = Field(
+        "sync",
+        description="`sync`; `async`; `ssp:S`: workers at most S clocks ahead of the slowest; "
+        "`backup:B`: sync without waiting for the B slowest.",
+    )
+    slice_bytes: int = Field(
+        2**19, ge=64, description="Parameters are cut into slices of at most this size."
+    )
+    placement: Literal["hash", "greedy"] = Field(
+        "hash",
+        description="Slices to servers: consistent hashing with bounded loads, or largest first.",
+    )
+    replicas: int = Field(
+        0, ge=0, description="Other servers that hold a copy of each slice, in case one is lost."
+    )
+    shared_memory: bool = Field(
+        True, description="Workers and servers of one host exchange through shared memory."
+    )
+    compression: str = Field(
+        "none", description="Of pushed gradients: none, fp16, bf16, int8, or topk:FRACTION."
+    )
+    pull_every: int | list[int] = Field(
+        1, description="Steps between pulls of new weights; a list: by worker."
+    )
+    shares: Literal["equal", "speed"] | list[int] = Field(
+        "equal",
+        description="Parts of each global batch by worker: `equal`, by measured `speed`, or a "
+        "list.",
+    )
+    share_steps: int = Field(
+        32, ge=1, description="Steps between looks at who takes part and, by speed, at shares."
+    )
+    lr_by_delay: bool | None = Field(
+        None,
+        description="Divide the rate by the updates a push missed (Zhang et al., 2016). Unset: "
+        "with async and ssp.",
+    )
+    delay_compensation: float = Field(
+        0.0, ge=0, description="Lambda of DC-ASGD (Zheng et al., 2017); 0: none."
+    )
+    silence_seconds: float = Field(
+        10.0, gt=0, description="A worker or server that says nothing for so long is lost."
+    )
+    key_file: Path | None = Field(
+        None,
+        description="Key (64 hex digits) to encrypt what is sent; else HPCTRAIN_PS_KEY, if set.",
+    )
+    record_order: Path | None = Field(None, description="Folder to record the order of pushes in.")
+    replay: Path | None = Field(
+        None, description="Recorded order to repeat, bit for bit, on any servers."
+    )
+    replace_lost: bool = Field(
+        False, description="Start a new worker by MPI spawn for one that is lost."
+    )
+
+
 class RunConfig(Section):
     """A whole run. The resolved form is kept as `config.toml` in the run folder."""
 
     task: str = Field("digits", description="A ready task, `file.py[:Name]` or `package.mod:Name`.")
-    strategy: Literal["auto", "single", "horovod"] = Field(
+    strategy: Literal["auto", "single", "horovod", "ps"] = Field(
         "auto", description="How replicas agree. `auto`: horovod on several ranks, else single."
     )
     out: Path | None = Field(None, description="Run folder; unset: runs/TASK-TIME.")
@@ -192,6 +256,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     horovod: HorovodConfig = Field(default_factory=HorovodConfig)
+    ps: PsConfig = Field(default_factory=PsConfig)
     options: dict[str, Any] = Field(
         default_factory=dict, description="The task's own knobs (its dataclass fields)."
     )

@@ -23,12 +23,15 @@ class Meter:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._samples[name] = self._samples.get(name, 0) + samples
 
-    def read(self, comm: Communicator) -> dict[str, float]:
-        """The world's means since the last reading. Every rank calls this; every rank gets them.
+    def read(self, comm: Communicator, *, lockstep: bool = True) -> dict[str, float]:
+        """The world's means since the last reading.
 
-        A rank that had no samples takes part: what the metrics are called it learns from the first
-        rank that had some. That is rank 0, unless the shards it reads are lost.
+        Every rank calls this. In lockstep every rank gets them; a rank that had no samples takes
+        part: what the metrics are called it learns from the first rank that had some. That is
+        rank 0, unless the shards it reads are lost. Otherwise rank 0 gets what has come together.
         """
+        if not lockstep:
+            return self._read_pool(comm)
         for root in range(comm.size):
             if not self._names:
                 self._names = broadcast_json(comm, sorted(self._sums), root)
@@ -50,3 +53,28 @@ class Meter:
             for name, total, count in zip(self._names, sums, samples, strict=True)
             if count
         }
+
+    def _read_pool(self, comm: Communicator) -> dict[str, float]:
+        given = {f"sum.{name}": float(value) for name, value in self._sums.items()}
+        given |= {f"count.{name}": float(count) for name, count in self._samples.items()}
+        self._sums.clear()
+        self._samples.clear()
+        totals = comm.give("metrics", given)
+        names = sorted(key.removeprefix("sum.") for key in totals if key.startswith("sum."))
+        counts = {name: totals[f"count.{name}"] for name in names}
+        return {name: totals[f"sum.{name}"] / count for name, count in counts.items() if count}
+
+
+def total(comm: Communicator, values: dict[str, float], *, lockstep: bool) -> dict[str, float]:
+    """The sums of values over ranks; where they do not go in lockstep, rank 0 alone gets them.
+
+    Args:
+        comm: Of the world.
+        values: The same names on every rank.
+        lockstep: Whether all ranks call this at the same step.
+    """
+    if not lockstep:
+        return comm.give("totals", values)
+    sums = torch.tensor(list(values.values()), dtype=torch.float64)
+    comm.all_reduce(sums)
+    return dict(zip(values, sums.tolist(), strict=True))

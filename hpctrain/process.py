@@ -18,6 +18,9 @@ NO_MPI_HINT = (
     "`hpctrain doctor` tells more."
 )
 
+mpi_is_whole = True
+"""False once a peer was lost: MPI cannot be ended in good order then, and may hang trying."""
+
 
 def search_path() -> str:
     """PATH with this interpreter's own folder first, so that an unactivated venv works too."""

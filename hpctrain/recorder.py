@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,8 +15,9 @@ import click
 from tqdm import tqdm
 
 from hpctrain.errors import Error
+from hpctrain.world import World
 
-Kind = Literal["train", "validation", "event"]
+Kind = Literal["train", "validation", "exchange", "event"]
 
 
 class Recorder(Protocol):
@@ -35,7 +37,7 @@ class Recorder(Protocol):
 
 
 class Silent:
-    """The recorder of every rank but 0."""
+    """Records nothing."""
 
     def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
         """Nothing."""
@@ -88,6 +90,8 @@ class RunRecorder:
                 f"cannot write {self._lines.name}: {error.strerror}.",
                 hint="make room, then go on with --resume auto.",
             ) from error
+        if kind == "exchange":
+            return
         text = " ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar is not None and kind == "train":
             self._bar.set_postfix_str(text)
@@ -115,6 +119,44 @@ class RunRecorder:
                 self._board.close()
         if self._bar is not None:
             self._bar.close()
+
+
+class OnRankZero:
+    """Records where the rank is 0, which may become another's when a rank is lost.
+
+    Args:
+        world: Who takes part.
+        make: Makes the recorder, when it is needed first.
+    """
+
+    def __init__(self, world: World, make: Callable[[], Recorder]) -> None:
+        self._world = world
+        self._make = make
+        self._made: Recorder | None = None
+
+    def _recorder(self) -> Recorder:
+        if self._world.rank != 0:
+            return Silent()
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+        """Record values at a step."""
+        self._recorder().write(kind, step, values)
+
+    def say(self, text: str) -> None:
+        """Tell the person who watches."""
+        self._recorder().say(text)
+
+    def advance(self, step: int) -> None:
+        """Note that a step is done."""
+        self._recorder().advance(step)
+
+    def close(self) -> None:
+        """Write out whatever is still held."""
+        if self._made is not None:
+            self._made.close()
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -27,11 +27,12 @@ from hpctrain.config import Layer, RunConfig, put, resolve
 from hpctrain.data.stage import stage, unstage
 from hpctrain.errors import Error
 from hpctrain.files import write_text
-from hpctrain.recorder import Recorder, RunRecorder, Silent, plain
+from hpctrain.recorder import OnRankZero, Recorder, RunRecorder, plain
 from hpctrain.state import parameters_sha256
 from hpctrain.strategies import strategy
+from hpctrain.strategies.base import Serving, Strategy
 from hpctrain.strategies.broadcast import broadcast_json
-from hpctrain.task import load_task, make_task
+from hpctrain.task import Task, load_task, make_task
 from hpctrain.trainer import Trainer
 from hpctrain.world import World, init
 
@@ -55,15 +56,12 @@ def configure(layers: list[tuple[str, Layer]]) -> RunConfig:
     return resolve([(f"defaults of task {spec}", defaults), *layers])
 
 
-def run(config: RunConfig, say: Callable[[str], None]) -> Path:
+def run(config: RunConfig, say: Callable[[str], None]) -> None:
     """Train, on every rank of the world this process was started in.
 
     Args:
         config: Resolved; the same on every rank.
         say: Tells the person who watches.
-
-    Returns:
-        The run folder.
 
     Raises:
         Error: The configuration does not fit this machine, data, or world.
@@ -81,16 +79,29 @@ def run(config: RunConfig, say: Callable[[str], None]) -> Path:
         config.strategy,
         world,
         horovod=config.horovod,
+        ps=config.ps,
         timeout_seconds=config.timeout_seconds,
     )
+    if isinstance(how, Serving) and how.serves:
+        how.serve()
+        return
+    try:
+        _work(config, task, how, say)
+    except BaseException as error:
+        how.world.comm.abort(f"rank {world.launch.rank}: {type(error).__name__}: {error}")
+        raise
+
+
+def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]) -> None:
+    world = how.world
     out = Path(broadcast_json(world.comm, str(config.out or _default_out(config.task))))
     store = CheckpointStore(out / CHECKPOINTS, config.checkpoint.keep)
     snapshot = _prepare(out, config, store, say) if world.rank == 0 else None
     trainer = Trainer(config, task, how, store)
     trainer.restore(snapshot)
-    recorder: Recorder = Silent()
-    if world.rank == 0:
-        recorder = RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard)
+    recorder: Recorder = OnRankZero(
+        world, lambda: RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard)
+    )
     start = trainer.state.counters
     recorder.say(
         f"{config.task}: {how.name} on {_ranks(world)}, {world.device.type}, "
@@ -118,7 +129,6 @@ def run(config: RunConfig, say: Callable[[str], None]) -> Path:
         for path in _shard_sets(config):
             unstage(path, config.data.stage_dir)
     world.comm.close()
-    return out
 
 
 def _shard_sets(config: RunConfig) -> list[Path]:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,14 +20,15 @@ from hpctrain.data.batch import Batch
 from hpctrain.data.loader import Loader
 from hpctrain.data.random import key
 from hpctrain.errors import Error, nearest
-from hpctrain.meter import Meter
+from hpctrain.launcher import ALONE
+from hpctrain.meter import Meter, total
 from hpctrain.recorder import Recorder
 from hpctrain.schedule import factor, peak_scale
 from hpctrain.state import TrainState
-from hpctrain.strategies.base import DistributedOptimizer, Strategy
+from hpctrain.strategies.base import DistributedOptimizer, Snapshot, Strategy
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.task import Task, TaskTransform
-from hpctrain.world import World
+from hpctrain.world import Even, World
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
 
@@ -38,6 +40,7 @@ class _Mark(NamedTuple):
     step: int
     samples: int
     input_wait_seconds: float
+    lost: int
 
 
 class Trainer:
@@ -81,7 +84,9 @@ class Trainer:
         self._validation = sources.get("validation")
         self._train_meter = Meter()
         self._validation_meter = Meter()
-        self._mark = _Mark(0.0, 0, 0, 0.0)
+        self._mark = _Mark(0.0, 0, 0, 0.0, 0)
+        self._consumed = 0  # samples of this rank
+        self._lost = 0  # samples of all ranks whose shards cannot be read
         self.state = TrainState(model, optimizer, self._loader)
         if config.train.ema_decay is not None:
             self.state.ema = AveragedModel(
@@ -99,7 +104,8 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.state.counters.step >= self.steps or self.state.counters.stopped_early
+        counters = self.state.counters
+        return counters.step >= self.steps or counters.stopped_early or self.strategy.stopped
 
     @property
     def epochs(self) -> float:
@@ -129,6 +135,7 @@ class Trainer:
             self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
         )
         counters = self.state.counters
+        lockstep = self.strategy.lockstep
         self.state.model.train()
         self._mark = self._now()
         while not self.finished:
@@ -139,46 +146,64 @@ class Trainer:
                 last = counters.step >= self.steps
                 if last or counters.step % self.config.log.every_steps == 0:
                     self._log(optimizer, recorder)
+                if last and not lockstep:
+                    break  # the others are not there yet
                 improved = False
                 if last or self._due(self.config.train.validate_every_steps, epoch_ended):
-                    improved = self._validate(recorder)
+                    improved = self._validate(optimizer, recorder)
                 due = self._due(self.config.checkpoint.every_steps, epoch_ended)
                 if due or improved or self.finished:
-                    self._save(best=improved)
+                    self._save(optimizer, best=improved)
                 if self.finished:
                     break
+        if not lockstep:
+            self.world.comm.barrier()
+            optimizer.refresh()
+            self._save(optimizer, best=self._validate(optimizer, recorder))
         self.store.wait()
 
     def _log(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
         """Record the train metrics since the last time, over all ranks."""
         counters = self.state.counters
-        metrics = self._train_meter.read(self.world.comm)
+        lockstep = self.strategy.lockstep
+        metrics = self._train_meter.read(self.world.comm, lockstep=lockstep)
         counters.metrics |= {f"train_{name}": value for name, value in metrics.items()}
         now, before = self._now(), self._mark
         self._mark = now
         seconds, steps = now.seconds - before.seconds, now.step - before.step
-        sums = torch.tensor(
-            [now.input_wait_seconds - before.input_wait_seconds, self._loader.lost],
-            dtype=torch.float64,
+        sums = total(
+            self.world.comm,
+            {
+                "input_wait_seconds": now.input_wait_seconds - before.input_wait_seconds,
+                "samples": float(now.samples - before.samples),
+                "lost_samples": float(now.lost - before.lost),
+            },
+            lockstep=lockstep,
         )
-        self.world.comm.all_reduce(sums)
-        waited = float(sums[0]) / self.world.size
+        statistics = optimizer.statistics()
+        if not sums:  # another rank has them
+            return
+        waited = sums["input_wait_seconds"] / self.world.size
         values: dict[str, Any] = {"epoch": round(self.epochs, 3), **metrics}
         values["lr"] = optimizer.param_groups[0]["lr"]
         if optimizer.grad_norm is not None:
             values["grad_norm"] = float(optimizer.grad_norm)
-        values["samples_per_second"] = (now.samples - before.samples) / seconds
+        values["samples_per_second"] = sums["samples"] / seconds
         # Means over ranks: how long a step stood still for its batch.
         values["input_wait_ms"] = 1e3 * waited / steps
         values["input_wait_share"] = waited / seconds
-        if lost := int(sums[1]):
-            values["lost_samples"] = lost
-            counters.metrics["lost_samples"] = lost
+        self._lost += int(sums["lost_samples"])
+        if self._lost:
+            values["lost_samples"] = self._lost
+            counters.metrics["lost_samples"] = self._lost
         recorder.write("train", counters.step, values)
+        if statistics:
+            recorder.write("exchange", counters.step, statistics)
 
     def _now(self) -> _Mark:
-        counters, waited = self.state.counters, self._loader.wait_seconds
-        return _Mark(time.monotonic(), counters.step, counters.samples, waited)
+        loader = self._loader
+        step = self.state.counters.step
+        return _Mark(time.monotonic(), step, self._consumed, loader.wait_seconds, loader.lost)
 
     def _due(self, every_steps: int | None, epoch_ended: bool) -> bool:
         if every_steps is None:
@@ -192,6 +217,7 @@ class Trainer:
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
         optimizer.zero_grad()
+        optimizer.weight = batch.weight
         parts = list(batch.split(self.config.train.accumulate))
         for number, part in enumerate(parts, start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
@@ -202,8 +228,23 @@ class Trainer:
         optimizer.step()
         if self.state.ema is not None:
             self.state.ema.update_parameters(self.state.model)
+        self._consumed += batch.samples
         counters.step += 1
         counters.samples += batch.global_samples
+        if optimizer.missed:
+            self._skip(optimizer.missed)
+
+    def _skip(self, steps: int) -> None:
+        """The others went on without this rank: take up the batch that they are at."""
+        counters, loader = self.state.counters, self._loader
+        steps = min(steps, self.steps - counters.step)
+        counters.step += steps
+        for _ in range(steps):
+            start = loader.cursor if loader.cursor < loader.samples else 0
+            if loader.cursor >= loader.samples:
+                loader.epoch += 1
+            loader.cursor = min(start + loader.batch_size, loader.samples)
+            counters.samples += loader.cursor - start
 
     def _loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         bf16 = self.config.train.dtype == "bf16"
@@ -212,33 +253,55 @@ class Trainer:
         loss, means = result if isinstance(result, tuple) else (result, {})
         return loss, {"loss": loss, **means}
 
-    def _validate(self, recorder: Recorder) -> bool:
+    def _validate(self, optimizer: DistributedOptimizer, recorder: Recorder) -> bool:
         """Measure on the validation samples, each once; True where it is the best so far."""
-        if self._validation is None:
+        lockstep = self.strategy.lockstep
+        if self._validation is None or not (lockstep or self.world.rank == 0):
             return False
         counters = self.state.counters
         self._average_buffers()
         model = self.state.model if self.state.ema is None else self.state.ema
         training = model.training
         model.eval()
+        world = World(ALONE)
+        if lockstep:
+            world.comm = Even(self.world.comm)
         loader = Loader(
             self._validation,
             self.config.train.batch_size,
-            world=self.world,
+            world=world,
             shuffle="none",
             transform=TaskTransform(self.task, False, self.config.task, self.config.options),
             workers=self.config.data.workers,
             timeout_seconds=self.config.timeout_seconds,
         )
-        with torch.no_grad():
+        with torch.no_grad(), self._parameters_of(None if lockstep else optimizer.snapshot()):
             for batch in loader:
                 for part in batch.split(self.config.train.accumulate):
                     self._validation_meter.add(self._loss(model, part)[1], part.samples)
         model.train(training)
-        metrics = self._validation_meter.read(self.world.comm)
+        metrics = self._validation_meter.read(world.comm)
         recorder.write("validation", counters.step, metrics)
         counters.metrics |= {f"val_{name}": value for name, value in metrics.items()}
-        return self._judge({f"val_{name}": value for name, value in metrics.items()})
+        improved = self._judge({f"val_{name}": value for name, value in metrics.items()})
+        if counters.stopped_early and not lockstep:
+            self.world.comm.stop()
+        return improved
+
+    @contextlib.contextmanager
+    def _parameters_of(self, snapshot: Snapshot | None) -> Iterator[None]:
+        """The model with a snapshot's parameters; afterwards with its own again."""
+        if snapshot is None:
+            yield
+            return
+        own = {parameter: parameter.detach().clone() for parameter in snapshot.parameters}
+        for parameter, value in snapshot.parameters.items():
+            parameter.copy_(value)
+        try:
+            yield
+        finally:
+            for parameter, value in own.items():
+                parameter.copy_(value)
 
     def _judge(self, metrics: dict[str, float]) -> bool:
         """Compare with the best so far. Every rank has the same numbers, so all decide alike."""
@@ -264,14 +327,22 @@ class Trainer:
         )
         return False
 
-    def _save(self, *, best: bool) -> None:
+    def _save(self, optimizer: DistributedOptimizer, *, best: bool) -> None:
         self._average_buffers()
-        if self.world.rank == 0:
-            self.store.save(self.state.counters.step, self.state.state_dict(), best=best)
+        if self.world.rank != 0:
+            return
+        state = self.state.state_dict()
+        snapshot = optimizer.snapshot()
+        if snapshot is not None:
+            named = self.state.model.named_parameters(remove_duplicate=False)
+            values = snapshot.parameters
+            state["model"] |= {name: values[p] for name, p in named if p in values}
+            state["optimizer"] = snapshot.optimizer
+        self.store.save(self.state.counters.step, state, best=best)
 
     def _average_buffers(self) -> None:
         """Make running statistics the world's: each rank's batches gave it slightly other ones."""
-        if self.world.size == 1:
+        if self.world.size == 1 or not self.strategy.lockstep:
             return
         modules = [m for m in (self.state.model, self.state.ema) if m is not None]
         buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]

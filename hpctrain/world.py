@@ -6,13 +6,48 @@ The world is not a constant. Ask it each time: nothing may keep a rank or a size
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from hpctrain.errors import Error
 from hpctrain.launcher import ALONE, Launch, detect
 from hpctrain.process import cores
+
+
+class Part(NamedTuple):
+    """What of a global batch falls to a rank: from ``lower / total`` to ``upper / total`` of it.
+
+    Attributes:
+        rank: Whose it is.
+        size: Of the world that shares the batch.
+        lower: Shares of the ranks before this one.
+        upper: The same and this rank's.
+        total: Shares of all ranks.
+    """
+
+    rank: int
+    size: int
+    lower: int
+    upper: int
+    total: int
+
+
+def equal_part(rank: int, size: int) -> Part:
+    """A rank's part where all have the same."""
+    return Part(rank, size, rank, rank + 1, size)
+
+
+def part_of(shares: Sequence[int], rank: int) -> Part:
+    """A rank's part where ranks' parts are to one another as these numbers.
+
+    Args:
+        shares: Of every rank; some may be 0, but not all.
+        rank: Whose part it is.
+    """
+    lower = sum(shares[:rank])
+    return Part(rank, len(shares), lower, lower + shares[rank], sum(shares))
 
 
 class Communicator(Protocol):
@@ -38,6 +73,13 @@ class Communicator(Protocol):
     def local_size(self) -> int:
         """How many processes run on this host."""
 
+    def part(self, epoch: int, batch: int) -> Part:
+        """What of an epoch's global batch of that number falls to this rank.
+
+        Asked before each batch. It may differ from one batch to the next, when workers come, go, or
+        turn out slow; but of one batch, all ranks' parts must be of the same shares.
+        """
+
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a contiguous tensor over all ranks, in place."""
 
@@ -46,6 +88,18 @@ class Communicator(Protocol):
 
     def barrier(self) -> None:
         """Return when every rank has come here."""
+
+    def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
+        """Add values to a pool, waiting for nobody; rank 0 takes what has come together.
+
+        Only where ranks do not go in lockstep.
+        """
+
+    def stop(self) -> None:
+        """Have every rank end the training, where ranks do not go in lockstep."""
+
+    def abort(self, reason: str) -> None:
+        """This rank has failed: tell the others, where the launcher might not."""
 
     def close(self) -> None:
         """Leave the world in good order; nothing may be called afterwards."""
@@ -59,6 +113,10 @@ class Alone:
     local_rank = 0
     local_size = 1
 
+    def part(self, epoch: int, batch: int) -> Part:
+        """All of it."""
+        return equal_part(self.rank, self.size)
+
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """A sum over one."""
 
@@ -68,8 +126,36 @@ class Alone:
     def barrier(self) -> None:
         """Nobody to wait for."""
 
+    def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
+        """What was given."""
+        return values
+
+    def stop(self) -> None:
+        """Nobody to stop."""
+
+    def abort(self, reason: str) -> None:
+        """Nobody to tell."""
+
     def close(self) -> None:
         """Nothing to leave."""
+
+
+class Even:
+    """A communicator, but every rank has as much of every batch: for validation.
+
+    Args:
+        comm: Whose ranks and collectives they are.
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+    def part(self, epoch: int, batch: int) -> Part:
+        """As much as every other rank has."""
+        return equal_part(self._comm.rank, self._comm.size)
 
 
 class Unconnected:
@@ -81,6 +167,10 @@ class Unconnected:
         self.local_rank = launch.local_rank
         self.local_size = launch.local_size
 
+    def part(self, epoch: int, batch: int) -> Part:
+        """As much as every other rank has."""
+        return equal_part(self.rank, self.size)
+
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Refused."""
         raise self._error()
@@ -92,6 +182,17 @@ class Unconnected:
     def barrier(self) -> None:
         """Refused."""
         raise self._error()
+
+    def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
+        """Refused."""
+        raise self._error()
+
+    def stop(self) -> None:
+        """Refused."""
+        raise self._error()
+
+    def abort(self, reason: str) -> None:
+        """Nobody to tell."""
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -134,6 +235,10 @@ class World:
     def local_size(self) -> int:
         """How many processes run on this host."""
         return self.comm.local_size
+
+    def part(self, epoch: int, batch: int) -> Part:
+        """What of an epoch's global batch of that number falls to this rank."""
+        return self.comm.part(epoch, batch)
 
     @property
     def device(self) -> torch.device:

@@ -52,7 +52,7 @@ class Batch(dict[str, torch.Tensor]):
 
     @property
     def samples(self) -> int:
-        """How many samples this rank has; may be 0 in an epoch's last batch."""
+        """How many samples this rank has; may be 0."""
         return len(self.positions)
 
     @property
@@ -108,7 +108,7 @@ class Batch(dict[str, torch.Tensor]):
         for number in range(parts):
             start, stop = share(0, self.samples, number, parts)
             if stop > start:
-                yield self._with(part(self, start, stop), self.positions[start:stop])
+                yield self._with(cut(self, start, stop), self.positions[start:stop])
 
     def _with(self, fields: dict[str, torch.Tensor], positions: Integers) -> Batch:
         return Batch(
@@ -141,7 +141,7 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
 Rows = TypeVar("Rows", torch.Tensor, NDArray[Any])
 
 
-def part(fields: Mapping[str, Rows], start: int, stop: int) -> dict[str, Rows]:
+def cut(fields: Mapping[str, Rows], start: int, stop: int) -> dict[str, Rows]:
     """Some of the samples of all fields, without a copy of more than offsets."""
     result: dict[str, Rows] = {}
     for name, tensor in fields.items():

@@ -24,9 +24,9 @@ WorkerKind = Literal["thread", "process"]
 class Loader:
     """An iterable of :class:`Batch`; each pass over it is one epoch, or what is left of one.
 
-    The global batches are the same whatever the world's size, which is asked of the world at every
-    batch. ``epoch`` and ``cursor`` say where the next batch starts; they are all that a resume
-    needs, in this world or in one of another size. There is no ``set_epoch`` to forget.
+    The global batches are the same in any world. Before each, the world is asked which part of it
+    falls to this rank. ``epoch`` and ``cursor`` say where the next batch starts; they are all that
+    a resume needs, in this world or in one of another size. There is no ``set_epoch`` to forget.
 
     Batches are made ahead of time in the background. On ``workers`` threads, which suits whatever
     spends its time in numpy, torch or Pillow; they share the mapped shards, and no process is ever
@@ -114,10 +114,9 @@ class Loader:
         samples = self.samples
         while self.cursor < samples:
             # All is asked each time: the world, the batch size and the cursor may have changed.
+            part = self.world.part(self.epoch, self.cursor // self.batch_size)
             began = time.perf_counter()
-            batch = self._read_ahead().get(
-                self._epoch(), self.cursor, self.batch_size, self.world.rank, self.world.size
-            )
+            batch = self._read_ahead().get(self._epoch(), self.cursor, self.batch_size, part)
             self.wait_seconds += time.perf_counter() - began
             # Moved on before the batch is handed out: whoever asks for the state while working on
             # the batch, after its step, must get the place to go on from.

@@ -209,5 +209,13 @@ def share(start: int, stop: int, rank: int, size: int) -> tuple[int, int]:
     Parts are contiguous, in rank order and differ by one at most. Some may be empty, but never rank
     0's unless all are.
     """
+    return portion(start, stop, rank, rank + 1, size)
+
+
+def portion(start: int, stop: int, lower: int, upper: int, total: int) -> tuple[int, int]:
+    """The part of positions ``[start, stop)`` from ``lower / total`` to ``upper / total`` of them.
+
+    Both ends are rounded up, so parts that meet in a fraction meet in a position.
+    """
     count = stop - start
-    return start - (-count * rank // size), start - (-count * (rank + 1) // size)
+    return start - (-count * lower // total), start - (-count * upper // total)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.order import Order, share
+from hpctrain.data.order import Order, portion
 from hpctrain.data.random import Integers
+from hpctrain.world import Part
 
 # A plan is for so many samples of a rank: few at first, so that the first batch is soon there.
 PLAN_POSITIONS = (1024, 32768)
@@ -56,13 +57,12 @@ class Plan:
 
     Args:
         order: Of the epoch.
-        rank, size: Of the world.
+        part: What of each global batch falls to the rank.
     """
 
-    def __init__(self, order: Order, rank: int, size: int) -> None:
+    def __init__(self, order: Order, part: Part) -> None:
         self.order = order
-        self.rank = rank
-        self.size = size
+        self.part = part
         self._lock = threading.Lock()
         self._worked_out = 0
         # The newest few pieces, because threads are not at the same place.
@@ -90,9 +90,13 @@ class Plan:
     def _work_out(self, span: Span) -> _Piece:
         wanted = min(PLAN_POSITIONS[1], PLAN_POSITIONS[0] << 2 * self._worked_out)
         self._worked_out += 1
-        count = max(len(span.batches()), wanted * self.size // span.batch_size)
+        _, size, lower, upper, total = self.part
+        # A rank with little has no more batches worked out than one with an equal part: the list of
+        # them would be long.
+        ranks = min(size, total // max(upper - lower, 1))
+        count = max(len(span.batches()), wanted * ranks // span.batch_size)
         span = span._replace(stop=self.order.samples).first(count)
-        parts = [share(start, stop, self.rank, self.size) for start, stop in span.batches()]
+        parts = [portion(start, stop, lower, upper, total) for start, stop in span.batches()]
         positions = np.concatenate([np.arange(*part, dtype=np.uint64) for part in parts])
         bounds = list(itertools.accumulate((stop - start for start, stop in parts), initial=0))
         return _Piece(span, positions, self.order.indices(positions), bounds)

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from hpctrain.data.batch import Batch, part
+from hpctrain.data.batch import Batch, cut
 from hpctrain.data.buffers import Buffers
 from hpctrain.data.chunks import BadShard
 from hpctrain.data.order import Shuffle
@@ -33,6 +33,7 @@ from hpctrain.data.plan import Plan, Span
 from hpctrain.data.random import key
 from hpctrain.data.source import Arrays, Source, native
 from hpctrain.errors import Error
+from hpctrain.world import Part
 
 # A job is as many batches as take about this long, within limits: waking a thread for each small
 # batch, and having threads contend for Python's lock, would cost as much as making it.
@@ -89,12 +90,12 @@ class Maker:
         for number, (start, stop) in enumerate(places):
             first, last = bounds[number], bounds[number + 1]
             batch = Batch(
-                {name: native(array) for name, array in part(arrays, first, last).items()},
+                {name: native(array) for name, array in cut(arrays, first, last).items()},
                 order=plan.order,
                 start=start,
                 stop=stop,
                 positions=positions[first:last],
-                world_size=plan.size,
+                world_size=plan.part.size,
                 lost=lost[number],
                 buffers=self.buffers,
             )
@@ -133,16 +134,16 @@ class ReadAhead:
         self._timeout_seconds = timeout_seconds
         self._pool: Executor | None = None
         self._owner = os.getpid()
-        self._plans: dict[tuple[Epoch, int, int], Plan] = {}
+        self._plans: dict[tuple[Epoch, Part], Plan] = {}
         # Jobs under way, in order, then batches of the first job that is done.
         self._jobs: deque[tuple[Plan, Span, Future[tuple[list[Batch], float]]]] = deque()
         self._ready: deque[Batch] = deque()
         self._job_batches = 1
         # What will be asked for next if nothing changes, and what is to be submitted next.
-        self._expected: tuple[Epoch, int, int, int, int] | None = None
+        self._expected: tuple[Epoch, int, int, Part] | None = None
         self._next: tuple[Epoch, int]
 
-    def get(self, epoch: Epoch, start: int, batch_size: int, rank: int, size: int) -> Batch:
+    def get(self, epoch: Epoch, start: int, batch_size: int, part: Part) -> Batch:
         """The batch that starts at a position; those after it are expected to be asked for next.
 
         Raises:
@@ -152,36 +153,36 @@ class ReadAhead:
         if os.getpid() != self._owner:
             self._begin_anew()
         if self._workers == 0:
-            plan = self._plan(epoch, rank, size)
+            plan = self._plan(epoch, part)
             return self._maker.make(plan, Span(start, plan.order.samples, batch_size).first(1))[0]
         # An epoch that nothing was made ahead of has no jobs.
-        if self._expected != (epoch, start, batch_size, rank, size) or self._next[0] < epoch:
+        if self._expected != (epoch, start, batch_size, part) or self._next[0] < epoch:
             self._forget()
             self._next = (epoch, start)
         if not self._ready:
-            self._submit(batch_size, rank, size)
-            self._receive(rank)
-            self._submit(batch_size, rank, size)
+            self._submit(batch_size, part)
+            self._receive(part.rank)
+            self._submit(batch_size, part)
         batch = self._ready.popleft()
-        ended = batch.stop == self._plan(epoch, rank, size).order.samples
+        ended = batch.stop == self._plan(epoch, part).order.samples
         then = (epoch.following(batch_size), 0) if ended else (epoch, batch.stop)
-        self._expected = (*then, batch_size, rank, size)
+        self._expected = (*then, batch_size, part)
         return batch
 
-    def _plan(self, epoch: Epoch, rank: int, size: int) -> Plan:
-        found = self._plans.get((epoch, rank, size))
+    def _plan(self, epoch: Epoch, part: Part) -> Plan:
+        found = self._plans.get((epoch, part))
         if found is None:
             while len(self._plans) > 1:  # this epoch's and the next one's are wanted
                 del self._plans[next(iter(self._plans))]
-            found = Plan(self._maker.source.order(*epoch), rank, size)
-            self._plans[epoch, rank, size] = found
+            found = Plan(self._maker.source.order(*epoch), part)
+            self._plans[epoch, part] = found
         return found
 
-    def _submit(self, batch_size: int, rank: int, size: int) -> None:
+    def _submit(self, batch_size: int, part: Part) -> None:
         """Keep every worker busy."""
         while len(self._jobs) < self._workers:
             epoch, start = self._next
-            plan = self._plan(epoch, rank, size)
+            plan = self._plan(epoch, part)
             if start >= plan.order.samples:
                 if epoch.shuffle == "none":  # an evaluation, which may be the only one
                     return
@@ -191,7 +192,7 @@ class ReadAhead:
             self._next = (epoch, span.stop)
             pool = self._pool or self._start()
             if self._processes:
-                future = pool.submit(_make_in_process, epoch, span, rank, size)
+                future = pool.submit(_make_in_process, epoch, span, part)
             else:
                 future = pool.submit(_make, self._maker, plan, span)
             self._jobs.append((plan, span, future))
@@ -238,7 +239,7 @@ class ReadAhead:
         return self._pool
 
     def _forget(self) -> None:
-        """Drop what is under way: it is for another place, or for another world."""
+        """Drop what is under way: it is for another place, or another part."""
         for _, _, future in self._jobs:
             future.cancel()
         self._jobs.clear()
@@ -281,7 +282,7 @@ class _Process:
     """What a worker process keeps."""
 
     maker: Maker
-    key: tuple[Epoch, int, int] | None = None
+    key: tuple[Epoch, Part] | None = None
     plan: Plan
 
 
@@ -290,14 +291,14 @@ def _begin_process(transform: Callable[[Batch], Batch] | None, source: Source) -
     _Process.maker = Maker(source, transform, Buffers())
 
 
-def _make_in_process(epoch: Epoch, span: Span, rank: int, size: int) -> tuple[list[Batch], float]:
-    if _Process.key != (epoch, rank, size):
-        _Process.key = (epoch, rank, size)
-        _Process.plan = Plan(_Process.maker.source.order(*epoch), rank, size)
+def _make_in_process(epoch: Epoch, span: Span, part: Part) -> tuple[list[Batch], float]:
+    if _Process.key != (epoch, part):
+        _Process.key = (epoch, part)
+        _Process.plan = Plan(_Process.maker.source.order(*epoch), part)
     began = time.perf_counter()
     batches = []
     for start, stop in span.batches():
-        seed = key(epoch.seed, epoch.number, start, rank)
+        seed = key(epoch.seed, epoch.number, start, part.rank)
         torch.manual_seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         random.seed(seed)

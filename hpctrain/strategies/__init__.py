@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hpctrain.config import HorovodConfig
+from hpctrain.config import HorovodConfig, PsConfig
 from hpctrain.errors import Error, nearest
 from hpctrain.strategies.base import Strategy
 from hpctrain.world import World
 
-NAMES = ("single", "horovod")
+NAMES = ("single", "horovod", "ps")
 
 
 def strategy(
@@ -15,14 +15,16 @@ def strategy(
     world: World,
     *,
     horovod: HorovodConfig | None = None,
+    ps: PsConfig | None = None,
     timeout_seconds: float = 600.0,
 ) -> Strategy:
     """Connect the world by the strategy of that name.
 
     Args:
-        name: ``single``, ``horovod``, or ``auto``: horovod on several ranks, else single.
+        name: ``single``, ``horovod``, ``ps``, or ``auto``: horovod on several ranks, else single.
         world: From :func:`hpctrain.init`.
         horovod: Knobs of the Horovod strategy.
+        ps: Knobs of the parameter server.
         timeout_seconds: Longest wait for another rank.
 
     Raises:
@@ -38,4 +40,8 @@ def strategy(
         from hpctrain.strategies.horovod import Horovod
 
         return Horovod(world, horovod, timeout_seconds)
+    if name == "ps":
+        from hpctrain.strategies.parameter_server import ParameterServer
+
+        return ParameterServer(world, ps, timeout_seconds)
     raise Error(f"there is no strategy '{name}'.", hint=nearest(name, NAMES))

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from hpctrain.errors import Error
 from hpctrain.world import World
+
+
+class Snapshot(NamedTuple):
+    """Parameters and optimizer state of one moment, where others hold them.
+
+    Attributes:
+        parameters: By parameter, its values.
+        optimizer: As ``state_dict()`` of the user's optimizer has it.
+    """
+
+    parameters: dict[nn.Parameter, torch.Tensor]
+    optimizer: dict[str, Any]
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -25,6 +37,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         inner: The user's optimizer.
         clip_norm: Largest 2-norm of the agreed gradient, or None.
         grad_norm: That norm before clipping at the last step; None without clipping.
+        weight: What this step's losses are multiplied by in all (``batch.weight``); to be set
+            before ``backward()`` where a strategy may have to leave out some ranks.
+        missed: Steps of the world that went by without this rank, at its last one.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
@@ -32,6 +47,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.inner = inner
         self.clip_norm = clip_norm
         self.grad_norm: torch.Tensor | None = None
+        self.weight = 1.0
+        self.missed = 0
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # during unpickling and copying, before it is set
@@ -77,6 +94,17 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Load the inner optimizer's state."""
         self.inner.load_state_dict(state_dict)
 
+    def snapshot(self) -> Snapshot | None:
+        """Parameters and state as the world has them; None: as this rank has them."""
+        return None
+
+    def refresh(self) -> None:
+        """Make this rank's parameters the world's newest."""
+
+    def statistics(self) -> dict[str, Any]:
+        """What the strategy has to say since the last time, for the recorder."""
+        return {}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the strategy has laid out its exchange already.
 
@@ -93,10 +121,23 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
 
 class Strategy(Protocol):
-    """How replicas agree on parameters. Making one connects the world."""
+    """How replicas agree on parameters. Making one connects the world.
+
+    Attributes:
+        name: What it is called.
+        world: Who takes part.
+        lockstep: Whether all ranks take each step together. Where not, rank 0 alone validates and
+            saves, from snapshots, and nobody waits for it.
+        stopped: Whether another rank ended the training early.
+    """
 
     name: str
     world: World
+    lockstep: bool
+
+    @property
+    def stopped(self) -> bool:
+        """Whether another rank ended the training early."""
 
     def wrap(
         self,
@@ -106,6 +147,20 @@ class Strategy(Protocol):
         clip_norm: float | None = None,
     ) -> DistributedOptimizer:
         """Start every replica from rank 0's model and optimizer state, and wrap the optimizer."""
+
+
+@runtime_checkable
+class Serving(Protocol):
+    """A strategy some of whose ranks do not train.
+
+    Attributes:
+        serves: Whether this rank is one of those.
+    """
+
+    serves: bool
+
+    def serve(self) -> None:
+        """Do what such a rank does, until the run is over."""
 
 
 def check_trainable(optimizer: torch.optim.Optimizer) -> None:

@@ -19,7 +19,8 @@ from hpctrain.errors import Error, PeerLost
 from hpctrain.process import cores
 from hpctrain.strategies.base import DistributedOptimizer, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
-from hpctrain.world import World
+from hpctrain.strategies.views import adopt, dense_view
+from hpctrain.world import Part, World, equal_part
 
 # What Horovod can reduce. bfloat16 is not among them (horovod issue 4047) and goes as float32.
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)
@@ -69,6 +70,10 @@ class HorovodCommunicator:
         """How many processes run on this host."""
         return int(self._hvd.local_size())
 
+    def part(self, epoch: int, batch: int) -> Part:
+        """As much as every other rank has."""
+        return equal_part(self.rank, self.size)
+
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a contiguous tensor over all ranks, in place."""
         self.wait(self.start_all_reduce(tensor, "hpctrain.all_reduce", self._hvd.Sum))
@@ -114,6 +119,17 @@ class HorovodCommunicator:
             time.sleep(min(waited / 8, 1e-3))
         with _peers(self):
             self._hvd.synchronize(handle)
+
+    def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
+        """Not needed: the ranks go in lockstep."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Not needed: the ranks go in lockstep."""
+        raise NotImplementedError
+
+    def abort(self, reason: str) -> None:
+        """Nothing: the launcher ends the others."""
 
     def close(self) -> None:
         """Leave the world: every rank has to, and none before all have come."""
@@ -190,7 +206,7 @@ class HorovodOptimizer(DistributedOptimizer):
     def _ready(self, parameter: nn.Parameter) -> None:
         """Autograd calls this when a parameter's gradient of one backward pass is whole."""
         bucket = self._bucket_of[parameter]
-        _adopt(bucket, parameter)
+        adopt(bucket.views[parameter], parameter)
         if self._local_only:
             return
         if parameter not in bucket.pending:
@@ -232,7 +248,7 @@ class HorovodOptimizer(DistributedOptimizer):
         for bucket in self._buckets:
             if bucket.handle is None:  # an unused parameter, or a rank without samples
                 for parameter in bucket.pending:
-                    _adopt(bucket, parameter)
+                    adopt(bucket.views[parameter], parameter)
                 self._start(bucket)
         for bucket in self._buckets:
             assert bucket.handle is not None and bucket.wire is not None
@@ -278,34 +294,12 @@ def _bucket(name: str, parameters: list[nn.Parameter]) -> _Bucket:
     views = {}
     start = 0
     for parameter in parameters:
-        # The parameter's own strides, where it is dense: the optimizer then runs over both alike.
-        piece = flat[start : start + parameter.numel()]
-        views[parameter] = piece.as_strided(
-            parameter.shape, _dense_strides(parameter), piece.storage_offset()
-        )
+        views[parameter] = dense_view(flat, start, parameter)
         start += parameter.numel()
         if parameter.grad is not None:
             views[parameter].copy_(parameter.grad)
         parameter.grad = views[parameter]
     return _Bucket(name, flat, views, set(parameters))
-
-
-def _dense_strides(parameter: nn.Parameter) -> tuple[int, ...]:
-    # empty_like keeps the strides of dense tensors (channels_last among them), and only of those.
-    return torch.empty_like(parameter, device="meta").stride()
-
-
-def _adopt(bucket: _Bucket, parameter: nn.Parameter) -> None:
-    """Make a gradient that came to stand elsewhere (``grad = None`` before) the bucket's again."""
-    view = bucket.views[parameter]
-    gradient = parameter.grad
-    if gradient is view:
-        return
-    if gradient is None:
-        view.zero_()
-    elif gradient.data_ptr() != view.data_ptr():
-        view.copy_(gradient)
-    parameter.grad = view
 
 
 class Horovod:
@@ -321,6 +315,8 @@ class Horovod:
     """
 
     name = "horovod"
+    lockstep = True
+    stopped = False
 
     def __init__(
         self,

@@ -18,6 +18,8 @@ class Single:
     """
 
     name = "single"
+    lockstep = True
+    stopped = False
 
     def __init__(self, world: World) -> None:
         if world.size != 1:

@@ -17,7 +17,7 @@ from hpctrain.data.order import EpochOrder
 from hpctrain.data.source import ArraySource
 from hpctrain.errors import Error
 from hpctrain.launcher import Launch
-from hpctrain.world import World
+from hpctrain.world import Unconnected, World, part_of
 
 
 class Blocks(ArraySource):
@@ -36,11 +36,27 @@ def world(rank, size):
     return World(Launch("mpirun", rank, size, rank, size))
 
 
+class Dividing(Unconnected):
+    """Each batch by the next of some divisions into shares."""
+
+    def __init__(self, launch, divisions):
+        super().__init__(launch)
+        self.divisions = divisions
+
+    def part(self, epoch, batch):
+        return part_of(self.divisions[(epoch + batch) % len(self.divisions)], self.rank)
+
+
 def loaders(source, batch_size, size, seed, **options):
     return [
         Loader(source, batch_size, world=world(rank, size), seed=seed, **options)
         for rank in range(size)
     ]
+
+
+def divisions(size):
+    shares = st.lists(st.integers(0, 5), min_size=size, max_size=size).filter(any)
+    return st.lists(st.just([1] * size) | shares, min_size=1, max_size=3)
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,20 +68,25 @@ def loaders(source, batch_size, size, seed, **options):
     workers=st.integers(0, 2),
     seed=st.integers(0, 1000),
     worlds=st.lists(
-        st.tuples(st.integers(1, 7), st.integers(1, 40), st.integers(0, 6)),
+        st.tuples(st.integers(1, 7).flatmap(divisions), st.integers(1, 40), st.integers(0, 6)),
         min_size=1,
         max_size=5,
     ),
 )
 def test_exactly_once_whatever_the_world(n, block, aligned, shuffle, workers, seed, worlds):
-    """Two epochs through a sequence of (world size, batch size, batches until both change)."""
+    """Two epochs through a sequence of (divisions, batch size, batches until both change).
+
+    The first says the world's size too; within it, batches are divided by one after the other.
+    """
     source = Blocks(n, block, aligned)
     state = None
     seen: list[list[int]] = [[], []]
     lanes = []
-    for size, batch_size, batches in [*worlds, (2, worlds[0][1], 10**6)]:
+    for shares, batch_size, batches in [*worlds, ([[1, 1]], worlds[0][1], 10**6)]:
+        size = len(shares[0])
         ranks = loaders(source, batch_size, size, seed, shuffle=shuffle, workers=workers)
         for loader in ranks:
+            loader.world.comm = Dividing(loader.world.launch, shares)
             if state is not None:
                 loader.load_state_dict(state)
         while batches > 0 and ranks[0].epoch < 2:
@@ -90,23 +111,25 @@ def test_exactly_once_whatever_the_world(n, block, aligned, shuffle, workers, se
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_world_may_change_between_two_batches(workers):
-    """Without a restart: what was made ahead for the old world is made again for the new."""
+    """Without a restart: what was made ahead for the old part is made again for the new."""
     source = ArraySource({"x": np.arange(997)})
-    here = {"rank": 0, "size": 2}
+    parts = [part_of(*case) for case in (([1, 1], 0), ([3, 1], 0), ([3, 1], 1), ([2, 0, 5], 2))]
+    asked = []
 
     class Changing:
-        rank = property(lambda self: here["rank"])
-        size = property(lambda self: here["size"])
+        def part(self, epoch, batch):
+            asked.append((epoch, batch))
+            return parts[batch // 2 % len(parts)]
 
     loader = Loader(source, 30, world=Changing(), shuffle="none", workers=workers)
     for number, batch in enumerate(loader):
-        start = 30 * number
-        first, last = batch.positions[0], batch.positions[-1] + 1
-        count = min(30, 997 - start)
-        assert first == start + -(-count * here["rank"] // here["size"])
-        assert last == start + -(-count * (here["rank"] + 1) // here["size"])
-        assert batch["x"].tolist() == list(range(first, last))
-        here |= {"size": 1 + number % 3, "rank": number % (1 + number % 3)}
+        part = parts[number // 2 % len(parts)]
+        start, count = 30 * number, min(30, 997 - 30 * number)
+        first = start + -(-count * part.lower // part.total)
+        last = start + -(-count * part.upper // part.total)
+        assert batch["x"].tolist() == batch.positions.tolist() == list(range(first, last))
+        assert batch.weight == (last - first) * part.size / count
+    assert asked == [(0, number) for number in range(34)]
 
 
 def doubled(batch):

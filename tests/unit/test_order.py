@@ -1,5 +1,7 @@
 """The epoch order: exactly once, at any position, well mixed, and read mostly by one rank."""
 
+import math
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain.data.order import EpochOrder, share
+from hpctrain.data.order import EpochOrder, portion, share
 from hpctrain.data.quality import amplification, shuffle_quality
 from hpctrain.data.random import key, permute
+from hpctrain.world import equal_part, part_of
 
 ORDERS = st.builds(
     EpochOrder,
@@ -158,3 +161,26 @@ def test_shares(count, size, start):
     sizes = [stop - begin for begin, stop in parts]
     assert max(sizes) - min(sizes) <= 1
     assert sizes[0] == max(sizes)
+    for rank, part in enumerate(parts):
+        ends = [start + math.ceil(Fraction(count * number, size)) for number in (rank, rank + 1)]
+        assert part == tuple(ends)
+        assert equal_part(rank, size) == part_of([1] * size, rank)
+        _, of, lower, upper, total = equal_part(rank, size)
+        assert of == size and part == portion(start, start + count, lower, upper, total)
+
+
+@given(
+    count=st.integers(0, 1000),
+    shares=st.lists(st.integers(0, 1000), min_size=1, max_size=20).filter(any),
+    start=st.integers(0, 10),
+)
+def test_unequal_parts(count, shares, start):
+    parts = []
+    for rank in range(len(shares)):
+        part = part_of(shares, rank)
+        assert (part.rank, part.size) == (rank, len(shares))
+        parts.append(portion(start, start + count, part.lower, part.upper, part.total))
+    assert parts[0][0] == start and parts[-1][1] == start + count
+    assert all(a[1] == b[0] for a, b in pairwise(parts))
+    for (begin, stop), mine in zip(parts, shares, strict=True):
+        assert abs((stop - begin) - Fraction(count * mine, sum(shares))) < 1

@@ -16,6 +16,7 @@ from hpctrain.data.plan import Plan, Span
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.writer import Ragged, ShardWriter
 from hpctrain.errors import Error
+from hpctrain.world import equal_part
 
 TYPES = ["u1", "i1", "<i2", "<u2", "<i8", ">i4", "<f2", "<f4", "<f8", "?", "<c8"]
 
@@ -282,7 +283,7 @@ def test_a_billion_samples(tmp_path):
     assert len(split) == 10**9
     loader = Loader(split, 256)
     loader.load_state_dict({**loader.state_dict(), "cursor": 617_283_840})
-    plan = Plan(split.order(0, 0, "block", 256), rank=3, size=8)
+    plan = Plan(split.order(0, 0, "block", 256), equal_part(3, 8))
     start = loader.cursor
     seen = []
     for number in range(1000):

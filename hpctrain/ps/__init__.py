@@ -1,0 +1,1 @@
+"""The parameter server: it holds slices of the parameters, and updates them."""

@@ -1,0 +1,342 @@
+"""Bringing workers and servers together over MPI: roles, links and shared memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from hpctrain.config import PsConfig
+from hpctrain.errors import Error, PeerLost
+from hpctrain.ps.cipher import Cipher, read_key
+from hpctrain.ps.client import Client, Future
+from hpctrain.ps.consistency import parse
+from hpctrain.ps.layout import Layout
+from hpctrain.ps.link import Link, LocalLink, MPILink
+from hpctrain.ps.loop import Loop, Waiter
+from hpctrain.ps.roles import Roles, assign
+from hpctrain.ps.rules import Rule
+from hpctrain.ps.server import Server
+from hpctrain.ps.shared import Regions, region_bytes
+
+# Tags of messages from workers to servers, back, and among servers; the next one is for payloads.
+TO_SERVER, TO_WORKER, AMONG_SERVERS = 10, 20, 30
+PAGE = 4096
+CLOSING_SECONDS = 10.0
+
+
+class Sharing:
+    """Memory of the workers of a host, once all of its ranks have come to share it.
+
+    Args:
+        node: The host's ranks.
+        workers: Their numbers, and places among the host's ranks.
+        lockstep: Whether they use one set of weights.
+
+    Attributes:
+        common: The worker whose weights all use, or None.
+        regions: The memory, once ``done``.
+    """
+
+    def __init__(self, node: MPI.Intracomm, workers: dict[int, int], lockstep: bool) -> None:
+        self.common = min(workers) if lockstep else None
+        self.regions = Regions()
+        self.done = threading.Event()
+        self._node = node
+        self._workers = workers
+        self._size: int | None = None
+        self._request: MPI.Request | None = None
+        self._window: MPI.Win | None = None
+
+    def offer(self, size: int) -> None:
+        """This rank's bytes."""
+        self._size = -(-size // PAGE) * PAGE
+
+    def poll(self) -> bool:
+        """True once, when the memory is there. Blocks only when every rank has come."""
+        if self._size is None or self.done.is_set():
+            return False
+        if self._request is None:
+            self._request = self._node.Ibarrier()
+        if not self._request.Test():
+            return False
+        window = self._window = MPI.Win.Allocate_shared(self._size, 1, comm=self._node)
+        memory = {}
+        for worker, place in self._workers.items():
+            buffer, _ = window.Shared_query(place)
+            memory[worker] = torch.frombuffer(buffer, dtype=torch.uint8)
+        self.regions = Regions(memory, self.common)
+        self.done.set()
+        return True
+
+
+class Ends:
+    """What this rank is to the parameter server: a worker, a server, or both.
+
+    Every rank makes one at the same time.
+
+    Args:
+        config: The same on every rank.
+        launched: How many ranks there must be; None: as many as MPI sees.
+        timeout_seconds: Longest wait for the other ranks.
+
+    Attributes:
+        me: This rank.
+        roles: Who works and who serves.
+        client: Of a worker; else None.
+        server: Of a server; else None.
+
+    Raises:
+        Error: The ranks or the MPI do not fit.
+        PeerLost: Not all ranks came.
+    """
+
+    def __init__(
+        self,
+        config: PsConfig,
+        *,
+        launched: int | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        world = MPI.COMM_WORLD
+        if launched is not None and world.size != launched:
+            raise Error(
+                f"{launched} ranks were started, but MPI sees {world.size}.",
+                hint="start them by mpirun of the MPI that mpi4py uses, or by srun --mpi=pmix "
+                "(Open MPI) or pmi2 (MPICH); `hpctrain doctor` tells more.",
+            )
+        self.config = config
+        self.me = world.rank
+        self._timeout_seconds = timeout_seconds
+        self._meet(world, "all ranks")
+        self._comm: MPI.Intracomm = world.Dup()
+        self._node = cast(MPI.Intracomm, self._comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.me))
+        hosts = np.zeros(world.size, np.int64)
+        leader = np.array([self.me], np.int64)
+        self._node.Bcast(leader, root=0)
+        self._comm.Allgather(leader, hosts)
+        self._hosts = hosts.tolist()
+        self.roles: Roles = assign(self._hosts, config.servers, colocate=config.colocate)
+        self._check()
+        key = read_key(Path(config.key_file) if config.key_file else None, os.environ)
+        self._cipher = Cipher(key) if key is not None else None
+        self.client: Client | None = None
+        self.server: Server | None = None
+        self._loop: Loop | None = None
+        self._make()
+        self._sharing = self._share()
+
+    def _check(self) -> None:
+        parse(self.config.consistency)
+        works, serves = len(self.roles.workers), len(self.roles.servers)
+        if self.config.replicas >= serves:
+            raise Error(
+                f"{self.config.replicas} replicas need more than {serves} servers.",
+                hint="use more --servers, or fewer ps.replicas.",
+            )
+        shares = self.config.shares
+        if isinstance(shares, list) and len(shares) != works:
+            raise Error(
+                f"ps.shares names {len(shares)} shares for {works} workers.",
+                hint="give one number a worker.",
+            )
+        if self.config.colocate and MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+            raise Error(
+                "co-located servers need an MPI that lets threads take turns.",
+                hint="unset MPI4PY_RC_THREAD_LEVEL, or use servers of their own.",
+            )
+
+    def _make(self) -> None:
+        local = LocalLink.pair(self.me, self.me)
+        if self.me in self.roles.servers:
+            workers: dict[int, Link] = {
+                worker: local[1] if worker == self.me else self._link(worker, TO_WORKER, TO_SERVER)
+                for worker in self.roles.workers
+            }
+            servers: dict[int, Link] = {
+                server: self._link(server, AMONG_SERVERS, AMONG_SERVERS)
+                for server in self.roles.servers
+                if server != self.me
+            }
+            self.server = Server(
+                self.me, workers, servers, self.config, timeout_seconds=self._timeout_seconds
+            )
+        if self.me in self.roles.workers:
+            links: dict[int, Link] = {
+                server: local[0] if server == self.me else self._link(server, TO_SERVER, TO_WORKER)
+                for server in self.roles.servers
+            }
+            self.client = Client(self.me, links, self.config, wake=self._wake)
+
+    def _link(self, peer: int, to: int, from_: int) -> MPILink:
+        return MPILink(self._comm, peer, peer, (to, from_), self._cipher)
+
+    # A worker's.
+
+    def open(
+        self,
+        layout: Layout,
+        rule: Rule,
+        *,
+        weights: Sequence[torch.Tensor] | None,
+        state: Mapping[str, Sequence[torch.Tensor]] | None = None,
+        steps: Sequence[int] | None = None,
+        clip_norm: float | None = None,
+    ) -> Client:
+        """Say what is to be trained, and begin to exchange.
+
+        Args:
+            layout: The same on every worker.
+            rule: What the servers do with gradients.
+            weights: Flats to start from; the first worker's are everybody's.
+            state: Of the rule, by name, as flats.
+            steps: Updates the state has had, by slice.
+            clip_norm: Largest norm of the aggregated gradient.
+
+        Returns:
+            The client; its ``weights`` and ``gradients`` are the flats to work with.
+
+        Raises:
+            PeerLost: The servers are gone.
+        """
+        assert self.client is not None
+        self.start()
+        regions = self._memory(layout)
+        regions.lay_out(layout)
+        own_weights, own_gradients = regions.flats(self.me)
+        first = self.me == self.roles.workers[0]
+        if first and weights is not None:
+            for target, source in zip(own_weights, weights, strict=True):
+                target.copy_(source)
+        if self.server is not None:
+            self.server.regions = regions
+        self.client.near = self._near()
+        future: Future = self.client.open(
+            layout, rule, own_weights, own_gradients,
+            first=first, state=state, steps=steps, clip_norm=clip_norm,
+        )  # fmt: skip
+        future.wait()
+        return self.client
+
+    def start(self) -> None:
+        """Begin to exchange questions and answers, before there is anything to train."""
+        client = self.client
+        if self._loop is not None or client is None:
+            return
+        serves = self.server is not None
+        parts: list[Any] = [p for p in (client, self.server, self._sharing) if p is not None]
+        self._loop = Loop(parts, lambda: serves or client.busy, client.fail)
+        self._loop.start()
+
+    def _wake(self) -> None:
+        if self._loop is not None:
+            self._loop.wake()
+
+    def _near(self) -> set[int]:
+        if self._sharing is None:
+            return {self.me} & set(self.roles.servers)
+        here = self._hosts[self.me]
+        return {server for server in self.roles.servers if self._hosts[server] == here}
+
+    # Everybody's.
+
+    def _share(self) -> Sharing | None:
+        """Where this host has workers and servers: the memory that they will share."""
+        here = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[self.me]]
+        workers = {rank: place for place, rank in enumerate(here) if rank in self.roles.workers}
+        serving = any(rank in self.roles.servers for rank in here)
+        if not (self.config.shared_memory and len(here) > 1 and workers and serving):
+            return None
+        sharing = Sharing(self._node, workers, parse(self.config.consistency).lockstep)
+        if self.client is None:
+            sharing.offer(0)
+        return sharing
+
+    def _memory(self, layout: Layout) -> Regions:
+        """This worker's memory, where its host's servers can reach it if there are any."""
+        size = region_bytes(layout)
+        if self._sharing is None:
+            return Regions({self.me: torch.zeros(2 * size, dtype=torch.uint8)})
+        borrows = self._sharing.common not in (None, self.me)
+        self._sharing.offer(size if borrows else 2 * size)
+        self._wake()
+        deadline = time.monotonic() + self._timeout_seconds
+        while not self._sharing.done.wait(0.1):
+            if time.monotonic() > deadline or self._loop is None or not self._loop.is_alive():
+                raise PeerLost(
+                    f"rank {self.me} on {os.uname().nodename} waited for the other ranks of its "
+                    "host to share memory.",
+                    hint="did one of them fail? Its own log says more.",
+                )
+        return self._sharing.regions
+
+    def serve(self) -> None:
+        """Serve until every worker has left; for a rank that only serves.
+
+        Raises:
+            PeerLost: The run cannot go on.
+        """
+        assert self.server is not None
+        server = self.server
+        waiter = Waiter()
+        with torch.no_grad():
+            while not server.done:
+                if self._sharing is not None and self._sharing.poll():
+                    server.regions = self._sharing.regions
+                waiter.wait(server.poll())
+        self._drain([server])
+
+    def close(self) -> None:
+        """Leave: a worker has done all of its steps. Nothing may be called afterwards."""
+        if self.client is not None and self._loop is not None:
+            self.client.leave()
+            if self.server is not None:
+                server = self.server
+                while not server.done and self._loop.is_alive():
+                    time.sleep(1e-3)
+            self._loop.end()
+            self._drain([part for part in (self.client, self.server) if part is not None])
+
+    def abort(self, reason: str) -> None:
+        """This worker has failed: the run is to end for everybody."""
+        if self.client is not None and self._loop is not None:
+            self.client.abort(reason)
+            deadline = time.monotonic() + 1.0
+            while (self.client.busy or not self.client.idle()) and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+    def _drain(self, parts: Sequence[Any]) -> None:
+        """What was sent last must be on its way before this process ends."""
+        deadline = time.monotonic() + CLOSING_SECONDS
+        waiter = Waiter()
+        while not all(part.idle() for part in parts) and time.monotonic() < deadline:
+            for part in parts:
+                part.poll()
+            waiter.wait(False)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a rank was lost: MPI cannot be ended in good order then."""
+        lost = bool(self.client and self.client.lost)
+        return lost or bool(self.server and self.server.lost)
+
+    def _meet(self, comm: MPI.Comm, whom: str) -> None:
+        """A barrier that gives up: what follows blocks until all have come."""
+        request = comm.Ibarrier()
+        deadline = time.monotonic() + self._timeout_seconds
+        waiter = Waiter()
+        while not request.Test():
+            if time.monotonic() > deadline:
+                raise PeerLost(
+                    f"rank {self.me} on {os.uname().nodename} waited {self._timeout_seconds:.0f} s "
+                    f"for {whom} to meet.",
+                    hint="did all of them start? Their own logs say more.",
+                )
+            waiter.wait(False)

@@ -1,0 +1,275 @@
+"""Messages with payloads between two processes, in order: over MPI, or within one process.
+
+A message is announced by a header; its payloads follow as raw bytes straight from and into the
+tensors that hold them. Nothing here blocks: `poll` moves on whatever can be moved.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from mpi4py import MPI
+
+from hpctrain.ps import wire
+from hpctrain.ps.cipher import Cipher
+
+HEADER_BYTES = 4096
+"""A header is received into so much memory; a longer one follows as a payload."""
+
+AHEAD_BYTES = 32 * 2**20
+"""Payloads of a link being received at a time: enough to keep a network busy, not the memory."""
+
+
+class Receiver(Protocol):
+    """Who a link's messages are for."""
+
+    def buffers(self, link: Link, message: wire.Message) -> Sequence[torch.Tensor]:
+        """Contiguous tensors for the payloads of a message that is announced, in order."""
+
+    def payload(self, link: Link, message: wire.Message, number: int, buffer: torch.Tensor) -> None:
+        """A payload has come; in the order of payloads and of messages."""
+
+    def message(self, link: Link, message: wire.Message) -> None:
+        """A message has come, and all of its payloads."""
+
+
+class Link(ABC):
+    """One direction each way with one peer.
+
+    Attributes:
+        peer: Who is at the other end, by number.
+        failed: Why nothing more will come or go; None: all is well.
+        heard: When something last came (``time.monotonic``).
+        sent_bytes: Payload bytes sent.
+    """
+
+    def __init__(self, peer: int) -> None:
+        self.peer = peer
+        self.failed: str | None = None
+        self.heard = time.monotonic()
+        self.sent_bytes = 0
+
+    @abstractmethod
+    def send(self, message: wire.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
+        """Begin to send. Payloads must stay as they are until the peer has answered them."""
+
+    @abstractmethod
+    def poll(self, receiver: Receiver) -> bool:
+        """Move on; True where something happened."""
+
+    @abstractmethod
+    def idle(self) -> bool:
+        """Whether everything sent is on its way, and its memory free again."""
+
+
+class _Incoming:
+    """A message whose payloads are coming."""
+
+    def __init__(self, message: wire.Message, buffers: Sequence[torch.Tensor]) -> None:
+        self.message = message
+        self.buffers = buffers
+        self.requests: list[tuple[MPI.Request, bytearray | None]] = []
+        self.done = 0
+        self.size = sum(buffer.nbytes for buffer in buffers)
+
+
+class MPILink(Link):
+    """With another process, over MPI.
+
+    Args:
+        comm: The communicator; errors must return (mpi4py's default).
+        rank: The peer's rank in it.
+        peer: The peer's number.
+        tags: For messages to the peer, and from it; the next number of each is for payloads.
+        cipher: Seals everything, where there is one.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Comm,
+        rank: int,
+        peer: int,
+        tags: tuple[int, int],
+        cipher: Cipher | None = None,
+    ) -> None:
+        super().__init__(peer)
+        self._comm = comm
+        self._rank = rank
+        self._to, self._from = tags
+        self._cipher = cipher
+        self._sent = self._opened = 0
+        self._sending: deque[tuple[MPI.Request, Any]] = deque()
+        self._incoming: deque[_Incoming] = deque()
+        self._ahead = 0
+        self._long = False  # what follows a long header is known only once that has come
+        self._status = MPI.Status()
+        self._header = bytearray(HEADER_BYTES)
+        self._next: MPI.Prequest | None = None
+        try:
+            self._next = comm.Recv_init([self._header, MPI.BYTE], rank, self._from)
+            self._next.Start()
+        except MPI.Exception as error:
+            self._fail(error)
+
+    def send(self, message: wire.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
+        """Begin to send. Payloads must stay as they are until the peer has answered them."""
+        if self.failed is not None:
+            return
+        header = wire.encode(message)
+        parts: list[Any] = []
+        if len(header) > HEADER_BYTES - Cipher.OVERHEAD:
+            parts.append(header)
+            header = wire.encode(wire.Long(len(header)))
+        parts += [_bytes(payload) for payload in payloads]
+        try:
+            self._start(self._seal(header), self._to)
+            for part in parts:
+                self._start(self._seal(part), self._to + 1)
+                self.sent_bytes += len(part)
+        except MPI.Exception as error:
+            self._fail(error)
+
+    def _start(self, data: Any, tag: int) -> None:
+        request = self._comm.Isend([data, MPI.BYTE], self._rank, tag)
+        self._sending.append((request, data))
+
+    def _seal(self, data: Any) -> Any:
+        if self._cipher is None:
+            return data
+        # Numbered, so that a message can be neither repeated nor moved.
+        self._sent += 1
+        return self._cipher.seal(data, b"%d:%d" % (self._to, self._sent))
+
+    def _open(self, data: Any) -> Any:
+        if self._cipher is None:
+            return data
+        self._opened += 1
+        return self._cipher.open(data, b"%d:%d" % (self._from, self._opened), f"rank {self.peer}")
+
+    def poll(self, receiver: Receiver) -> bool:
+        """Move on; True where something happened."""
+        if self.failed is not None:
+            return False
+        try:
+            moved = self._poll_sending()
+            moved |= self._poll_headers(receiver)
+            return self._poll_payloads(receiver) or moved
+        except MPI.Exception as error:
+            self._fail(error)
+            return True
+
+    def _poll_sending(self) -> bool:
+        moved = False
+        while self._sending and self._sending[0][0].Test():
+            self._sending.popleft()
+            moved = True
+        return moved
+
+    def _poll_headers(self, receiver: Receiver) -> bool:
+        moved = False
+        assert self._next is not None
+        while self._ahead < AHEAD_BYTES and not self._long and self._next.Test(self._status):
+            data = bytes(self._header[: self._status.Get_count(MPI.BYTE)])
+            self._next.Start()
+            self.heard = time.monotonic()
+            self._announced(wire.decode(self._open(data)), receiver)
+            moved = True
+        return moved
+
+    def _announced(self, message: wire.Message, receiver: Receiver) -> None:
+        self._long = isinstance(message, wire.Long)
+        if isinstance(message, wire.Long):
+            buffers: Sequence[torch.Tensor] = [torch.empty(message.size, dtype=torch.uint8)]
+        else:
+            buffers = receiver.buffers(self, message)
+        incoming = _Incoming(message, buffers)
+        for buffer in buffers:
+            sealed = bytearray(buffer.nbytes + Cipher.OVERHEAD) if self._cipher else None
+            target = _bytes(buffer) if sealed is None else sealed
+            request = self._comm.Irecv([target, MPI.BYTE], self._rank, self._from + 1)
+            incoming.requests.append((request, sealed))
+        self._incoming.append(incoming)
+        self._ahead += incoming.size
+
+    def _poll_payloads(self, receiver: Receiver) -> bool:
+        moved = False
+        while self._incoming:
+            first = self._incoming[0]
+            while first.done < len(first.requests):
+                request, sealed = first.requests[first.done]
+                if not request.Test():
+                    return moved
+                self.heard = time.monotonic()
+                buffer = first.buffers[first.done]
+                if sealed is not None:
+                    _bytes(buffer)[:] = memoryview(self._open(sealed))
+                first.done += 1
+                moved = True
+                if not isinstance(first.message, wire.Long):
+                    receiver.payload(self, first.message, first.done - 1, buffer)
+            self._incoming.popleft()
+            self._ahead -= first.size
+            moved = True
+            if isinstance(first.message, wire.Long):
+                self._announced(wire.decode(_bytes(first.buffers[0])), receiver)
+            else:
+                receiver.message(self, first.message)
+        return moved
+
+    def idle(self) -> bool:
+        """Whether everything sent is on its way, and its memory free again."""
+        return self.failed is not None or not self._sending
+
+    def _fail(self, error: MPI.Exception) -> None:
+        self.failed = " ".join(str(error).split())
+
+
+class LocalLink(Link):
+    """With another part of this process; made in pairs. Payloads are handed over, not copied."""
+
+    def __init__(self, peer: int) -> None:
+        super().__init__(peer)
+        self._queue: deque[tuple[wire.Message, Sequence[torch.Tensor]]] = deque()
+        self._other = self
+
+    @classmethod
+    def pair(cls, one: int, two: int) -> tuple[LocalLink, LocalLink]:
+        """The two ends of a link between parts with these numbers, the first one's first."""
+        first, second = cls(two), cls(one)
+        first._other, second._other = second, first
+        return first, second
+
+    def send(self, message: wire.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
+        """Hand over."""
+        if self.failed is None:
+            self.sent_bytes += sum(payload.nbytes for payload in payloads)
+            self._other._queue.append((message, payloads))
+
+    def poll(self, receiver: Receiver) -> bool:
+        """Take over what was handed over until now."""
+        moved = False
+        for _ in range(len(self._queue)):
+            self.heard = time.monotonic()
+            message, payloads = self._queue.popleft()
+            buffers = receiver.buffers(self, message)
+            for number, (buffer, payload) in enumerate(zip(buffers, payloads, strict=True)):
+                buffer.view(-1).view(torch.uint8).copy_(payload.view(-1).view(torch.uint8))
+                receiver.payload(self, message, number, buffer)
+            receiver.message(self, message)
+            moved = True
+        return moved
+
+    def idle(self) -> bool:
+        """Always: nothing of this end is being read after ``send``."""
+        return not self._other._queue
+
+
+def _bytes(data: Any) -> memoryview:
+    if isinstance(data, torch.Tensor):
+        return data.view(-1).view(torch.uint8).numpy().data
+    return memoryview(data)

@@ -1,0 +1,96 @@
+"""Moving clients and servers on: spinning while there is work, sleeping more and more without."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from hpctrain.errors import Error
+
+SPINS = 200
+SHORTEST_SLEEP, LONGEST_SLEEP = 20e-6, 1e-3
+BLIND_SECONDS = 0.05
+"""How long a worker with nothing under way does not look for messages."""
+
+
+class Part(Protocol):
+    """What a loop moves on."""
+
+    def poll(self) -> bool:
+        """Move on; True where something happened."""
+
+
+class Waiter:
+    """Waits for the next look, longer the longer nothing happens.
+
+    A server that looked all the time would take a core from the workers of its host; this one
+    answers a busy worker at once and an idle one within a millisecond.
+    """
+
+    def __init__(self) -> None:
+        self._idle = 0
+        self._sleep = SHORTEST_SLEEP
+
+    def wait(self, moved: bool) -> None:
+        """Wait, unless something has just happened."""
+        if moved:
+            self._idle, self._sleep = 0, SHORTEST_SLEEP
+            return
+        self._idle += 1
+        if self._idle > SPINS:
+            time.sleep(self._sleep)
+            self._sleep = min(LONGEST_SLEEP, self._sleep * 1.2)
+
+
+class Loop(threading.Thread):
+    """A thread that moves parts on.
+
+    Args:
+        parts: Clients and servers of this process.
+        busy: Whether messages are expected; else the thread sleeps until it is woken.
+        failed: Told about an error, which ends the loop.
+    """
+
+    def __init__(
+        self, parts: Sequence[Part], busy: Callable[[], bool], failed: Callable[[Error], None]
+    ) -> None:
+        super().__init__(name="hpctrain-ps", daemon=True)
+        self._parts = parts
+        self._busy = busy
+        self._failed = failed
+        self._woken = threading.Event()
+        self._ended = False
+
+    def wake(self) -> None:
+        """There is something to do."""
+        self._woken.set()
+
+    def run(self) -> None:
+        """Move on until ``end``."""
+        waiter = Waiter()
+        try:
+            with torch.no_grad():
+                while not self._ended:
+                    moved = False
+                    for part in self._parts:
+                        moved |= part.poll()
+                    if moved or self._busy():
+                        waiter.wait(moved)
+                    else:
+                        self._woken.wait(BLIND_SECONDS)
+                        self._woken.clear()
+        except Error as error:
+            self._failed(error)
+        except Exception as error:
+            self._failed(Error(f"the communication thread failed: {error!r}."))
+            raise
+
+    def end(self) -> None:
+        """Stop moving on, and wait for the thread."""
+        self._ended = True
+        self.wake()
+        self.join()

@@ -1,0 +1,731 @@
+"""A server: holds slices, updates them with what workers push, and answers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hpctrain.config import PsConfig
+from hpctrain.errors import Error, PeerLost
+from hpctrain.ps import wire
+from hpctrain.ps.codec import decode_rows, make_codec
+from hpctrain.ps.consistency import Apply, Replayed, Schedule, parse
+from hpctrain.ps.coordinator import Coordinator
+from hpctrain.ps.layout import Layout, Slice
+from hpctrain.ps.link import Link
+from hpctrain.ps.order_log import Entry, OrderLog
+from hpctrain.ps.placement import Placement, place, without
+from hpctrain.ps.rules import Rule, rule_named
+from hpctrain.ps.shared import Regions
+from hpctrain.ps.snapshot import Snapshots
+
+ANSWER_BYTES = 2**18
+"""Answers are sent as soon as so many bytes of weights are ready for a worker."""
+
+HOUSEKEEPING_SECONDS = 0.02
+
+
+@dataclass(eq=False)
+class Pushed:
+    """A worker's push of one slice, until it is applied."""
+
+    worker: int
+    clock: int
+    read: int
+    weight: float
+    hyper: list[float]
+    gradient: torch.Tensor
+    rows: torch.Tensor | None = None
+
+
+@dataclass(eq=False)
+class Held:
+    """A slice that a server holds.
+
+    Attributes:
+        piece: Which.
+        group: Its parameter group.
+        weights: 1-D.
+        state: Of the update rule.
+        schedule: What happens to it, and when.
+        replicas: Servers that hold it besides.
+        steps: Updates that the rule's state has had, through resumes too.
+        pushes: Not applied yet, by worker.
+        acknowledged: By replica, the updates it is known to have made.
+        delayed: Workers to be answered once replicas have acknowledged.
+        sent: What each worker was last sent, where that must outlive further updates.
+        blocked: An update is under way that waits for other servers.
+    """
+
+    piece: Slice
+    group: int
+    weights: torch.Tensor
+    state: dict[str, torch.Tensor]
+    schedule: Schedule
+    replicas: list[int] = field(default_factory=list)
+    steps: int = 0
+    pushes: dict[int, Pushed] = field(default_factory=dict)
+    wants: dict[int, bool] = field(default_factory=dict)
+    acknowledged: dict[int, int] = field(default_factory=dict)
+    delayed: list[int] = field(default_factory=list)
+    sent: dict[int, torch.Tensor] = field(default_factory=dict)
+    log: list[Entry] = field(default_factory=list)
+    blocked: bool = False
+    norm: float | None = None
+
+
+class Server:
+    """One server of a parameter server.
+
+    It is moved on by ``poll``, which never blocks, until ``done``.
+
+    Args:
+        me: This server's number.
+        workers: Links with the workers, by number.
+        servers: Links with the other servers, by number.
+        config: The same on every rank.
+        regions: Memory shared with the workers of this host.
+        timeout_seconds: Longest wait of a collective of the workers.
+
+    Attributes:
+        done: Whether every worker has left.
+        lost: Whether any worker or server was lost.
+        delays: How many pushes were applied to weights so many updates newer than those they were
+            computed with.
+    """
+
+    def __init__(
+        self,
+        me: int,
+        workers: dict[int, Link],
+        servers: dict[int, Link],
+        config: PsConfig,
+        *,
+        regions: Regions | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self.me = me
+        self.workers = workers
+        self.servers = servers
+        self.config = config
+        self.consistency = parse(config.consistency)
+        self.regions = regions or Regions()
+        self.done = False
+        self.delays: Counter[int] = Counter()
+        self.coordinator = Coordinator(
+            workers,
+            self._shares(),
+            self._reply,
+            timeout_seconds,
+        )
+        self.held: dict[int, Held] = {}
+        self.layout: Layout | None = None
+        self.snapshots = Snapshots(self)
+        self.order = OrderLog(config.record_order, config.replay, me)
+        self._initial_workers = sorted(workers)
+        for when, shares in self.order.divisions.items():
+            self.coordinator.divisions[when] = (self._initial_workers, shares)
+        self._codec = make_codec(config.compression)
+        self._lr_by_delay = (
+            config.lr_by_delay if config.lr_by_delay is not None else not self.consistency.rounds
+        )
+        self._pool: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self._outbox: defaultdict[int, list[tuple[Held, int, bool]]] = defaultdict(list)
+        self._outbox_bytes: Counter[int] = Counter()
+        self._norms: defaultdict[int, dict[int, float]] = defaultdict(dict)
+        self._aggregated: dict[int, list[Pushed]] = {}
+        self._deferred: list[Callable[[], None]] = []
+        self._forgotten: dict[int, tuple[Link, str]] = {}
+        self._housekept = 0.0
+        self._beaten = 0.0
+        self.lost = False
+        self._completed = False  # whether a worker has done all of its steps
+        self._lost_servers: list[int] = []
+        self._initial_servers = sorted([me, *servers])
+
+    def _shares(self) -> list[int] | None:
+        if isinstance(self.config.shares, list):
+            return self.config.shares
+        return None if self.config.shares == "speed" else [1] * len(self.workers)
+
+    # What moves it on.
+
+    def poll(self) -> bool:
+        """Move on; True where something happened.
+
+        Raises:
+            PeerLost: A slice is lost with all of its replicas, or a worker ended the run.
+        """
+        moved = False
+        for peers in (self.workers, self.servers):
+            for peer, link in list(peers.items()):
+                if peers.get(peer) is not link:
+                    continue  # lost just now: what it sent counts no more
+                moved |= link.poll(self)
+                if link.failed is not None:
+                    self._lose(peer, link.failed)
+        self._flush_all()
+        now = time.monotonic()
+        if now - self._housekept > HOUSEKEEPING_SECONDS:
+            self._housekept = now
+            self._keep_house(now)
+        return moved
+
+    def idle(self) -> bool:
+        """Whether everything sent is on its way."""
+        return all(link.idle() for link in [*self.workers.values(), *self.servers.values()])
+
+    def _keep_house(self, now: float) -> None:
+        silence = self.config.silence_seconds
+        if now - self._beaten > silence / 5:
+            self._beaten = now
+            beat = wire.Beat(self.coordinator.stop)
+            for link in [*self.workers.values(), *self.servers.values()]:
+                link.send(beat)
+        for link in [*self.workers.values(), *self.servers.values()]:
+            if now - link.heard > silence:
+                self._lose(link.peer, f"it was silent for {now - link.heard:.1f} s")
+        for peer, (link, reason) in list(self._forgotten.items()):
+            if link.poll(_Deaf()):
+                link.send(wire.Forgotten(reason))
+            if link.failed is not None:
+                del self._forgotten[peer]
+        if overdue := self.coordinator.overdue():
+            self.abort(f"the other workers waited too long for worker {overdue}")
+
+    # What comes.
+
+    def buffers(self, link: Link, message: wire.Message) -> Sequence[torch.Tensor]:
+        """Memory for a message's payloads."""
+        if isinstance(message, wire.Push):
+            return [self._buffer(size) for size in message.sizes]
+        if isinstance(message, wire.Replicate):
+            return [self._buffer(self.held[message.slice].weights.nbytes)] if message.made else []
+        if isinstance(message, wire.Open):
+            return self._open(message)
+        if isinstance(message, wire.Copy):
+            held = self._hold(message.slice, message.version)
+            held.steps = message.steps
+            held.log = list(message.log)
+            held.schedule.applied = dict(message.applied)
+            return [held.weights, *held.state.values()]
+        return []
+
+    def payload(self, link: Link, message: wire.Message, number: int, buffer: torch.Tensor) -> None:
+        """A payload has come: a push's are worked on one by one."""
+        if isinstance(message, wire.Push):
+            self._pushed(link.peer, message, number, buffer)
+        elif isinstance(message, wire.Replicate):
+            held = self.held[message.slice]
+            gradient = buffer.view(held.weights.dtype)
+            self._make(held, Pushed(0, 0, 0, 1.0, message.hyper, gradient), message.lr_factor)
+            self._recycle(buffer)
+
+    def message(self, link: Link, message: wire.Message) -> None:
+        """A message has come whole."""
+        match message:
+            case wire.Push():
+                if not message.sizes:
+                    for number in range(len(message.slices)):
+                        self._pushed(link.peer, message, number, None)
+            case wire.Pull():
+                self._pulled(link.peer, message)
+            case wire.Ask():
+                self._asked(link.peer, message)
+            case wire.Norms():
+                self._norms[message.round].update(zip(message.slices, message.squares, strict=True))
+                self._clip(message.round)
+            case wire.Replicate():
+                self._replicated(link, message)
+            case wire.Replicated():
+                held = self.held[message.slice]
+                held.acknowledged[link.peer] = message.version
+                self._answer_delayed(held)
+            case wire.Copy():
+                link.send(wire.Replicated(message.slice, message.version))
+            case wire.Open():
+                deferred, self._deferred = self._deferred, []
+                for action in deferred:
+                    action()
+            case wire.Decided():
+                self.coordinator.decided(message)
+            case wire.Lost():
+                self._lose(message.peer, message.reason)
+            case wire.Leave():
+                self._leave(link.peer)
+            case wire.Abort():
+                self.abort(message.reason)
+            case wire.Freeze() | wire.Frozen() | wire.Cut() | wire.Kept() | wire.Fetch():
+                self.snapshots.message(link, message)
+            case wire.Beat():
+                pass
+            case _:
+                raise Error(f"server {self.me} got a {type(message).__name__} by mistake.")
+
+    def _open(self, message: wire.Open) -> list[torch.Tensor]:
+        self.layout = Layout(message.flats, message.slice_bytes, whole=message.whole)
+        self.rule: Rule = rule_named(message.rule)
+        self.clip_norm = message.clip_norm
+        self.sizes = self.layout.sizes()
+        everyone = list(self._initial_servers)
+        self.placement: Placement = place(
+            self.sizes, everyone, method=self.config.placement, replicas=self.config.replicas
+        )
+        for lost in self._lost_servers:
+            everyone.remove(lost)
+            self.placement = without(self.placement, self.sizes, lost, everyone)
+        self.order.open(self.layout, self._initial_workers)
+        self.regions.lay_out(self.layout)
+        buffers = []
+        for index, steps in zip(message.slices, message.steps, strict=True):
+            held = self._hold(index, 0)
+            held.steps = steps
+            if self.placement[index][0] == self.me:
+                held.replicas = list(self.placement[index][1:])
+                held.acknowledged = dict.fromkeys(held.replicas, 0)
+            buffers += [held.weights, *(held.state.values() if steps else ())]
+        return buffers
+
+    def _hold(self, index: int, version: int) -> Held:
+        assert self.layout is not None
+        piece = self.layout.slices[index]
+        flat = self.layout.flats[piece.flat]
+        weights = None
+        if self.consistency.lockstep and self.placement[index][0] == self.me:
+            weights = self.regions.common(piece)
+        if weights is None:
+            weights = torch.zeros(piece.elements, dtype=flat.torch_dtype)
+        state = self.rule.new_state(weights)
+        schedule: Schedule
+        recorded = self.order.recorded(index)
+        if recorded is not None:
+            schedule = Replayed(self.workers, recorded)
+        else:
+            schedule = self.consistency.schedule(self.workers)
+        schedule.version = version
+        held = Held(piece, flat.group, weights, state, schedule)
+        self.held[index] = held
+        return held
+
+    def primary(self, index: int) -> bool:
+        """Whether this server is the one that updates a slice."""
+        return index in self.held and self.placement[index][0] == self.me
+
+    def _pulled(self, worker: int, message: wire.Pull) -> None:
+        if self.layout is None:
+            self._deferred.append(lambda: self._pulled(worker, message))
+            return
+        for index in message.slices:
+            self.held[index].wants[worker] = True
+            self._answer(self.held[index], worker)
+
+    def _asked(self, worker: int, question: wire.Ask) -> None:
+        if self.me != min([self.me, *self.servers]):
+            # The worker found out before this server that the coordinator is gone.
+            self._deferred.append(lambda: self._asked(worker, question))
+        elif question.what == "snapshot":
+            self.snapshots.ask(worker, question)
+        else:
+            if question.what == "give":
+                counts = {f"delay.{delay}": count for delay, count in self.delays.items()}
+                self.coordinator.add("statistics", counts)
+                self.delays.clear()
+            before = len(self.coordinator.divisions)
+            self.coordinator.ask(worker, question)
+            if len(self.coordinator.divisions) > before:
+                (epoch, round_), (workers, shares) = list(self.coordinator.divisions.items())[-1]
+                self.order.decided(epoch, round_, workers, shares)
+                for link in self.servers.values():
+                    link.send(wire.Decided(epoch, round_, workers, shares))
+
+    def _reply(self, worker: int, answer: wire.Answer) -> None:
+        if worker in self.workers:
+            self.workers[worker].send(answer)
+
+    # Pushes.
+
+    def _pushed(
+        self, worker: int, push: wire.Push, number: int, buffer: torch.Tensor | None
+    ) -> None:
+        index = push.slices[number]
+        if worker not in self.workers:
+            return
+        if not self.primary(index):
+            # The worker found out before this server that the slice's primary is gone.
+            self._deferred.append(lambda: self._pushed(worker, push, number, buffer))
+            return
+        held = self.held[index]
+        self.coordinator.postpone(worker)
+        held.wants[worker] = push.pull
+        if push.clock < held.schedule.applied[worker]:
+            held.schedule.again(worker)
+            self._recycle(buffer)
+        else:
+            gradient, rows = self._gradient(held, worker, buffer)
+            held.pushes[worker] = Pushed(
+                worker, push.clock, push.reads[number], push.weight, push.hyper[held.group],
+                gradient, rows,
+            )  # fmt: skip
+            self._schedule(held, worker, push)
+            return
+        self.run(held)
+
+    def _schedule(self, held: Held, worker: int, push: wire.Push) -> None:
+        if worker not in self.workers:
+            return
+        if self.snapshots.holds_back(held, worker, push.clock):
+            self.snapshots.later(lambda: self._schedule(held, worker, push))
+        else:
+            held.schedule.push(worker, push.clock, push.round)
+            self.run(held)
+
+    def _gradient(
+        self, held: Held, worker: int, buffer: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self.layout is not None
+        flat = self.layout.flats[held.piece.flat]
+        if buffer is None:
+            return self.regions.gradient(worker, held.piece), None
+        if flat.width:
+            height = held.weights.numel() // flat.width
+            rows, values = decode_rows(buffer, flat.width, flat.torch_dtype, height=height)
+            return values, rows
+        if self._codec is None:
+            return buffer.view(flat.torch_dtype), None
+        gradient = self._buffer(held.weights.nbytes).view(flat.torch_dtype)
+        self._codec.decode(buffer, gradient)
+        self._recycle(buffer)
+        return gradient, None
+
+    def run(self, held: Held) -> None:
+        """Do with a slice what its schedule says, until it says to wait."""
+        self.snapshots.moved(held)
+        while not held.blocked and not self.snapshots.keeps_still(held):
+            action = held.schedule.next()
+            if action is None:
+                break
+            if isinstance(action, Apply):
+                if action.workers:
+                    self._apply(held, [held.pushes.pop(worker) for worker in action.workers])
+                self.snapshots.moved(held)
+            else:
+                if action.late and (dropped := held.pushes.pop(action.worker, None)):
+                    self._free(held, dropped)
+                self._grant(held, action.worker)
+
+    def _apply(self, held: Held, pushes: list[Pushed]) -> None:
+        if self.consistency.rounds:
+            self._aggregate(held, pushes)
+            if self.clip_norm is not None:
+                held.blocked = True
+                round_ = held.schedule.version - 1
+                index = held.piece.number
+                square = float(pushes[0].gradient.double().square().sum())
+                self._aggregated[index] = pushes
+                self._norms[round_][index] = square
+                for link in self.servers.values():
+                    link.send(wire.Norms(round_, [index], [square]))
+                self._clip(round_)
+                return
+        self._update(held, pushes)
+
+    def _aggregate(self, held: Held, pushes: list[Pushed]) -> None:
+        """The mean over samples of a round's gradients, in the first of their buffers."""
+        first = pushes[0]
+        weight = sum(push.weight for push in pushes)
+        if len(pushes) == 1 and weight in (0.0, 1.0):
+            return
+        if self._in_region(held, first):  # the worker may have to push it again
+            copy = self._buffer(held.weights.nbytes).view(held.weights.dtype)
+            first.gradient = copy.copy_(first.gradient)
+        for push in pushes[1:]:
+            first.gradient += push.gradient
+        if weight > 0:
+            first.gradient /= weight
+
+    def _clip(self, round_: int) -> None:
+        assert self.layout is not None and self.clip_norm is not None
+        squares = self._norms[round_]
+        if len(squares) < len(self.layout.slices):
+            return
+        # Added up by slice, so that the norm does not depend on who holds which.
+        norm = sum(squares[index] for index in sorted(squares)) ** 0.5
+        scale = min(1.0, self.clip_norm / (norm + 1e-6))
+        ready = [i for i in self._aggregated if self.held[i].schedule.version - 1 == round_]
+        for index in ready:
+            held, pushes = self.held[index], self._aggregated.pop(index)
+            pushes[0].gradient *= scale
+            held.norm = norm
+            self._update(held, pushes)
+            held.blocked = False
+            self.run(held)
+        self._norms.pop(round_ - 2, None)
+
+    def _update(self, held: Held, pushes: list[Pushed]) -> None:
+        version = held.schedule.version - 1
+        first = pushes[0]
+        lr_factor = 1.0
+        for push in pushes:
+            delay = version - push.read
+            self.delays[delay] += 1
+            held.log.append((version, push.worker, push.clock, push.read))
+            if self._lr_by_delay and delay > 1:
+                lr_factor = 1.0 / delay
+        if self.config.delay_compensation and first.worker in held.sent:
+            drift = held.weights - held.sent[first.worker]
+            first.gradient += self.config.delay_compensation * first.gradient.square() * drift
+        made = any(push.weight > 0 for push in pushes)  # else nobody had a sample
+        if held.replicas:
+            self._send_replicas(held, version, first, lr_factor, pushes, made)
+        if made:
+            self._make(held, first, lr_factor)
+        for push in pushes:
+            self._free(held, push)
+
+    def _make(self, held: Held, push: Pushed, lr_factor: float) -> None:
+        held.steps += 1
+        if push.rows is not None:
+            assert self.layout is not None
+            width = self.layout.flats[held.piece.flat].width
+            state = {name: tensor.view(-1, width) for name, tensor in held.state.items()}
+            self.rule.apply_rows(
+                held.weights.view(-1, width), push.rows, push.gradient, state, push.hyper,
+                held.steps, lr_factor=lr_factor,
+            )  # fmt: skip
+            return
+        self.rule.apply(
+            held.weights, push.gradient, held.state, push.hyper, held.steps,
+            lr_factor=lr_factor, bounds=held.piece.bounds,
+        )  # fmt: skip
+
+    # Answers.
+
+    def _grant(self, held: Held, worker: int) -> None:
+        if all(version >= held.schedule.version for version in held.acknowledged.values()):
+            self._answer(held, worker)
+        else:
+            held.delayed.append(worker)
+
+    def _answer_delayed(self, held: Held) -> None:
+        delayed, held.delayed = held.delayed, []
+        for worker in delayed:
+            self._grant(held, worker)
+
+    def _answer(self, held: Held, worker: int) -> None:
+        if worker not in self.workers:
+            return
+        pull = held.wants[worker]
+        # The version of now: there may be updates before the answer is sent.
+        self._outbox[worker].append((held, held.schedule.version, pull))
+        self._outbox_bytes[worker] += held.weights.nbytes
+        near = self.regions.has(worker)
+        if pull and near:
+            self.regions.put(worker, held.piece, held.weights)
+        if pull and (not near or self.config.delay_compensation):
+            self._keep_for(held, worker)
+        if self._outbox_bytes[worker] >= ANSWER_BYTES:
+            self._flush(worker)
+
+    def _keep_for(self, held: Held, worker: int) -> None:
+        """Copy the weights where the next update would change them while they are being sent."""
+        if self.consistency.lockstep:
+            held.sent[worker] = held.weights
+        elif worker in held.sent:
+            held.sent[worker].copy_(held.weights)
+        else:
+            held.sent[worker] = held.weights.clone()
+
+    def _flush_all(self) -> None:
+        for worker in [worker for worker, answers in self._outbox.items() if answers]:
+            self._flush(worker)
+
+    def _flush(self, worker: int) -> None:
+        answers = self._outbox.pop(worker)
+        del self._outbox_bytes[worker]
+        for pull in (True, False):
+            some = [(held, version) for held, version, wanted in answers if wanted == pull]
+            if not some:
+                continue
+            first = some[0][0]
+            lead = first.schedule.applied.get(worker, 0) - first.schedule.slowest
+            payloads = []
+            if pull and not self.regions.has(worker):
+                payloads = [held.sent[worker] for held, _ in some]
+            self.workers[worker].send(
+                wire.Weights(
+                    [held.piece.number for held, _ in some],
+                    [version for _, version in some],
+                    [payload.nbytes for payload in payloads],
+                    lead,
+                    first.norm,
+                    pull,
+                ),
+                payloads,
+            )
+
+    # Replicas.
+
+    def _send_replicas(
+        self,
+        held: Held,
+        version: int,
+        push: Pushed,
+        lr_factor: float,
+        pushes: list[Pushed],
+        made: bool,
+    ) -> None:
+        message = wire.Replicate(
+            held.piece.number, version, push.hyper, lr_factor,
+            [(p.worker, p.clock, p.read) for p in pushes], made,
+        )  # fmt: skip
+        # A copy: the update may use the gradient's memory.
+        payloads = [push.gradient.clone()] if made else []
+        for replica in held.replicas:
+            self.servers[replica].send(message, payloads)
+
+    def _replicated(self, link: Link, message: wire.Replicate) -> None:
+        held = self.held[message.slice]
+        held.schedule.version = message.version + 1
+        for worker, clock, read in message.pushes:
+            held.log.append((message.version, worker, clock, read))
+            if worker in held.schedule.applied:
+                held.schedule.applied[worker] = clock + 1
+        link.send(wire.Replicated(message.slice, message.version + 1))
+
+    # Who comes and goes.
+
+    def _leave(self, worker: int) -> None:
+        self._completed = True
+        self._forget_worker(worker)
+        if not self.workers:
+            self._end()
+
+    def _end(self) -> None:
+        mine = {index: held.log for index, held in self.held.items() if self.primary(index)}
+        self.order.write(mine)
+        self.done = True
+
+    def _forget_worker(self, worker: int) -> Link:
+        self._outbox.pop(worker, None)
+        link = self.workers.pop(worker)
+        self.coordinator.leave(worker)
+        for held in self.held.values():
+            held.schedule.leave(worker)
+            held.pushes.pop(worker, None)
+            held.delayed = [other for other in held.delayed if other != worker]
+        self.snapshots.left(worker)
+        for held in list(self.held.values()):
+            if self.primary(held.piece.number):
+                self.run(held)
+        return link
+
+    def _lose(self, peer: int, reason: str) -> None:
+        """A peer is gone: tell everybody, and go on without it."""
+        self.lost = True
+        if peer in self.workers:
+            link = self._forget_worker(peer)
+            if link.failed is None:
+                self._forgotten[peer] = (link, reason)
+            self._tell(wire.Lost(peer, reason))
+            if not self.workers and self._completed:
+                self._end()
+            elif not self.workers:
+                raise PeerLost(
+                    f"server {self.me}: the last worker is gone: worker {peer}: {reason}.",
+                    hint="its own log says more; `--resume auto` goes on from the last checkpoint.",
+                )
+        if peer in self.servers:
+            self._lose_server(peer, reason)
+
+    def _lose_server(self, peer: int, reason: str) -> None:
+        del self.servers[peer]
+        self._lost_servers.append(peer)
+        self._tell(wire.Lost(peer, reason))
+        if self.layout is not None:
+            before = self.placement
+            survivors = sorted([self.me, *self.servers])
+            try:
+                self.placement = without(before, self.sizes, peer, survivors)
+            except PeerLost as error:
+                self.abort(error.message)
+            for held in self.held.values():
+                self._promote(held, before)
+        deferred, self._deferred = self._deferred, []
+        for action in deferred:
+            action()
+
+    def _promote(self, held: Held, before: Placement) -> None:
+        index = held.piece.number
+        if self.placement[index][0] != self.me:
+            return
+        for worker in list(held.schedule.applied):
+            if worker not in self.workers:
+                held.schedule.leave(worker)
+        held.replicas = list(self.placement[index][1:])
+        known = held.acknowledged
+        held.acknowledged = {}
+        for replica in held.replicas:
+            if replica in before[index] and replica in known:
+                held.acknowledged[replica] = known[replica]
+            else:
+                held.acknowledged[replica] = 0
+                self.servers[replica].send(
+                    wire.Copy(
+                        index, held.schedule.version, held.steps,
+                        dict(held.schedule.applied), held.log,
+                    ),
+                    [held.weights.clone(), *(tensor.clone() for tensor in held.state.values())],
+                )  # fmt: skip
+        self._answer_delayed(held)
+        self.run(held)
+
+    def _tell(self, message: wire.Message) -> None:
+        for link in [*self.workers.values(), *self.servers.values()]:
+            link.send(message)
+
+    def abort(self, reason: str) -> None:
+        """End the run for everybody.
+
+        Raises:
+            PeerLost: Always.
+        """
+        self._tell(wire.Abort(self.me, reason))
+        raise PeerLost(f"server {self.me} ends the run: {reason}.", hint="its log says more.")
+
+    # Memory.
+
+    def _buffer(self, size: int) -> torch.Tensor:
+        free = self._pool[size]
+        return free.pop() if free else torch.empty(size, dtype=torch.uint8)
+
+    def _recycle(self, buffer: torch.Tensor | None) -> None:
+        if buffer is not None:
+            raw = buffer.view(torch.uint8)
+            self._pool[raw.nbytes].append(raw)
+
+    def _free(self, held: Held, push: Pushed) -> None:
+        if push.rows is None and not self._in_region(held, push):
+            self._recycle(push.gradient)
+
+    def _in_region(self, held: Held, push: Pushed) -> bool:
+        return self.regions.has(push.worker) and (
+            push.gradient.data_ptr() == self.regions.gradient(push.worker, held.piece).data_ptr()
+        )
+
+
+class _Deaf:
+    """Hears that something comes from a worker that is forgotten, and nothing else."""
+
+    def buffers(self, link: Link, message: wire.Message) -> Sequence[torch.Tensor]:
+        sizes = getattr(message, "sizes", ())
+        return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+
+    def payload(self, link: Link, message: wire.Message, number: int, buffer: torch.Tensor) -> None:
+        pass
+
+    def message(self, link: Link, message: wire.Message) -> None:
+        pass

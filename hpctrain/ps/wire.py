@@ -1,0 +1,261 @@
+"""The messages between workers and servers. Payloads (slices) travel beside them, as raw bytes.
+
+Messages are MessagePack of typed structs: reading one executes nothing and checks every type.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from hpctrain.ps.layout import Flat
+
+
+class Message(msgspec.Struct, array_like=True, tag=True):
+    """Base of all messages: an array that begins with the message's name."""
+
+
+class Open(Message):
+    """The first worker tells a server what it will hold; payloads: weights, then state, by slice.
+
+    Attributes:
+        flats: Of the layout.
+        slice_bytes: Of the layout.
+        whole: Of the layout.
+        rule: Name of the update rule.
+        slices: Those that follow as payloads.
+        steps: Updates that each of them has had.
+        clip_norm: Largest norm of the aggregated gradient, or None.
+    """
+
+    flats: list[Flat]
+    slice_bytes: int
+    whole: bool
+    rule: str
+    slices: list[int]
+    steps: list[int]
+    clip_norm: float | None
+
+
+class Push(Message):
+    """Gradients of some slices; payloads: one for each, unless they lie in shared memory.
+
+    Attributes:
+        clock: Steps the worker pushed before this one.
+        round: Of the update this gradient is meant for, where updates go by rounds.
+        weight: What the loss was multiplied by, so that means over samples can be taken.
+        hyper: For each parameter group the update rule's numbers.
+        slices: Whose gradients these are.
+        reads: Version of each slice's weights that the gradient was computed with.
+        sizes: Bytes of each payload; empty where the gradients lie in shared memory.
+        pull: Whether weights are wanted in return.
+    """
+
+    clock: int
+    round: int
+    weight: float
+    hyper: list[list[float]]
+    slices: list[int]
+    reads: list[int]
+    sizes: list[int]
+    pull: bool
+
+
+class Pull(Message):
+    """Weights are wanted without a push."""
+
+    slices: list[int]
+
+
+class Weights(Message):
+    """The answer to a push or a pull: it was applied; here are the weights, if they were wanted.
+
+    Attributes:
+        slices: Which.
+        versions: Updates each has had.
+        sizes: Bytes of each payload; empty where nothing follows.
+        lead: Clocks by which the worker is now ahead of the slowest.
+        norm: Of the aggregated gradient before clipping, where it is clipped.
+        pulled: Whether weights were asked for; they may lie in shared memory.
+    """
+
+    slices: list[int]
+    versions: list[int]
+    sizes: list[int]
+    lead: int
+    norm: float | None
+    pulled: bool
+
+
+class Norms(Message):
+    """Squared norms of aggregated slices, from server to server."""
+
+    round: int
+    slices: list[int]
+    squares: list[float]
+
+
+class Replicate(Message):
+    """An update for a replica; payload: the gradient as applied.
+
+    Attributes:
+        slice: Which.
+        version: Updates before this one.
+        hyper: The update rule's numbers.
+        lr_factor: On the learning rate.
+        pushes: Worker, clock and version read of each push in it.
+        made: Whether there is a gradient: somebody had samples.
+    """
+
+    slice: int
+    version: int
+    hyper: list[float]
+    lr_factor: float
+    pushes: list[tuple[int, int, int]]
+    made: bool
+
+
+class Copy(Message):
+    """A whole slice for a new replica; payloads: weights, then state.
+
+    Attributes:
+        slice: Which.
+        version: Updates it has had.
+        steps: Updates its state has had.
+        applied: Worker and clock after its last push.
+        log: All pushes so far, for a record of their order.
+    """
+
+    slice: int
+    version: int
+    steps: int
+    applied: dict[int, int]
+    log: list[tuple[int, int, int, int]]
+
+
+class Replicated(Message):
+    """A replica has made the slice's update of that version."""
+
+    slice: int
+    version: int
+
+
+class Freeze(Message):
+    """The coordinator wants a snapshot: tell what you have begun, and begin nothing beyond it."""
+
+    snapshot: int
+
+
+class Frozen(Message):
+    """What a server has begun: clock by worker, and the highest version."""
+
+    snapshot: int
+    clocks: dict[int, int]
+    version: int
+
+
+class Cut(Message):
+    """Where the snapshot is: what every server has begun."""
+
+    snapshot: int
+    clocks: dict[int, int]
+    version: int
+
+
+class Kept(Message):
+    """A server has the snapshot of all of its slices."""
+
+    snapshot: int
+
+
+class Fetch(Message):
+    """A worker wants a server's part of a snapshot, and lets it go."""
+
+    snapshot: int
+
+
+class Part(Message):
+    """A server's part of a snapshot; payloads: weights, then state, by slice."""
+
+    snapshot: int
+    slices: list[int]
+    steps: list[int]
+
+
+class Ask(Message):
+    """A worker's question to the coordinator, with the name of what is asked; see Coordinator."""
+
+    number: int
+    what: str
+    value: Any
+    data: bytes = b""
+
+
+class Answer(Message):
+    """The coordinator's answer."""
+
+    number: int
+    value: Any
+    data: bytes = b""
+
+
+class Decided(Message):
+    """How samples are divided in a round of an epoch, from the coordinator to its successors."""
+
+    epoch: int
+    round: int
+    workers: list[int]
+    shares: list[int]
+
+
+class Beat(Message):
+    """I live. From the coordinator also: whether training is to stop."""
+
+    stop: bool = False
+
+
+class Lost(Message):
+    """A peer is gone; believe it."""
+
+    peer: int
+    reason: str
+
+
+class Joined(Message):
+    """A worker comes (back), at the clock of the slowest; from the coordinator to the servers."""
+
+    worker: int
+
+
+class Leave(Message):
+    """A worker has done all of its steps."""
+
+
+class Forgotten(Message):
+    """To a worker that was silent for too long: the others went on without it."""
+
+    reason: str
+
+
+class Abort(Message):
+    """An error that ends the run for everybody."""
+
+    peer: int
+    reason: str
+
+
+class Long(Message):
+    """A message too long for a header follows as a payload of so many bytes."""
+
+    size: int
+
+
+Known = (
+    Open | Push | Pull | Weights | Norms | Replicate | Copy | Replicated | Freeze | Frozen | Cut
+    | Kept | Fetch | Part | Ask | Answer | Decided | Beat | Lost | Joined | Leave | Forgotten
+    | Abort | Long
+)  # fmt: skip
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Known).decode

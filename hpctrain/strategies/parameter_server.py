@@ -1,0 +1,467 @@
+"""Data parallelism through a parameter server: synchronous, asynchronous and in between."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from hpctrain import process
+from hpctrain.config import PsConfig
+from hpctrain.errors import Error
+from hpctrain.ps.client import Client, dtype_name
+from hpctrain.ps.client import Snapshot as ServerSnapshot
+from hpctrain.ps.connect import Ends
+from hpctrain.ps.consistency import parse
+from hpctrain.ps.layout import Layout, Parameter
+from hpctrain.ps.rules import rule_of
+from hpctrain.strategies.base import DistributedOptimizer, Snapshot, check_trainable
+from hpctrain.strategies.broadcast import broadcast_tree
+from hpctrain.strategies.views import adopt, dense_view
+from hpctrain.world import Part, World, part_of
+
+
+class PsCommunicator:
+    """The world as a worker sees it: the workers that live, and sums by way of a server."""
+
+    def __init__(self, ends: Ends, local_rank: int, local_size: int) -> None:
+        assert ends.client is not None
+        self._ends = ends
+        self._client: Client = ends.client
+        self.local_rank = local_rank
+        self.local_size = local_size
+        self._divisions: dict[tuple[int, int], Part] = {}
+        self.computed = (0.0, 0.0)  # weight of the samples, and seconds, since the last division
+
+    def _workers(self) -> list[int]:
+        return [worker for worker in self._ends.roles.workers if worker not in self._client.lost]
+
+    @property
+    def rank(self) -> int:
+        """This worker among those that live, 0 to ``size - 1``."""
+        return self._workers().index(self._client.me)
+
+    @property
+    def size(self) -> int:
+        """How many workers live."""
+        return len(self._workers())
+
+    def part(self, epoch: int, batch: int) -> Part:
+        """What falls to this worker; decided anew every ``share_steps`` batches."""
+        key = (epoch, batch // self._ends.config.share_steps)
+        if key not in self._divisions:
+            weight, seconds = self.computed
+            self.computed = (0.0, 0.0)
+            speed = weight / seconds if seconds > 0 else None
+            workers, shares, stop = self._client.ask("division", [*key, speed]).value
+            self._client.stopped |= stop
+            if self._client.me in workers:
+                part = part_of(shares, workers.index(self._client.me))
+            else:
+                part = Part(len(workers), len(workers), 1, 1, 1)
+            self._divisions = {key: part}
+        return self._divisions[key]
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum a contiguous tensor over all workers, in place."""
+        number = self._client.next_collective()
+        data = _bytes(tensor)
+        answer = self._client.ask("reduce", [number, dtype_name(tensor.dtype)], data)
+        _fill(tensor, answer.data)
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
+        """Overwrite a contiguous tensor with the root's, in place."""
+        number = self._client.next_collective()
+        owner = self._workers()[root]
+        mine = owner == self._client.me
+        answer = self._client.ask("broadcast", [number, owner], _bytes(tensor) if mine else b"")
+        if not mine:
+            _fill(tensor, answer.data)
+
+    def barrier(self) -> None:
+        """Return when every worker has come here."""
+        self.all_reduce(torch.zeros(1))
+
+    def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
+        """Add values to a pool, waiting for nobody; rank 0 takes what has come together."""
+        sums, stop = self._client.ask("give", [pool, values]).value
+        self._client.stopped |= stop
+        return {str(name): float(value) for name, value in sums.items()}
+
+    def stop(self) -> None:
+        """Have every worker end the training."""
+        self._client.ask("stop")
+
+    def abort(self, reason: str) -> None:
+        """This worker has failed: tell the servers, and they the others."""
+        self._ends.abort(reason)
+
+    def close(self) -> None:
+        """Leave; servers end when the last worker has left."""
+        self._ends.close()
+        process.mpi_is_whole = not self._ends.lost
+
+
+class PsOptimizer(DistributedOptimizer):
+    """Pushes gradients while ``backward()`` still computes earlier layers, and pulls parameters.
+
+    Parameters and their gradients are views of flat tensors, from and into which slices travel.
+    The servers update; the inner optimizer only says how: its groups, rates and decays are sent
+    along with every step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: torch.optim.Optimizer,
+        ends: Ends,
+        comm: PsCommunicator,
+        clip_norm: float | None,
+    ) -> None:
+        super().__init__(inner, clip_norm)
+        self._ends = ends
+        self._comm = comm
+        self._rule = rule_of(inner)
+        self._consistency = parse(ends.config.consistency)
+        self._local_only = False
+        self._begun = False
+        self._clip_here = clip_norm is not None and not self._consistency.rounds
+        self._ordered = self._order(model)
+        group_of = {p: n for n, group in enumerate(inner.param_groups) for p in group["params"]}
+        rows = _row_widths(model)
+        self._layout, self._places = Layout.of(
+            [Parameter(p.dtype, group_of[p], p.numel(), rows.get(p, 0)) for p in self._ordered],
+            ends.config.slice_bytes,
+            whole=self._rule.per_tensor,
+        )
+        self._client = self._open(clip_norm)
+        self._host_weights = self._views(self._client.weights)
+        self._host_gradients = self._views(self._client.gradients)
+        # On a GPU, parameters and gradients stay there; the flats are where they are sent from.
+        self._on_host = all(p.device.type == "cpu" for p in self._ordered)
+        for parameter, weights, gradient in zip(
+            self._ordered, self._host_weights, self._host_gradients, strict=True
+        ):
+            if self._on_host:
+                parameter.data = weights
+                adopt(gradient, parameter) if parameter.grad is not None else gradient.zero_()
+            parameter.register_post_accumulate_grad_hook(self._ready)
+        self._number = {parameter: n for n, parameter in enumerate(self._ordered)}
+        self._slices_of = self._find_slices()
+        self._missing: list[int] = []
+        self._pending: set[nn.Parameter] = set()
+        self._rows: dict[int, torch.Tensor] = {}
+        self._expect()
+        self._show()
+        self._ended = time.perf_counter()
+
+    def _order(self, model: nn.Module) -> list[nn.Parameter]:
+        trained = set(self._parameters())
+        in_model = [p for p in model.parameters() if p in trained]
+        return [*in_model, *(p for p in self._parameters() if p not in set(in_model))]
+
+    def _views(self, flats: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [
+            dense_view(flats[flat], start, parameter)
+            for parameter, (flat, start) in zip(self._ordered, self._places, strict=True)
+        ]
+
+    def _open(self, clip_norm: float | None) -> Client:
+        def flats() -> list[torch.Tensor]:
+            return [torch.zeros(f.elements, dtype=f.torch_dtype) for f in self._layout.flats]
+
+        weights = flats()
+        for view, parameter in zip(self._views(weights), self._ordered, strict=True):
+            view.copy_(parameter.detach())
+        state = {name: flats() for name in self._rule.state_names}
+        updates = [0] * len(self._ordered)
+        for name, kind in state.items():
+            for number, (view, parameter) in enumerate(
+                zip(self._views(kind), self._ordered, strict=True)
+            ):
+                saved = self.inner.state.get(parameter, {})
+                if saved.get(name) is not None:
+                    view.copy_(saved[name])
+                    updates[number] = int(saved.get("step", 1))
+        starts = {place: number for number, place in enumerate(self._places)}
+        steps = []
+        for piece in self._layout.slices:
+            first = max(s for f, s in starts if f == piece.flat and s <= piece.start)
+            steps.append(updates[starts[piece.flat, first]])
+        return self._ends.open(
+            self._layout,
+            self._rule,
+            weights=weights,
+            state=state if any(steps) else None,
+            steps=steps,
+            clip_norm=None if self._clip_here else clip_norm,
+        )
+
+    def _find_slices(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in self._ordered]
+        for piece in self._layout.slices:
+            for number, (flat, start) in enumerate(self._places):
+                stop = start + self._ordered[number].numel()
+                if flat == piece.flat and start < piece.stop and stop > piece.start:
+                    found[number].append(piece.number)
+        return found
+
+    def _expect(self) -> None:
+        """Before a step: every slice misses the gradients of its parameters."""
+        self._missing = [0] * len(self._layout.slices)
+        for slices in self._slices_of:
+            for number in slices:
+                self._missing[number] += 1
+        self._pending = set(self._ordered)
+        self._rows = {}
+        self._begun = False
+
+    def _begin(self) -> None:
+        hyper = [self._rule.hyper(group) for group in self.inner.param_groups]
+        self._client.begin(self.weight, hyper)
+        self._begun = True
+
+    def _ready(self, parameter: nn.Parameter) -> None:
+        """Autograd calls this when a parameter's gradient of one backward pass is whole."""
+        number = self._number[parameter]
+        if self._on_host and not self._sparse(parameter):
+            adopt(self._host_gradients[number], parameter)
+        if self._local_only or self._clip_here:
+            return
+        if parameter not in self._pending:
+            raise Error(
+                "backward() ran twice before optimizer.step().",
+                hint="to accumulate gradients, run all but the last pass within "
+                "`with optimizer.no_sync():`.",
+            )
+        if not self._begun:
+            self._begin()
+        self._push([parameter])
+
+    def _sparse(self, parameter: nn.Parameter) -> bool:
+        return parameter.grad is not None and parameter.grad.is_sparse
+
+    def _push(self, parameters: list[nn.Parameter]) -> None:
+        ready = []
+        for parameter in parameters:
+            self._pending.discard(parameter)
+            number = self._number[parameter]
+            target = self._host_gradients[number]
+            if self._sparse(parameter):
+                gradient = parameter.grad.coalesce()  # type: ignore[union-attr]
+                rows = gradient.indices()[0].cpu()
+                first = self._places[number][1] // target.shape[1]
+                target[rows] = gradient.values().cpu()
+                flat = self._places[number][0]
+                before = self._rows.get(flat, rows[:0])
+                self._rows[flat] = torch.cat([before, rows + first])
+            elif parameter.grad is None:
+                target.zero_()
+            elif not self._on_host:
+                target.copy_(parameter.grad)
+            elif parameter.grad is not target:
+                adopt(target, parameter)
+            for slice_ in self._slices_of[number]:
+                self._missing[slice_] -= 1
+                if self._missing[slice_] == 0:
+                    ready.append(slice_)
+        if ready:
+            self._client.push(ready, self._rows)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
+        before, self._local_only = self._local_only, True
+        try:
+            yield
+        finally:
+            self._local_only = before
+
+    def synchronize(self) -> None:
+        """Refused: gradients are with the servers, which update at once.
+
+        Raises:
+            Error: Always.
+        """
+        raise Error(
+            "optimizer.synchronize() has no meaning with a parameter server.",
+            hint="call optimizer.step(); to clip, use clip_norm.",
+        )
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Push what is left, and wait until new parameters may be used, and are here.
+
+        Raises:
+            PeerLost: The servers are gone, or went on without this worker.
+            Error: A closure was given.
+        """
+        if closure is not None:
+            return super().step(closure)
+        if self._clip_here:
+            assert self.clip_norm is not None
+            self.grad_norm = nn.utils.clip_grad_norm_(self._ordered, self.clip_norm)
+        if not self._begun:
+            self._begin()
+        self._push([parameter for parameter in self._ordered if parameter in self._pending])
+        weight, seconds = self._comm.computed
+        now = time.perf_counter()
+        self._comm.computed = (weight + self.weight, seconds + now - self._ended)
+        self._client.wait()
+        self._client.end()
+        self.missed = self._client.behind
+        if self._client.norm is not None:
+            self.grad_norm = torch.tensor(self._client.norm)
+        self._expect()
+        self._show()
+        self._ended = time.perf_counter()
+        return None
+
+    def _show(self) -> None:
+        """Where parameters are not in host memory: copy the new ones there."""
+        if not self._on_host:
+            with torch.no_grad():
+                for parameter, weights in zip(self._ordered, self._host_weights, strict=True):
+                    parameter.copy_(weights, non_blocking=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; the next ones are put into their places as they come."""
+        for parameter, gradient in zip(self._ordered, self._host_gradients, strict=True):
+            if set_to_none or not self._on_host:
+                parameter.grad = None
+            else:
+                parameter.grad = gradient.zero_()
+
+    def refresh(self) -> None:
+        """Make this worker's parameters the servers' newest."""
+        self._client.pull().wait()
+        self._show()
+
+    def snapshot(self) -> Snapshot:
+        """Parameters and state of all slices at one point, while training goes on."""
+        found: ServerSnapshot = self._client.snapshot()
+        weights = dict(zip(self._ordered, self._views(found.weights), strict=True))
+        state: dict[int, dict[str, Any]] = {}
+        kinds = {name: self._views(flats) for name, flats in found.state.items()}
+        numbers = {p: n for n, p in enumerate(
+            p for group in self.inner.param_groups for p in group["params"])}  # fmt: skip
+        for number, parameter in enumerate(self._ordered):
+            steps = found.steps[self._slices_of[number][0]]
+            if steps:
+                entry: dict[str, Any] = {name: kind[number] for name, kind in kinds.items()}
+                if "exp_avg" in entry:
+                    entry["step"] = torch.tensor(float(steps))
+                state[numbers[parameter]] = entry
+        return Snapshot(weights, {**self.inner.state_dict(), "state": state})
+
+    def statistics(self) -> dict[str, Any]:
+        """Bytes moved, and histograms of delay and lead over all workers since the last time.
+
+        ``delay``: updates that a push missed. ``staleness``: a worker's clock minus the slowest's.
+        """
+        client = self._client
+        mine = {f"staleness.{lead}": float(count) for lead, count in client.leads.items()}
+        mine |= {"moved_bytes": float(client.moved_bytes)}
+        mine |= {"dense_bytes": float(client.dense_bytes)}
+        client.leads.clear()
+        client.moved_bytes = client.dense_bytes = 0
+        sums = self._comm.give("statistics", mine)
+        values: dict[str, Any] = {}
+        for name in ("delay", "staleness"):
+            counts = {
+                int(key.partition(".")[2]): int(count)
+                for key, count in sums.items()
+                if key.startswith(f"{name}.")
+            }
+            if total := sum(counts.values()):
+                values[f"{name}_mean"] = sum(k * n for k, n in counts.items()) / total
+                values[f"{name}_histogram"] = dict(sorted(counts.items()))
+        if sums.get("dense_bytes"):
+            values["moved_bytes"] = int(sums["moved_bytes"])
+            values["compression"] = sums["dense_bytes"] / max(1.0, sums["moved_bytes"])
+        return values
+
+
+class ParameterServer:
+    """The parameter-server strategy; making it divides the ranks into workers and servers.
+
+    Args:
+        world: Who was launched; on a worker, its communicator becomes that of the workers.
+        config: Servers, consistency, and the rest.
+        timeout_seconds: Longest wait for another rank.
+
+    Attributes:
+        serves: Whether this rank only serves: it has nothing to do but ``serve()``.
+
+    Raises:
+        Error: The ranks do not fit, or MPI sees others than were launched.
+    """
+
+    name = "ps"
+
+    def __init__(
+        self, world: World, config: PsConfig | None = None, timeout_seconds: float = 600.0
+    ) -> None:
+        config = config or PsConfig()
+        self.world = world
+        launched = world.launch.size
+        self.ends = Ends(config, launched=launched, timeout_seconds=timeout_seconds)
+        self.lockstep = parse(config.consistency).lockstep
+        self.serves = self.ends.client is None
+        if not self.serves:
+            world.comm = PsCommunicator(self.ends, world.launch.local_rank, world.launch.local_size)
+            self.ends.start()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether another worker ended the training early."""
+        return self.ends.client is not None and self.ends.client.stopped
+
+    def serve(self) -> None:
+        """Serve until every worker has left.
+
+        Raises:
+            PeerLost: The run cannot go on.
+        """
+        self.ends.serve()
+        process.mpi_is_whole = not self.ends.lost
+
+    def wrap(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+    ) -> PsOptimizer:
+        """Start every worker from the first one's model and optimizer state, and wrap."""
+        check_trainable(optimizer)
+        comm = self.world.comm
+        assert isinstance(comm, PsCommunicator)
+        wrapped = PsOptimizer(model, optimizer, self.ends, comm, clip_norm)
+        start = broadcast_tree(comm, dict(model.named_buffers()))
+        for name, buffer in model.named_buffers():
+            buffer.copy_(start[name])
+        return wrapped
+
+
+def _row_widths(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Tables whose gradients come as rows."""
+    return {
+        cast(nn.Parameter, module.weight): module.weight.shape[1]
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    }
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    data: bytes = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def _fill(tensor: torch.Tensor, data: bytes) -> None:
+    if data:
+        received = torch.frombuffer(bytearray(data), dtype=tensor.dtype)
+        tensor.copy_(received.view(tensor.shape))
