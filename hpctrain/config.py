@@ -180,8 +180,11 @@ class PsConfig(Section):
         description="`sync`; `async`; `ssp:S`: workers at most S clocks ahead of the slowest; "
         "`backup:B`: sync without waiting for the B slowest.",
     )
-    slice_bytes: int = Field(
-        2**19, ge=64, description="Parameters are cut into slices of at most this size."
+    slice_bytes: int | None = Field(
+        None,
+        ge=64,
+        description="Parameters are cut into slices of at most this size. Unset: 4 MiB, or less "
+        "where servers would have too few for an even load.",
     )
     placement: Literal["hash", "greedy"] = Field(
         "hash",

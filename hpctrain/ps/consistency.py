@@ -148,18 +148,18 @@ class Rounds(Schedule):
 
     def next(self) -> Action | None:
         """Drop what is late, close the round if it is full, or answer."""
-        late = next((w for w, (_, meant) in self._waiting.items() if meant < self.version), None)
-        if late is not None:
-            self._count(late)
-            return Grant(late, late=True)
         if self._unanswered:
             worker = next(iter(self._unanswered))
             del self._unanswered[worker]
             return Grant(worker)
-        ready = [worker for worker, (_, meant) in self._waiting.items() if meant == self.version]
+        for worker, (_, meant) in self._waiting.items():
+            if meant < self.version:
+                self._count(worker)
+                return Grant(worker, late=True)
         # Who waits with a push of a later round (of other slices) has none for this one: a worker
         # that was lost half way may have closed this round elsewhere. It is closed empty then.
         if self._waiting and len(self._waiting) >= len(self.applied) - self._backup:
+            ready = [w for w, (_, meant) in self._waiting.items() if meant == self.version]
             return self._apply(sorted(ready))
         return None
 

@@ -89,7 +89,7 @@ class Coordinator:
 
     def postpone(self, worker: int) -> None:
         """The worker pushed something: it lives, and whoever waits for it waits for its work."""
-        for number, given in self._reductions.items():
+        for number, given in self._reductions.items() if self._reductions else ():
             if worker not in given:
                 self._began[number] = time.monotonic()
 

@@ -157,7 +157,11 @@ class MPILink(Link):
             return False
         try:
             moved = self._poll_sending()
-            moved |= self._poll_headers(receiver)
+            # In between, because on one host a payload may have come with its header: it is best
+            # worked on at once, while it is in the cache.
+            while self._poll_header(receiver):
+                self._poll_payloads(receiver)
+                moved = True
             return self._poll_payloads(receiver) or moved
         except MPI.Exception as error:
             self._fail(error)
@@ -170,16 +174,15 @@ class MPILink(Link):
             moved = True
         return moved
 
-    def _poll_headers(self, receiver: Receiver) -> bool:
-        moved = False
+    def _poll_header(self, receiver: Receiver) -> bool:
         assert self._next is not None
-        while self._ahead < AHEAD_BYTES and not self._long and self._next.Test(self._status):
-            data = bytes(self._header[: self._status.Get_count(MPI.BYTE)])
-            self._next.Start()
-            self.heard = time.monotonic()
-            self._announced(wire.decode(self._open(data)), receiver)
-            moved = True
-        return moved
+        if self._ahead > AHEAD_BYTES or self._long or not self._next.Test(self._status):
+            return False
+        data = bytes(self._header[: self._status.Get_count(MPI.BYTE)])
+        self._next.Start()
+        self.heard = time.monotonic()
+        self._announced(wire.decode(self._open(data)), receiver)
+        return True
 
     def _announced(self, message: wire.Message, receiver: Receiver) -> None:
         self._long = isinstance(message, wire.Long)

@@ -12,7 +12,7 @@ import torch
 from hpctrain.errors import Error
 
 SPINS = 200
-SHORTEST_SLEEP, LONGEST_SLEEP = 20e-6, 1e-3
+SHORTEST_SLEEP, LONGEST_SLEEP = 20e-6, 0.5e-3
 BLIND_SECONDS = 0.05
 """How long a worker with nothing under way does not look for messages."""
 

@@ -17,6 +17,9 @@ Entry = tuple[int, int, int, int]
 """Version, worker, clock, and version of the weights the worker had read."""
 
 
+_ABOUT = {"digest", "slice_bytes", "workers", "divisions", "asked", "snapshots"}
+
+
 class OrderLog:
     """One server's part of a record, and all of the record to be replayed.
 
@@ -27,41 +30,45 @@ class OrderLog:
         record: Folder to write to, or None.
         replay: Folder to replay, or None.
         server: Number of this server.
+        workers: Numbers of the workers.
 
     Attributes:
         divisions: Shares of samples in each round of an epoch, as replayed.
+        snapshots: By number, of each slice the version to be held; None: nothing is replayed.
+        asked_at: By number of the snapshot: which worker asked, at which clock.
 
     Raises:
-        Error: There is no record to replay.
+        Error: There is no record to replay, or it is of another number of workers.
     """
 
-    def __init__(self, record: Path | None, replay: Path | None, server: int) -> None:
+    def __init__(
+        self, record: Path | None, replay: Path | None, server: int, workers: Sequence[int]
+    ) -> None:
         self._record = record
         self._server = server
+        self._workers = list(workers)
         self._replay: dict[int, list[Entry]] | None = None
         self.divisions: dict[tuple[int, int], list[int]] = {}
+        self.snapshots: dict[int, dict[int, int]] | None = None
+        self.asked_at: dict[int, tuple[int, int]] = {}
         self._decided: list[tuple[int, int, list[int]]] = []
-        self._digest = ""
-        self._workers: list[int] = []
+        self._asked: list[tuple[int, int, int]] = []
+        self._digest, self._slice_bytes = "", 0
         if replay is not None:
-            self._read(replay)
+            self._load(replay)
 
-    def open(self, layout: Layout, workers: Sequence[int]) -> None:
+    def open(self, layout: Layout) -> None:
         """Say what is recorded, or to be replayed.
 
         Raises:
-            Error: The record is of other parameters or of another number of workers.
+            Error: The record is of other parameters.
         """
-        self._workers = list(workers)
-        if self._replay is not None and (
-            self._digest != layout.digest or self._count != len(workers)
-        ):
+        if self._replay is not None and self._digest != layout.digest:
             raise Error(
-                f"the recorded run had {self._count} workers, and other slices than this run "
-                f"with {len(workers)}.",
-                hint="replay with the model, ps.slice_bytes and number of workers of the record.",
+                "the recorded run had other parameters than this one.",
+                hint="replay with the task, options and optimizer of the recorded run.",
             )
-        self._digest = layout.digest
+        self._digest, self._slice_bytes = layout.digest, layout.slice_bytes
 
     def recorded(self, index: int) -> list[Entry] | None:
         """What is to be replayed of a slice; None: nothing, the slice is free."""
@@ -74,8 +81,18 @@ class OrderLog:
         """Note how samples are divided."""
         self._decided.append((epoch, round_, shares))
 
-    def write(self, logs: Mapping[int, Sequence[Entry]]) -> None:
+    def asked(self, number: int, worker: int, clock: int) -> None:
+        """Note at which clock a worker asked for a snapshot."""
+        self._asked.append((number, self._workers.index(worker), clock))
+
+    def write(
+        self, logs: Mapping[int, Sequence[Entry]], snapshots: Mapping[int, Mapping[int, int]]
+    ) -> None:
         """Write this server's part.
+
+        Args:
+            logs: Of each slice.
+            snapshots: By number: of each slice, the version that it holds.
 
         Raises:
             Error: The folder cannot be written.
@@ -90,10 +107,14 @@ class OrderLog:
             ).reshape(-1, 4)
             for index, log in logs.items()
         }
+        taken = [(n, i, v) for n, versions in snapshots.items() for i, v in versions.items()]
         about = {
             "digest": self._digest,
+            "slice_bytes": str(self._slice_bytes),
             "workers": str(len(self._workers)),
             "divisions": json.dumps(self._decided),
+            "asked": json.dumps(self._asked),
+            "snapshots": json.dumps(taken),
         }
         try:
             self._record.mkdir(parents=True, exist_ok=True)
@@ -104,26 +125,53 @@ class OrderLog:
                 hint="make room, or choose another folder.",
             ) from error
 
-    def _read(self, folder: Path) -> None:
-        self._replay = {}
-        try:
-            paths = sorted(folder.glob("server-*.safetensors"))
-            for path in paths:
-                with safe_open(path, "pt") as file:
-                    about = file.metadata()
-                    self._digest, self._count = about["digest"], int(about["workers"])
-                    for epoch, round_, shares in json.loads(about["divisions"]):
-                        self.divisions[epoch, round_] = shares
-                    for name in file.keys():  # noqa: SIM118 - not a mapping
-                        rows = file.get_tensor(name).tolist()
-                        self._replay[int(name)] = [tuple(row) for row in rows]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise Error(
-                f"{folder} is not a record of the order of pushes: {error}.",
-                hint="name the folder that --record-order wrote.",
-            ) from error
-        if not paths:
-            raise Error(
-                f"there is no record of the order of pushes in {folder}.",
-                hint="name the folder that --record-order wrote.",
-            )
+    def _load(self, folder: Path) -> None:
+        self._replay, self.snapshots = {}, {}
+        for about, logs in _read(folder):
+            if int(about["workers"]) != len(self._workers):
+                raise Error(
+                    f"the recorded run had {about['workers']} workers, this one has "
+                    f"{len(self._workers)}.",
+                    hint="start as many; the number of servers is free.",
+                )
+            self._digest = about["digest"]
+            for epoch, round_, shares in json.loads(about["divisions"]):
+                self.divisions[epoch, round_] = shares
+            for number, worker, clock in json.loads(about["asked"]):
+                self.asked_at[number] = (self._workers[worker], clock)
+            for number, index, version in json.loads(about["snapshots"]):
+                self.snapshots.setdefault(number, {})[index] = version
+            for index, rows in logs.items():
+                self._replay[index] = [tuple(row) for row in rows.tolist()]
+
+
+def recorded_slice_bytes(folder: Path) -> int:
+    """How the recorded run cut its parameters.
+
+    Raises:
+        Error: There is no record.
+    """
+    return int(_read(folder)[0][0]["slice_bytes"])
+
+
+def _read(folder: Path) -> list[tuple[dict[str, str], dict[int, torch.Tensor]]]:
+    found = []
+    try:
+        for path in sorted(folder.glob("server-*.safetensors")):
+            with safe_open(path, "pt") as file:
+                logs = {int(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                about = file.metadata()
+                if about is None or set(about) != _ABOUT:
+                    raise ValueError(f"{path.name} is another kind of file")
+                found.append((about, logs))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise Error(
+            f"{folder} is not a record of the order of pushes: {error}.",
+            hint="name the folder that --record-order wrote.",
+        ) from error
+    if not found:
+        raise Error(
+            f"there is no record of the order of pushes in {folder}.",
+            hint="name the folder that --record-order wrote.",
+        )
+    return found

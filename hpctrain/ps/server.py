@@ -23,7 +23,7 @@ from hpctrain.ps.rules import Rule, rule_named
 from hpctrain.ps.shared import Regions
 from hpctrain.ps.snapshot import Snapshots
 
-ANSWER_BYTES = 2**18
+ANSWER_BYTES = 2**21
 """Answers are sent as soon as so many bytes of weights are ready for a worker."""
 
 HOUSEKEEPING_SECONDS = 0.02
@@ -40,6 +40,7 @@ class Pushed:
     hyper: list[float]
     gradient: torch.Tensor
     rows: torch.Tensor | None = None
+    near: bool = False  # the gradient lies in the worker's own memory
 
 
 @dataclass(eq=False)
@@ -124,9 +125,9 @@ class Server:
         )
         self.held: dict[int, Held] = {}
         self.layout: Layout | None = None
-        self.snapshots = Snapshots(self)
-        self.order = OrderLog(config.record_order, config.replay, me)
         self._initial_workers = sorted(workers)
+        self.order = OrderLog(config.record_order, config.replay, me, self._initial_workers)
+        self.snapshots = Snapshots(self)
         for when, shares in self.order.divisions.items():
             self.coordinator.divisions[when] = (self._initial_workers, shares)
         self._codec = make_codec(config.compression)
@@ -278,7 +279,7 @@ class Server:
         for lost in self._lost_servers:
             everyone.remove(lost)
             self.placement = without(self.placement, self.sizes, lost, everyone)
-        self.order.open(self.layout, self._initial_workers)
+        self.order.open(self.layout)
         self.regions.lay_out(self.layout)
         buffers = []
         for index, steps in zip(message.slices, message.steps, strict=True):
@@ -368,7 +369,7 @@ class Server:
             gradient, rows = self._gradient(held, worker, buffer)
             held.pushes[worker] = Pushed(
                 worker, push.clock, push.reads[number], push.weight, push.hyper[held.group],
-                gradient, rows,
+                gradient, rows, buffer is None,
             )  # fmt: skip
             self._schedule(held, worker, push)
             return
@@ -403,15 +404,18 @@ class Server:
 
     def run(self, held: Held) -> None:
         """Do with a slice what its schedule says, until it says to wait."""
-        self.snapshots.moved(held)
-        while not held.blocked and not self.snapshots.keeps_still(held):
-            action = held.schedule.next()
+        snapshots, schedule = self.snapshots, held.schedule
+        if snapshots.active:
+            snapshots.moved(held)
+        while not held.blocked and not (snapshots.active and snapshots.keeps_still(held)):
+            action = schedule.next()
             if action is None:
                 break
             if isinstance(action, Apply):
                 if action.workers:
                     self._apply(held, [held.pushes.pop(worker) for worker in action.workers])
-                self.snapshots.moved(held)
+                if snapshots.active:
+                    snapshots.moved(held)
             else:
                 if action.late and (dropped := held.pushes.pop(action.worker, None)):
                     self._free(held, dropped)
@@ -436,12 +440,12 @@ class Server:
     def _aggregate(self, held: Held, pushes: list[Pushed]) -> None:
         """The mean over samples of a round's gradients, in the first of their buffers."""
         first = pushes[0]
-        weight = sum(push.weight for push in pushes)
-        if len(pushes) == 1 and weight in (0.0, 1.0):
+        if len(pushes) == 1 and first.weight in (0.0, 1.0):
             return
-        if self._in_region(held, first):  # the worker may have to push it again
+        weight = sum(push.weight for push in pushes)
+        if first.near:  # the worker may have to push it again
             copy = self._buffer(held.weights.nbytes).view(held.weights.dtype)
-            first.gradient = copy.copy_(first.gradient)
+            first.gradient, first.near = copy.copy_(first.gradient), False
         for push in pushes[1:]:
             first.gradient += push.gradient
         if weight > 0:
@@ -505,7 +509,8 @@ class Server:
     # Answers.
 
     def _grant(self, held: Held, worker: int) -> None:
-        if all(version >= held.schedule.version for version in held.acknowledged.values()):
+        newest = held.schedule.version
+        if not held.replicas or all(done >= newest for done in held.acknowledged.values()):
             self._answer(held, worker)
         else:
             held.delayed.append(worker)
@@ -606,7 +611,7 @@ class Server:
 
     def _end(self) -> None:
         mine = {index: held.log for index, held in self.held.items() if self.primary(index)}
-        self.order.write(mine)
+        self.order.write(mine, self.snapshots.versions)
         self.done = True
 
     def _forget_worker(self, worker: int) -> Link:
@@ -708,13 +713,8 @@ class Server:
             self._pool[raw.nbytes].append(raw)
 
     def _free(self, held: Held, push: Pushed) -> None:
-        if push.rows is None and not self._in_region(held, push):
+        if push.rows is None and not push.near:
             self._recycle(push.gradient)
-
-    def _in_region(self, held: Held, push: Pushed) -> bool:
-        return self.regions.has(push.worker) and (
-            push.gradient.data_ptr() == self.regions.gradient(push.worker, held.piece).data_ptr()
-        )
 
 
 class _Deaf:

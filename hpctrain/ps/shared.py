@@ -51,6 +51,8 @@ class Regions:
         self._common: list[torch.Tensor] | None = None
         self._gradients: dict[int, list[torch.Tensor]] = {}
         self._weights: dict[int, list[torch.Tensor]] = {}
+        # Views of slices, made once: making one costs as much as a small update.
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def lay_out(self, layout: Layout) -> None:
         """Find the flats in the memory."""
@@ -60,6 +62,12 @@ class Regions:
         for worker, memory in self._memory.items():
             self._gradients[worker] = flats_in(memory[:size], layout)
             self._weights[worker] = self._common or flats_in(memory[size:], layout)
+            for piece in layout.slices:
+                part = slice(piece.start, piece.stop)
+                self._views[worker, piece.number] = (
+                    self._gradients[worker][piece.flat][part],
+                    self._weights[worker][piece.flat][part],
+                )
 
     def has(self, worker: int) -> bool:
         """Whether a worker's memory is within reach."""
@@ -75,10 +83,9 @@ class Regions:
 
     def gradient(self, worker: int, piece: Slice) -> torch.Tensor:
         """A worker's gradient of a slice, in its own memory."""
-        return self._gradients[worker][piece.flat][piece.start : piece.stop]
+        return self._views[worker, piece.number][0]
 
     def put(self, worker: int, piece: Slice, weights: torch.Tensor) -> None:
-        """Give a worker new weights."""
-        target = self._weights[worker][piece.flat][piece.start : piece.stop]
-        if target.data_ptr() != weights.data_ptr():
-            target.copy_(weights)
+        """Give a worker new weights, unless it has the very same."""
+        if self._common is None:
+            self._views[worker, piece.number][1].copy_(weights)

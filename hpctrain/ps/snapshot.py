@@ -36,6 +36,15 @@ class Snapshots:
         self._frozen: dict[int, wire.Frozen] = {}
         self._kept: set[int] = set()
         self._last = 0
+        self._seen = 0
+        # Which version of each slice each snapshot holds; in a replay, is to hold.
+        self.versions: dict[int, dict[int, int]] = {}
+        self._recorded = server.order.snapshots
+
+    @property
+    def active(self) -> bool:
+        """Whether a snapshot is being made, or must not be missed."""
+        return self._number is not None or self._recorded is not None
 
     # The coordinator's part.
 
@@ -78,6 +87,10 @@ class Snapshots:
         for part in parts:
             for worker, clock in part.clocks.items():
                 clocks[worker] = max(clock, clocks.get(worker, 0))
+        if self._question is not None:
+            worker = self._question[0]
+            version = max(part.version for part in parts)
+            self._server.order.asked(self._last, worker, clocks.get(worker, version))
         cut = wire.Cut(self._last, clocks, max(part.version for part in parts))
         for link in self._server.servers.values():
             link.send(cut)
@@ -95,6 +108,9 @@ class Snapshots:
 
     def holds_back(self, held: Held, worker: int, clock: int) -> bool:
         """Whether a push must wait because it lies beyond the snapshot being made."""
+        if self._recorded is not None:
+            self._check_asked(worker, clock)
+            return False
         within = self._clocks.get(worker, 0)
         if self._number is not None and not self._server.consistency.rounds and clock >= within:
             return True
@@ -106,10 +122,14 @@ class Snapshots:
         self._later.append(action)
 
     def keeps_still(self, held: Held) -> bool:
-        """Whether a slice may not be updated now, where updates go by rounds."""
+        """Whether a slice may not be updated now: where updates go by rounds, or are replayed."""
+        if self._recorded is not None:
+            index, version = held.piece.number, held.schedule.version
+            coming = [taken[index] for number, taken in self._recorded.items()
+                      if index in taken and index not in self.versions.get(number, ())]  # fmt: skip
+            return bool(coming) and version >= min(coming)
         return (
-            self._number is not None
-            and self._server.consistency.rounds
+            self._server.consistency.rounds
             and held.piece.number not in self._copies
             and held.schedule.version >= self._version
         )
@@ -121,7 +141,11 @@ class Snapshots:
         index = held.piece.number
         if index in self._copies or not self._server.primary(index):
             return
-        if self._server.consistency.rounds:
+        assert self._number is not None
+        if self._recorded is not None:
+            recorded = self._recorded.get(self._number, {}).get(index, held.schedule.version)
+            there = held.schedule.version == recorded
+        elif self._server.consistency.rounds:
             there = held.schedule.version == self._version
         else:
             applied = held.schedule.applied
@@ -129,16 +153,29 @@ class Snapshots:
         if there:
             tensors = [held.weights.clone(), *(tensor.clone() for tensor in held.state.values())]
             self._copies[index] = (tensors, held.steps)
+            self.versions.setdefault(self._number, {})[index] = held.schedule.version
             self._finish()
 
     def left(self, worker: int) -> None:
         """A worker is done or lost; nothing more will come of it."""
         self._begun.pop(worker, None)
-        for held in list(self._server.held.values()):
-            self.moved(held)
+        if self.active:
+            for held in list(self._server.held.values()):
+                self.moved(held)
+
+    def _check_asked(self, worker: int, clock: int) -> None:
+        """In a replay: a snapshot that the recorded run took must be asked for here too."""
+        asked = self._server.order.asked_at
+        due = [n for n, (who, when) in asked.items() if who == worker and when <= clock]
+        if due and max(due) > self._seen:
+            self._server.abort(
+                "the recorded run made a snapshot where this one does not: replay with its "
+                "validation and checkpoint settings"
+            )
 
     def _freeze(self, number: int) -> wire.Frozen:
         self._release()
+        self._seen = max(self._seen, number)
         self._number, self._cut, self._copies = number, False, {}
         self._clocks = dict(self._begun)
         versions = [

@@ -17,7 +17,8 @@ from hpctrain.ps.client import Client, dtype_name
 from hpctrain.ps.client import Snapshot as ServerSnapshot
 from hpctrain.ps.connect import Ends
 from hpctrain.ps.consistency import parse
-from hpctrain.ps.layout import Layout, Parameter
+from hpctrain.ps.layout import Layout, Parameter, slice_bytes_for
+from hpctrain.ps.order_log import recorded_slice_bytes
 from hpctrain.ps.rules import rule_of
 from hpctrain.strategies.base import DistributedOptimizer, Snapshot, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
@@ -133,9 +134,15 @@ class PsOptimizer(DistributedOptimizer):
         self._ordered = self._order(model)
         group_of = {p: n for n, group in enumerate(inner.param_groups) for p in group["params"]}
         rows = _row_widths(model)
+        config = ends.config
+        if config.replay is not None:
+            slice_bytes = recorded_slice_bytes(config.replay)
+        else:
+            total = sum(p.nbytes for p in self._ordered)
+            slice_bytes = config.slice_bytes or slice_bytes_for(total, config.servers)
         self._layout, self._places = Layout.of(
             [Parameter(p.dtype, group_of[p], p.numel(), rows.get(p, 0)) for p in self._ordered],
-            ends.config.slice_bytes,
+            slice_bytes,
             whole=self._rule.per_tensor,
         )
         self._client = self._open(clip_norm)
