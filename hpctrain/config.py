@@ -113,7 +113,9 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer a task gets unless it builds its own."""
 
-    name: Literal["sgd", "adamw"] = Field("adamw", description="`sgd` is with Nesterov momentum.")
+    name: Literal["sgd", "adamw", "lamb"] = Field(
+        "adamw", description="`sgd` is with Nesterov momentum; `lamb` is for very large batches."
+    )
     lr: float = Field(1e-3, gt=0, description="Peak learning rate, for `lr_batch_size`.")
     lr_batch_size: int | None = Field(
         None,
@@ -122,7 +124,9 @@ class OptimizerConfig(Section):
         "`train.batch_size` (Goyal et al., 2017). Unset: `lr` is used as it is.",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD momentum.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW averages' decays.")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="Decays of AdamW's and LAMB's averages."
+    )
     weight_decay: float = Field(
         0.01, ge=0, description="Decay of matrices and filters; biases and norms have none."
     )

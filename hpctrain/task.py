@@ -21,6 +21,7 @@ from hpctrain.data.shards import ShardSet
 from hpctrain.data.source import Source
 from hpctrain.data.stage import folder_of
 from hpctrain.errors import Error, nearest
+from hpctrain.lamb import Lamb
 
 READY = {
     "digits": "hpctrain.tasks.digits:Digits",
@@ -124,6 +125,8 @@ class Task:
             return torch.optim.SGD(
                 groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
             )
+        if config.name == "lamb":
+            return Lamb(groups, lr=config.lr, betas=config.betas)
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 

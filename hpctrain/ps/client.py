@@ -86,6 +86,7 @@ class Client:
         config: The same on every rank.
         near: Servers that reach this worker's memory.
         wake: Called when there is something to do.
+        on_lost: Called with the number of each peer that is lost.
 
     Attributes:
         clock: Steps pushed.
@@ -105,6 +106,7 @@ class Client:
         *,
         near: Iterable[int] = (),
         wake: Callable[[], None] = lambda: None,
+        on_lost: Callable[[int], None] = lambda peer: None,
     ) -> None:
         self.me = me
         self.servers = servers
@@ -120,6 +122,7 @@ class Client:
         self.dense_bytes = 0
         self.lost: dict[int, str] = {}
         self._wake = wake
+        self._on_lost = on_lost
         self._consistency = parse(config.consistency)
         self._codec = make_codec(config.compression)
         self._feedback: dict[int, ErrorFeedback] = {}
@@ -550,10 +553,11 @@ class Client:
             event.set()
 
     def _lose(self, peer: int, reason: str) -> None:
-        if peer not in self.servers:
+        if peer not in self.lost:
             self.lost[peer] = reason
+            self._on_lost(peer)
+        if peer not in self.servers:
             return
-        self.lost[peer] = reason
         coordinator = min(self.servers)
         del self.servers[peer]
         if not self.servers:

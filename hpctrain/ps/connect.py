@@ -18,6 +18,7 @@ from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.cipher import Cipher, read_key
 from hpctrain.ps.client import Client, Future
 from hpctrain.ps.consistency import parse
+from hpctrain.ps.fence import Fence
 from hpctrain.ps.layout import Layout
 from hpctrain.ps.link import Link, LocalLink, MPILink
 from hpctrain.ps.loop import Loop, Waiter
@@ -123,6 +124,7 @@ class Ends:
         self._node.Bcast(leader, root=0)
         self._comm.Allgather(leader, hosts)
         self._hosts = hosts.tolist()
+        self._fence = Fence(self._comm, self._hosts)
         self.roles: Roles = assign(self._hosts, config.servers, colocate=config.colocate)
         self._check()
         key = read_key(Path(config.key_file) if config.key_file else None, os.environ)
@@ -166,14 +168,21 @@ class Ends:
                 if server != self.me
             }
             self.server = Server(
-                self.me, workers, servers, self.config, timeout_seconds=self._timeout_seconds
+                self.me,
+                workers,
+                servers,
+                self.config,
+                timeout_seconds=self._timeout_seconds,
+                on_lost=self._fence.cut_off,
             )
         if self.me in self.roles.workers:
             links: dict[int, Link] = {
                 server: local[0] if server == self.me else self._link(server, TO_SERVER, TO_WORKER)
                 for server in self.roles.servers
             }
-            self.client = Client(self.me, links, self.config, wake=self._wake)
+            self.client = Client(
+                self.me, links, self.config, wake=self._wake, on_lost=self._fence.cut_off
+            )
 
     def _link(self, peer: int, to: int, from_: int) -> MPILink:
         return MPILink(self._comm, peer, peer, (to, from_), self._cipher)

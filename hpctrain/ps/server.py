@@ -91,6 +91,7 @@ class Server:
         config: The same on every rank.
         regions: Memory shared with the workers of this host.
         timeout_seconds: Longest wait of a collective of the workers.
+        on_lost: Called with the number of each peer that is lost.
 
     Attributes:
         done: Whether every worker has left.
@@ -108,6 +109,7 @@ class Server:
         *,
         regions: Regions | None = None,
         timeout_seconds: float = 600.0,
+        on_lost: Callable[[int], None] = lambda peer: None,
     ) -> None:
         self.me = me
         self.workers = workers
@@ -144,6 +146,7 @@ class Server:
         self._housekept = 0.0
         self._beaten = 0.0
         self.lost = False
+        self._on_lost = on_lost
         self._completed = False  # whether a worker has done all of its steps
         self._lost_servers: list[int] = []
         self._initial_servers = sorted([me, *servers])
@@ -631,6 +634,7 @@ class Server:
     def _lose(self, peer: int, reason: str) -> None:
         """A peer is gone: tell everybody, and go on without it."""
         self.lost = True
+        self._on_lost(peer)
         if peer in self.workers:
             link = self._forget_worker(peer)
             if link.failed is None:
@@ -671,6 +675,9 @@ class Server:
             if worker not in self.workers:
                 held.schedule.leave(worker)
         held.replicas = list(self.placement[index][1:])
+        common = self.regions.common(held.piece) if self.consistency.lockstep else None
+        if common is not None:  # which may hold an update that the lost server had just begun
+            held.weights = common.copy_(held.weights)
         known = held.acknowledged
         held.acknowledged = {}
         for replica in held.replicas:

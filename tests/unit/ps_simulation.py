@@ -33,7 +33,7 @@ class Simulation:
         rule = rule_of(self.optimizer)
         self.rule = rule
         self.layout, self.places = Layout.of(
-            parameters, self.config.slice_bytes, whole=rule.per_tensor
+            parameters, self.config.slice_bytes or 512, whole=rule.per_tensor
         )
         self.random = random.Random(seed)
         generator = torch.Generator().manual_seed(seed)
@@ -50,16 +50,17 @@ class Simulation:
         memory = {
             w: torch.zeros(2 * region_bytes(self.layout), dtype=torch.uint8) for w in range(workers)
         }
+        common = 0 if near and self.config.consistency == "sync" else None
         self.servers = {}
         for s in self.server_numbers:
             peers = {b: between[s, b][0] for b in self.server_numbers if s < b}
             peers |= {a: between[a, s][1] for a in self.server_numbers if a < s}
-            regions = Regions(memory) if near else None
+            regions = Regions(memory, common) if near else None
             to_workers = {w: links[w, s][1] for w in range(workers)}
             self.servers[s] = Server(s, to_workers, peers, self.config, regions=regions)
         self.clients = {}
         for w in range(workers):
-            own = Regions({w: memory[w]})
+            own = Regions({w: memory[w]} if common is None else memory, common)
             own.lay_out(self.layout)
             client = Client(
                 w,
