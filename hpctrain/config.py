@@ -10,10 +10,17 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 
 from hpctrain.errors import Error, nearest
 
@@ -203,10 +210,10 @@ class PsConfig(Section):
     compression: str = Field(
         "none", description="Of pushed gradients: none, fp16, bf16, int8, or topk:FRACTION."
     )
-    pull_every: int | list[int] = Field(
+    pull_every: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = Field(
         1, description="Steps between pulls of new weights; a list: by worker."
     )
-    shares: Literal["equal", "speed"] | list[int] = Field(
+    shares: Literal["equal", "speed"] | list[NonNegativeInt] = Field(
         "equal",
         description="Parts of each global batch by worker: `equal`, by measured `speed`, or a "
         "list.",
@@ -233,8 +240,11 @@ class PsConfig(Section):
     replay: Path | None = Field(
         None, description="Recorded order to repeat, bit for bit, on any servers."
     )
-    replace_lost: bool = Field(
-        False, description="Start a new worker by MPI spawn for one that is lost."
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Workers to have: where there are fewer, because fewer were started or some "
+        "were lost, new ones are started by MPI spawn and join.",
     )
 
 

@@ -9,12 +9,16 @@ from hpctrain.world import Communicator
 
 
 class Meter:
-    """Adds up batch means, each weighted by its samples; costs no transfer until it is read."""
+    """Adds up batch means, each weighted by its samples; costs no transfer until it is read.
+
+    Attributes:
+        names: What the metrics are called; empty until they were first read.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._samples: dict[str, int] = {}
-        self._names: list[str] = []
+        self.names: list[str] = []
 
     def add(self, means: dict[str, torch.Tensor], samples: int) -> None:
         """Count a batch in."""
@@ -33,14 +37,14 @@ class Meter:
         if not lockstep:
             return self._read_pool(comm)
         for root in range(comm.size):
-            if not self._names:
-                self._names = broadcast_json(comm, sorted(self._sums), root)
-        if not self._names:
+            if not self.names:
+                self.names = broadcast_json(comm, sorted(self._sums), root)
+        if not self.names:
             return {}
         totals = torch.tensor(
             [
-                [float(self._sums.get(name, 0.0)) for name in self._names],
-                [float(self._samples.get(name, 0)) for name in self._names],
+                [float(self._sums.get(name, 0.0)) for name in self.names],
+                [float(self._samples.get(name, 0)) for name in self.names],
             ],
             dtype=torch.float64,
         )
@@ -50,7 +54,7 @@ class Meter:
         sums, samples = totals.tolist()
         return {
             name: total / count
-            for name, total, count in zip(self._names, sums, samples, strict=True)
+            for name, total, count in zip(self.names, sums, samples, strict=True)
             if count
         }
 

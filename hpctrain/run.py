@@ -71,8 +71,6 @@ def run(config: RunConfig, say: Callable[[str], None]) -> None:
         raise Error("--resume auto without --out.", hint="say which run to go on with: --out DIR.")
     task = make_task(load_task(config.task), config.options)
     world = init()
-    if config.world_size is not None:
-        world.require(config.world_size)
     if config.data.stage_dir is not None:
         _stage(config, world, say)
     how = strategy(
@@ -82,6 +80,8 @@ def run(config: RunConfig, say: Callable[[str], None]) -> None:
         ps=config.ps,
         timeout_seconds=config.timeout_seconds,
     )
+    if config.world_size is not None and how.joined is None:
+        world.require(config.world_size)
     if isinstance(how, Serving) and how.serves:
         how.serve()
         return
@@ -94,11 +94,19 @@ def run(config: RunConfig, say: Callable[[str], None]) -> None:
 
 def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]) -> None:
     world = how.world
-    out = Path(broadcast_json(world.comm, str(config.out or _default_out(config.task))))
+    joined = how.joined
+    if joined is not None:
+        out = Path(joined["out"])
+    else:
+        out = Path(broadcast_json(world.comm, str(config.out or _default_out(config.task))))
     store = CheckpointStore(out / CHECKPOINTS, config.checkpoint.keep)
-    snapshot = _prepare(out, config, store, say) if world.rank == 0 else None
-    trainer = Trainer(config, task, how, store)
-    trainer.restore(snapshot)
+    if joined is not None:
+        trainer = Trainer(config, task, how, store)
+        trainer.join(joined)
+    else:
+        snapshot = _prepare(out, config, store, say) if world.rank == 0 else None
+        trainer = Trainer(config, task, how, store)
+        trainer.restore(snapshot)
     recorder: Recorder = OnRankZero(
         world, lambda: RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard)
     )
@@ -107,8 +115,8 @@ def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], Non
         f"{config.task}: {how.name} on {_ranks(world)}, {world.device.type}, "
         f"step {start.step} of {trainer.steps}, in {out}"
     )
-    change = start.world[-1]
-    recorder.write("event", start.step, {"size": change["size"], "reason": change["reason"]})
+    for change in start.world[-1:]:
+        recorder.write("event", start.step, {"size": change["size"], "reason": change["reason"]})
     try:
         trainer.run(recorder)
     except BaseException:

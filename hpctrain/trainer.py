@@ -85,6 +85,7 @@ class Trainer:
         self._train_meter = Meter()
         self._validation_meter = Meter()
         self._mark = _Mark(0.0, 0, 0, 0.0, 0)
+        self._start: dict[str, Any] = {}
         self._consumed = 0  # samples of this rank
         self._lost = 0  # samples of all ranks whose shards cannot be read
         self.state = TrainState(model, optimizer, self._loader)
@@ -123,6 +124,29 @@ class Trainer:
         self.state.counters.world.append(
             {"step": self.state.counters.step, "size": self.world.size, "reason": reason}
         )
+        counters = self.state.counters
+        self._start = {
+            "out": str(self.store.folder.parent.resolve()),
+            "loader": self._loader.state_dict(),
+            "step": counters.step,
+            "samples": counters.samples,
+        }
+        self._remember()
+
+    def _remember(self) -> None:
+        """Have the world keep what a rank has to know that joins later."""
+        if self.world.rank == 0:
+            self.world.comm.remember({**self._start, "metrics": self._meter_names()})
+
+    def _meter_names(self) -> list[list[str]]:
+        return [self._train_meter.names, self._validation_meter.names]
+
+    def join(self, start: dict[str, Any]) -> None:
+        """Begin where the others began; ``run`` then skips what they did since."""
+        self._start = start
+        self._loader.load_state_dict(start["loader"])
+        self.state.counters.step, self.state.counters.samples = start["step"], start["samples"]
+        self._train_meter.names, self._validation_meter.names = start["metrics"]
 
     def run(self, recorder: Recorder) -> None:
         """Train from the present state to the end of the run.
@@ -136,6 +160,7 @@ class Trainer:
         )
         counters = self.state.counters
         lockstep = self.strategy.lockstep
+        self._skip(optimizer.missed)
         self.state.model.train()
         self._mark = self._now()
         while not self.finished:
@@ -157,8 +182,7 @@ class Trainer:
                 if self.finished:
                     break
         if not lockstep:
-            self.world.comm.barrier()
-            optimizer.refresh()
+            optimizer.finish()
             self._save(optimizer, best=self._validate(optimizer, recorder))
         self.store.wait()
 
@@ -166,7 +190,10 @@ class Trainer:
         """Record the train metrics since the last time, over all ranks."""
         counters = self.state.counters
         lockstep = self.strategy.lockstep
+        known = self._meter_names()
         metrics = self._train_meter.read(self.world.comm, lockstep=lockstep)
+        if self._meter_names() != known:
+            self._remember()
         counters.metrics |= {f"train_{name}": value for name, value in metrics.items()}
         now, before = self._now(), self._mark
         self._mark = now
@@ -231,8 +258,7 @@ class Trainer:
         self._consumed += batch.samples
         counters.step += 1
         counters.samples += batch.global_samples
-        if optimizer.missed:
-            self._skip(optimizer.missed)
+        self._skip(optimizer.missed)
 
     def _skip(self, steps: int) -> None:
         """The others went on without this rank: take up the batch that they are at."""
@@ -280,7 +306,10 @@ class Trainer:
                 for part in batch.split(self.config.train.accumulate):
                     self._validation_meter.add(self._loss(model, part)[1], part.samples)
         model.train(training)
+        known = self._meter_names()
         metrics = self._validation_meter.read(world.comm)
+        if self._meter_names() != known:
+            self._remember()
         recorder.write("validation", counters.step, metrics)
         counters.metrics |= {f"val_{name}": value for name, value in metrics.items()}
         improved = self._judge({f"val_{name}": value for name, value in metrics.items()})

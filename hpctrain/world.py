@@ -95,6 +95,9 @@ class Communicator(Protocol):
         Only where ranks do not go in lockstep.
         """
 
+    def remember(self, value: Any) -> None:
+        """Keep a plain value for ranks that join later; the last one counts."""
+
     def stop(self) -> None:
         """Have every rank end the training, where ranks do not go in lockstep."""
 
@@ -129,6 +132,9 @@ class Alone:
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
         """What was given."""
         return values
+
+    def remember(self, value: Any) -> None:
+        """Nobody will join."""
 
     def stop(self) -> None:
         """Nobody to stop."""
@@ -186,6 +192,9 @@ class Unconnected:
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
         """Refused."""
         raise self._error()
+
+    def remember(self, value: Any) -> None:
+        """Nobody will join."""
 
     def stop(self) -> None:
         """Refused."""

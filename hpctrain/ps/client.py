@@ -15,8 +15,14 @@ import torch
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps import wire
-from hpctrain.ps.codec import ErrorFeedback, encode_rows, make_codec, rows_capacity
-from hpctrain.ps.consistency import parse
+from hpctrain.ps.codec import (
+    ErrorFeedback,
+    decode_rows,
+    encode_rows,
+    make_codec,
+    rows_capacity,
+)
+from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.layout import DTYPES, Layout
 from hpctrain.ps.link import Link
 from hpctrain.ps.placement import Placement, place, without
@@ -91,11 +97,15 @@ class Client:
     Attributes:
         clock: Steps pushed.
         versions: Of each slice's weights here.
+        newest: The highest version a server has spoken of.
         norm: Of the last aggregated gradient before clipping, if the servers clip.
         leads: How often this worker was so many clocks ahead of the slowest.
         stopped: Whether training is to end early.
+        counted: Its clock, as the servers count it.
+        joined: Workers that came later.
         behind: Rounds that went by without this worker at its last step.
-        moved_bytes: Payload bytes pushed and pulled; ``dense_bytes``: without compression.
+        moved_bytes: Payload bytes pushed and pulled; ``dense_bytes``: of the same as they are in
+            memory, sent or not.
     """
 
     def __init__(
@@ -114,6 +124,7 @@ class Client:
         self.near = set(near)
         self.clock = 0
         self.versions: list[int] = []
+        self.newest = 0
         self.norm: float | None = None
         self.leads: Counter[int] = Counter()
         self.stopped = False
@@ -123,7 +134,7 @@ class Client:
         self.lost: dict[int, str] = {}
         self._wake = wake
         self._on_lost = on_lost
-        self._consistency = parse(config.consistency)
+        self._consistency = consistency_of(config)
         self._codec = make_codec(config.compression)
         self._feedback: dict[int, ErrorFeedback] = {}
         self._commands: deque[Callable[[], None]] = deque()
@@ -133,20 +144,29 @@ class Client:
         self._initial_servers = sorted(servers)
         self._step = Step(0, 0, 1.0, [], True)
         self._sparse: dict[int, torch.Tensor] = {}
+        self._row_slices: set[int] = set()
         # Slices ready to be pushed, by need; and those pushed, with their server.
         self._ready: list[int] = []
         self._left: set[int] = set()
         self._under_way: dict[int, int] = {}
-        self._window: Counter[int] = Counter()
+        self._pulling = False  # what is under way is pulls, not pushes
+        self._encoded: dict[int, torch.Tensor] = {}  # pushes that may have to be sent again
+        # What tells the servers what is trained, and which workers do so unless they are lost.
+        self._opening: Callable[[], None] | None = None
+        self._before: set[int] = set()
         self._questions: dict[int, tuple[wire.Ask, Any]] = {}
         self._answers: dict[int, wire.Answer] = {}
         self._asked = 0
-        self._collectives = 0
+        self._collective = (0, 0)
+        # Results of collectives that others may not have yet, for the coordinator's successor.
+        self._results: dict[str, tuple[Any, bytes]] = {}
         self._parts: dict[int, wire.Part] = {}
         self._snapshot: Snapshot | None = None
         self._fetched: tuple[int, threading.Event] | None = None
         self._beaten = 0.0
         self._lead = 0
+        self.counted = 0
+        self.joined: list[int] = []
         self.left = False
 
     # For the caller's thread.
@@ -158,44 +178,53 @@ class Client:
         weights: Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor],
         *,
-        first: bool,
+        before: Iterable[int] = (),
+        start: Sequence[torch.Tensor] | None = None,
         state: Mapping[str, Sequence[torch.Tensor]] | None = None,
         steps: Sequence[int] | None = None,
         clip_norm: float | None = None,
+        join: bool = False,
     ) -> Future:
-        """Say what is to be trained; the first worker's weights are what everybody starts from.
+        """Say what is to be trained; one worker's weights are what everybody starts from.
 
         Args:
             layout: The same on every worker.
             rule: What the servers do with gradients.
             weights: The flats, in host memory; new weights are put there.
             gradients: The flats that are pushed.
-            first: Whether this worker tells the servers.
+            before: Workers that tell the servers; this one does where they are lost.
+            start: Flats to start from; None: ``weights``.
             state: Of the update rule, by name, as flats; None: as at the very start.
             steps: Updates the state has had, by slice.
             clip_norm: Largest norm of the aggregated gradient.
+            join: Whether the others are under way.
         """
         self.layout, self.rule = layout, rule
         self.weights, self.gradients = list(weights), list(gradients)
         self.sizes = layout.sizes()
         self.versions = [0] * len(layout.slices)
-        everyone = list(self._initial_servers)
-        self.placement: Placement = place(
-            self.sizes, everyone, method=self.config.placement, replicas=self.config.replicas
-        )
-        for lost in [server for server in self.lost if server in everyone]:
-            everyone.remove(lost)
-            self.placement = without(self.placement, self.sizes, lost, everyone)
+        self._results.clear()
+        self._row_slices = {p.number for p in layout.slices if layout.flats[p.flat].width}
         if self._codec is not None and self._codec.feedback:
             self._feedback = {
                 piece.number: ErrorFeedback(
                     self._codec, piece.elements, layout.flats[piece.flat].torch_dtype
                 )
                 for piece in layout.slices
+                if piece.number not in self._row_slices
             }
-        if first:
-            self._do(lambda: self._open(state, steps, clip_norm))
-        return self.pull()
+        self._before = set(before)
+        if not join:
+            flats = [*(weights if start is None else start)]
+            self._opening = lambda: self._open(flats, state, steps, clip_norm)
+        self._settled.clear()
+        self._do(lambda: self._start(join))
+        return Future(self)
+
+    def begin_late(self, servers: Sequence[int], lost: Sequence[int]) -> None:
+        """Say which servers there were at the beginning, and which are lost."""
+        self._initial_servers = sorted(servers)
+        self.lost = dict.fromkeys(lost, "it was lost before this worker came")
 
     def begin(self, weight: float, hyper: list[list[float]]) -> None:
         """Begin a step.
@@ -207,14 +236,19 @@ class Client:
         every = self.config.pull_every
         interval = every if isinstance(every, int) else every[self.me % len(every)]
         pull = (self.clock + 1) % interval == 0
-        round_ = max(self.versions)
-        step = Step(self.clock, round_, weight, hyper, pull)
+        step = Step(self.clock, self.newest, weight, hyper, pull)
+        self._sparse = {}
         self._left = set(range(len(self.versions)))
         self._settled.clear()
         self._do(lambda: self._set_step(step))
 
     def push(self, slices: Iterable[int], rows: dict[int, torch.Tensor] | None = None) -> None:
-        """These slices' gradients are ready, in the flats; they must stay as they are."""
+        """These slices' gradients are ready, in the flats; they must stay as they are.
+
+        Args:
+            slices: Their numbers.
+            rows: By flat whose gradients come as rows: those that this step has touched.
+        """
         indices = list(slices)
         if rows:
             self._sparse.update(rows)
@@ -229,7 +263,7 @@ class Client:
     def pull(self) -> Future:
         """Bring all weights here."""
         self._settled.clear()
-        self._do(self._pull_all)
+        self._do(lambda: self._pull_all(None))
         return Future(self)
 
     def settled(self) -> bool:
@@ -249,9 +283,8 @@ class Client:
         self.wait()
         self.leads[self._lead] += 1
         self._lead = 0
-        newest = max(self.versions)
         if self._consistency.rounds:
-            self.behind = max(0, newest - self.clock - 1)
+            self.behind = max(0, self.newest - self.clock - 1)
         self.clock += 1 + self.behind
 
     def ask(self, what: str, value: Any = None, data: bytes = b"") -> wire.Answer:
@@ -262,15 +295,21 @@ class Client:
         """
         event = threading.Event()
         self._asked += 1
-        question = wire.Ask(self._asked, what, value, data)
+        question = wire.Ask(self._asked, what, value, data, self.clock)
         self._do(lambda: self._ask(question, event))
         self._await(event)
         return self._answers.pop(question.number)
 
-    def next_collective(self) -> int:
-        """The number of the next collective; all workers have the same ones in the same order."""
-        self._collectives += 1
-        return self._collectives
+    def next_collective(self) -> str:
+        """What the next collective is called: all workers have the same ones in the same order.
+
+        Where all take each step together the step is part of it, so that a worker may join.
+        """
+        clock = self.clock if self._consistency.lockstep else 0
+        if clock != self._collective[0]:
+            self._collective = (clock, 0)
+        self._collective = (clock, self._collective[1] + 1)
+        return "{}.{}".format(*self._collective)
 
     def snapshot(self) -> Snapshot:
         """All slices at one point, with the state of the update rule.
@@ -288,10 +327,15 @@ class Client:
             if found == len(self.layout.slices):  # else a server was lost meanwhile
                 return self._snapshot
 
+    def rest(self) -> None:
+        """Tell the servers that this worker pushes nothing more: nobody needs to wait for it."""
+        self._do(lambda: self._tell(wire.Rest()))
+
     def leave(self) -> None:
         """Tell the servers that this worker has done all of its steps."""
         event = threading.Event()
-        self._do(lambda: self._leave(event))
+        threads = torch.get_num_threads()
+        self._do(lambda: self._leave(event, threads))
         self._await(event)
 
     def abort(self, reason: str) -> None:
@@ -326,6 +370,8 @@ class Client:
             if self._ready:
                 self._send_ready()
             for link in list(self.servers.values()):
+                if self.servers.get(link.peer) is not link:
+                    continue  # lost just now: what it sent counts no more
                 moved |= link.poll(self)
                 if link.failed is not None:
                     self._lose(link.peer, link.failed)
@@ -333,6 +379,11 @@ class Client:
         except Error as error:
             self.fail(error)
         return moved
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run is over for this worker, by an error."""
+        return self._error is not None
 
     def idle(self) -> bool:
         """Whether everything sent is on its way."""
@@ -365,13 +416,30 @@ class Client:
         for link in self.servers.values():
             link.send(message)
 
+    def _start(self, join: bool) -> None:
+        everyone = list(self._initial_servers)
+        self.placement: Placement = place(
+            self.sizes, everyone, method=self.config.placement, replicas=self.config.replicas
+        )
+        for lost in [server for server in self.lost if server in everyone]:
+            everyone.remove(lost)
+            self.placement = without(self.placement, self.sizes, lost, everyone)
+        self._open_in_turn()
+        self._pull_all(wire.Join() if join else None)
+
+    def _open_in_turn(self) -> None:
+        if self._opening is not None and self._before <= set(self.lost):
+            opening, self._opening = self._opening, None
+            opening()
+
     def _open(
         self,
+        weights: Sequence[torch.Tensor],
         state: Mapping[str, Sequence[torch.Tensor]] | None,
         steps: Sequence[int] | None,
         clip_norm: float | None,
     ) -> None:
-        flats = [self.weights, *(state.values() if state else ())]
+        flats = [weights, *(state.values() if state else ())]
         for server, link in self.servers.items():
             indices = [i for i, holders in enumerate(self.placement) if server in holders]
             updates = [steps[i] if steps else 0 for i in indices]
@@ -389,16 +457,25 @@ class Client:
                 payloads,
             )  # fmt: skip
 
-    def _pull_all(self) -> None:
-        for server, link in self.servers.items():
-            indices = [i for i, holders in enumerate(self.placement) if server == holders[0]]
-            self._under_way.update(dict.fromkeys(indices, server))
-            link.send(wire.Pull(indices))
+    def _pull_all(self, message: wire.Join | None) -> None:
+        self._pull(range(len(self.placement)), message)
         if not self._under_way:
             self._settled.set()
 
+    def _pull(self, some: Iterable[int], message: wire.Join | None = None) -> None:
+        self._pulling = True
+        groups: dict[int, list[int]] = {}
+        for index in some:
+            groups.setdefault(self.placement[index][0], []).append(index)
+        for server, link in self.servers.items():
+            indices = groups.get(server, [])
+            self._under_way.update(dict.fromkeys(indices, server))
+            if indices or message:
+                link.send(message or wire.Pull(indices))
+
     def _set_step(self, step: Step) -> None:
         self._step = step
+        self._pulling = False
 
     def _push(self, indices: list[int]) -> None:
         for index in indices:
@@ -406,27 +483,26 @@ class Client:
 
     def _send_ready(self) -> None:
         waiting = []
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, bool], list[int]] = {}
         while self._ready:
             index = heapq.heappop(self._ready)
             server = self.placement[index][0]
-            size = self.sizes[index]
-            if server not in self.near and self._window[server] > WINDOW_BYTES:
+            if self.servers[server].unsent_bytes > WINDOW_BYTES:
                 waiting.append(index)
                 continue
-            self._window[server] += size
-            group = groups.setdefault(server, [])
+            # Rows are sent to near servers too, which would have to look for them in the whole.
+            sent = server not in self.near or index in self._row_slices
+            group = groups.setdefault((server, sent), [])
             group.append(index)
-            far = server not in self.near
-            if far and sum(self.sizes[i] for i in group) >= GROUP_BYTES:
-                self._send_push(server, groups.pop(server))
-        for server, group in groups.items():
-            self._send_push(server, group)
+            if sent and sum(self.sizes[i] for i in group) >= GROUP_BYTES:
+                self._send_push(server, groups.pop((server, sent)), sent)
+        for (server, sent), group in groups.items():
+            self._send_push(server, group, sent)
         for index in waiting:
             heapq.heappush(self._ready, index)
 
-    def _send_push(self, server: int, indices: list[int]) -> None:
-        payloads = [] if server in self.near else [self._payload(index) for index in indices]
+    def _send_push(self, server: int, indices: list[int], sent: bool) -> None:
+        payloads = [self._payload(index) for index in indices] if sent else []
         for index in indices:
             self._under_way[index] = server
             self._left.discard(index)
@@ -456,11 +532,14 @@ class Client:
             return out[: encode_rows(rows, values, out)]
         if self._codec is None:
             return gradient
+        if index in self._encoded:  # to encode it again would count what was left out twice
+            return self._encoded[index]
         out = torch.empty(
             self._codec.capacity(piece.elements, gradient.itemsize), dtype=torch.uint8
         )
         encoder = self._feedback.get(index, self._codec)
-        return out[: encoder.encode(gradient, out)]
+        self._encoded[index] = out[: encoder.encode(gradient, out)]
+        return self._encoded[index]
 
     def _ask(self, question: wire.Ask, event: threading.Event) -> None:
         self._questions[question.number] = (question, event)
@@ -478,8 +557,8 @@ class Client:
         self._snapshot = Snapshot(kinds[0], state, [0] * len(layout.slices))
         self._tell(wire.Fetch(number))
 
-    def _leave(self, event: threading.Event) -> None:
-        self._tell(wire.Leave())
+    def _leave(self, event: threading.Event, threads: int = 1) -> None:
+        self._tell(wire.Leave(threads))
         self.left = True
         event.set()
 
@@ -488,8 +567,10 @@ class Client:
     def buffers(self, link: Link, message: wire.Message) -> Sequence[torch.Tensor]:
         """Memory for a message's payloads: weights go where the model reads them."""
         if isinstance(message, wire.Weights) and message.sizes:
-            pieces = [self.layout.slices[index] for index in message.slices]
-            return [self.weights[p.flat][p.start : p.stop] for p in pieces]
+            return [
+                self._target(index, size)
+                for index, size in zip(message.slices, message.sizes, strict=True)
+            ]
         if isinstance(message, wire.Part):
             assert self._snapshot is not None
             kinds = [self._snapshot.weights, *self._snapshot.state.values()]
@@ -498,8 +579,22 @@ class Client:
         return []
 
     def payload(self, link: Link, message: wire.Message, number: int, buffer: torch.Tensor) -> None:
-        """A payload has come, to where it belongs."""
+        """A payload has come, to where it belongs; changed rows are yet to be put there."""
+        if not isinstance(message, wire.Weights):
+            return
         self.moved_bytes += buffer.nbytes
+        piece = self.layout.slices[message.slices[number]]
+        flat = self.layout.flats[piece.flat]
+        if flat.width:
+            table = self.weights[piece.flat][piece.start : piece.stop].view(-1, flat.width)
+            rows, values = decode_rows(buffer, flat.width, flat.torch_dtype, height=len(table))
+            table[rows] = values
+
+    def _target(self, index: int, size: int) -> torch.Tensor:
+        piece = self.layout.slices[index]
+        if self.layout.flats[piece.flat].width:
+            return torch.empty(size, dtype=torch.uint8)
+        return self.weights[piece.flat][piece.start : piece.stop]
 
     def message(self, link: Link, message: wire.Message) -> None:
         """A message has come whole."""
@@ -509,6 +604,7 @@ class Client:
             case wire.Answer():
                 if question := self._questions.pop(message.number, None):
                     self._answers[message.number] = message
+                    self._keep_result(question[0], message)
                     question[1].set()
             case wire.Part():
                 self._part(link.peer, message)
@@ -516,6 +612,8 @@ class Client:
                 self.stopped |= message.stop
             case wire.Lost():
                 self._lose(message.peer, message.reason)
+            case wire.Joined():
+                self.joined.append(message.worker)
             case wire.Forgotten():
                 raise PeerLost(
                     f"the servers went on without worker {self.me}: {message.reason}.",
@@ -523,7 +621,7 @@ class Client:
                     "allows for more.",
                 )
             case wire.Abort():
-                raise PeerLost(message.reason, hint="the log of that process says more.")
+                raise message.error()
             case _:
                 raise Error(f"worker {self.me} got a {type(message).__name__} by mistake.")
 
@@ -531,14 +629,23 @@ class Client:
         for index, version in zip(message.slices, message.versions, strict=True):
             if self._under_way.pop(index, None) is None:
                 continue
-            self._window[server] -= self.sizes[index]
+            self._encoded.pop(index, None)
+            self.newest = max(self.newest, version)
             if message.pulled:
                 self.versions[index] = version
                 self.dense_bytes += self.sizes[index]
         self._lead = max(self._lead, message.lead)
+        self.counted = max(self.counted, message.clock)
         self.norm = message.norm
         if not self._under_way and not self._ready and not self._left:
+            self._opening = None
             self._settled.set()
+
+    def _keep_result(self, question: wire.Ask, answer: wire.Answer) -> None:
+        if question.what == "reduce":
+            self._results = {question.value[0]: (answer.value, answer.data)}  # all had those before
+        elif question.what == "broadcast":
+            self._results[question.value[0]] = (answer.value, answer.data or question.data)
 
     def _part(self, server: int, message: wire.Part) -> None:
         assert self._snapshot is not None and self._fetched is not None
@@ -556,6 +663,8 @@ class Client:
         if peer not in self.lost:
             self.lost[peer] = reason
             self._on_lost(peer)
+            if peer in self._before:
+                self._open_in_turn()
         if peer not in self.servers:
             return
         coordinator = min(self.servers)
@@ -574,10 +683,16 @@ class Client:
             again = [index for index, server in self._under_way.items() if server == peer]
             for index in again:
                 del self._under_way[index]
-            self._push(again)
+            if self._pulling:
+                self._pull(again)
+            else:
+                self._push(again)
         if peer == coordinator:
+            successor = self.servers[min(self.servers)]
+            for number, (value, data) in self._results.items():
+                successor.send(wire.Ask(0, "known", [number, value], data))
             for question, _ in self._questions.values():
-                self.servers[min(self.servers)].send(question)
+                successor.send(question)
         self._count_parts()
 
 

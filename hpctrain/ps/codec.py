@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 
 import numpy as np
@@ -290,6 +290,22 @@ def encode_rows(rows: Tensor, values: Tensor, out: Tensor) -> int:
     out[:split].view(torch.int64).copy_(rows)
     out[split:size].view(values.dtype).copy_(values.flatten())
     return size
+
+
+def sum_rows(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The sum of matrices that are given by some of their rows; values are added in this order.
+
+    Args:
+        parts: Of each matrix its rows, each once, and what is in them.
+
+    Returns:
+        The rows that any of them has, ascending, and the sums.
+    """
+    rows, places = torch.cat([rows for rows, _ in parts]).unique(return_inverse=True)
+    total = parts[0][1].new_zeros(len(rows), parts[0][1].shape[1])
+    for (_, values), mine in zip(parts, places.split([len(r) for r, _ in parts]), strict=True):
+        total[mine] += values  # a row is once in mine, else some of it would be missed
+    return rows, total
 
 
 def decode_rows(

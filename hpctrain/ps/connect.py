@@ -17,11 +17,13 @@ from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.cipher import Cipher, read_key
 from hpctrain.ps.client import Client, Future
-from hpctrain.ps.consistency import parse
+from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.fence import Fence
 from hpctrain.ps.layout import Layout
 from hpctrain.ps.link import Link, LocalLink, MPILink
 from hpctrain.ps.loop import Loop, Waiter
+from hpctrain.ps.order_log import Record, check_unused
+from hpctrain.ps.recruit import Recruit, Recruiter, spawned
 from hpctrain.ps.roles import Roles, assign
 from hpctrain.ps.rules import Rule
 from hpctrain.ps.server import Server
@@ -93,6 +95,8 @@ class Ends:
         roles: Who works and who serves.
         client: Of a worker; else None.
         server: Of a server; else None.
+        recruit: Of a worker that joins a run under way; else None.
+        record: What is replayed; else None.
 
     Raises:
         Error: The ranks or the MPI do not fit.
@@ -106,6 +110,38 @@ class Ends:
         launched: int | None = None,
         timeout_seconds: float = 600.0,
     ) -> None:
+        self.record = Record(config.replay) if config.replay is not None else None
+        # A replay ends where any rank is lost: there is nothing to keep copies for.
+        self.config = config if self.record is None else config.model_copy(update={"replicas": 0})
+        self._timeout_seconds = timeout_seconds
+        key = read_key(Path(config.key_file) if config.key_file else None, os.environ)
+        self._cipher = Cipher(key) if key is not None else None
+        self.client: Client | None = None
+        self.server: Server | None = None
+        self._loop: Loop | None = None
+        self._sharing: Sharing | None = None
+        self._recruiter: Recruiter | None = None
+        self.recruit = Recruit() if spawned() else None
+        if self.recruit is not None:
+            self._join(self.recruit)
+        else:
+            self._meet_all(launched)
+
+    def _join(self, recruit: Recruit) -> None:
+        """Become a worker of a run that is under way."""
+        welcome = recruit.welcome
+        self.me = welcome.number
+        self._hosts: list[int] = []
+        workers = (*welcome.workers, self.me)
+        self.roles = Roles(workers, tuple(welcome.servers))
+        links: dict[int, Link] = {
+            number: MPILink(comm, 0, number, (TO_SERVER, TO_WORKER), self._cipher)
+            for number, comm in recruit.comms.items()
+        }
+        self.client = Client(self.me, links, self.config, wake=self._wake)
+        self.client.begin_late(welcome.servers, welcome.lost)
+
+    def _meet_all(self, launched: int | None) -> None:
         world = MPI.COMM_WORLD
         if launched is not None and world.size != launched:
             raise Error(
@@ -113,9 +149,7 @@ class Ends:
                 hint="start them by mpirun of the MPI that mpi4py uses, or by srun --mpi=pmix "
                 "(Open MPI) or pmi2 (MPICH); `hpctrain doctor` tells more.",
             )
-        self.config = config
         self.me = world.rank
-        self._timeout_seconds = timeout_seconds
         self._meet(world, "all ranks")
         self._comm: MPI.Intracomm = world.Dup()
         self._node = cast(MPI.Intracomm, self._comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.me))
@@ -125,29 +159,38 @@ class Ends:
         self._comm.Allgather(leader, hosts)
         self._hosts = hosts.tolist()
         self._fence = Fence(self._comm, self._hosts)
-        self.roles: Roles = assign(self._hosts, config.servers, colocate=config.colocate)
+        self.roles = assign(self._hosts, self.config.servers, colocate=self.config.colocate)
         self._check()
-        key = read_key(Path(config.key_file) if config.key_file else None, os.environ)
-        self._cipher = Cipher(key) if key is not None else None
-        self.client: Client | None = None
-        self.server: Server | None = None
-        self._loop: Loop | None = None
         self._make()
         self._sharing = self._share()
 
     def _check(self) -> None:
-        parse(self.config.consistency)
+        consistency = consistency_of(self.config)
         works, serves = len(self.roles.workers), len(self.roles.servers)
         if self.config.replicas >= serves:
             raise Error(
                 f"{self.config.replicas} replicas need more than {serves} servers.",
                 hint="use more --servers, or fewer ps.replicas.",
             )
-        shares = self.config.shares
-        if isinstance(shares, list) and len(shares) != works:
+        if self.config.workers is not None and (self.config.record_order or self.config.replay):
             raise Error(
-                f"ps.shares names {len(shares)} shares for {works} workers.",
-                hint="give one number a worker.",
+                "the order of pushes cannot be recorded or replayed where workers join.",
+                hint="drop ps.workers.",
+            )
+        if self.record is not None:
+            self.record.check(works, self.config.consistency)
+        if self.config.record_order is not None:
+            check_unused(self.config.record_order)
+        if consistency.mode == "backup" and consistency.number >= works:
+            raise Error(
+                f"{works} workers cannot go on without {consistency.number} of them.",
+                hint=f"use backup:{works - 1} at most, or async.",
+            )
+        shares = self.config.shares
+        if isinstance(shares, list) and (len(shares) != works or not any(shares)):
+            raise Error(
+                f"ps.shares = {shares} does not divide batches among {works} workers.",
+                hint="give one number a worker, and not only zeros.",
             )
         if self.config.colocate and MPI.Query_thread() < MPI.THREAD_SERIALIZED:
             raise Error(
@@ -175,6 +218,8 @@ class Ends:
                 timeout_seconds=self._timeout_seconds,
                 on_lost=self._fence.cut_off,
             )
+            if self.config.workers is not None:
+                self._recruiter = Recruiter(self.server, self.config.workers, self._greet)
         if self.me in self.roles.workers:
             links: dict[int, Link] = {
                 server: local[0] if server == self.me else self._link(server, TO_SERVER, TO_WORKER)
@@ -183,6 +228,10 @@ class Ends:
             self.client = Client(
                 self.me, links, self.config, wake=self._wake, on_lost=self._fence.cut_off
             )
+
+    def _greet(self, comm: MPI.Comm, number: int) -> None:
+        assert self.server is not None
+        self.server.greet(MPILink(comm, 0, number, (TO_WORKER, TO_SERVER), self._cipher))
 
     def _link(self, peer: int, to: int, from_: int) -> MPILink:
         return MPILink(self._comm, peer, peer, (to, from_), self._cipher)
@@ -204,7 +253,8 @@ class Ends:
         Args:
             layout: The same on every worker.
             rule: What the servers do with gradients.
-            weights: Flats to start from; the first worker's are everybody's.
+            weights: Flats to start from; the first worker's are everybody's, the next one's where
+                that is lost.
             state: Of the rule, by name, as flats.
             steps: Updates the state has had, by slice.
             clip_norm: Largest norm of the aggregated gradient.
@@ -220,18 +270,18 @@ class Ends:
         regions = self._memory(layout)
         regions.lay_out(layout)
         own_weights, own_gradients = regions.flats(self.me)
-        first = self.me == self.roles.workers[0]
-        if first and weights is not None:
-            for target, source in zip(own_weights, weights, strict=True):
-                target.copy_(source)
         if self.server is not None:
             self.server.regions = regions
         self.client.near = self._near()
         future: Future = self.client.open(
             layout, rule, own_weights, own_gradients,
-            first=first, state=state, steps=steps, clip_norm=clip_norm,
+            before=[worker for worker in self.roles.workers if worker < self.me], start=weights,
+            state=state, steps=steps, clip_norm=clip_norm, join=self.recruit is not None,
         )  # fmt: skip
         future.wait()
+        if self.recruit is not None:
+            self.client.clock = self.client.counted
+            self.client.ask("joined")
         return self.client
 
     def start(self) -> None:
@@ -240,7 +290,9 @@ class Ends:
         if self._loop is not None or client is None:
             return
         serves = self.server is not None
-        parts: list[Any] = [p for p in (client, self.server, self._sharing) if p is not None]
+        parts: list[Any] = [
+            p for p in (client, self.server, self._sharing, self._recruiter) if p is not None
+        ]
         self._loop = Loop(parts, lambda: serves or client.busy, client.fail)
         self._loop.start()
 
@@ -249,12 +301,23 @@ class Ends:
             self._loop.wake()
 
     def _near(self) -> set[int]:
+        if self._only_messages:
+            return set()
         if self._sharing is None:
             return {self.me} & set(self.roles.servers)
         here = self._hosts[self.me]
         return {server for server in self.roles.servers if self._hosts[server] == here}
 
     # Everybody's.
+
+    @property
+    def _only_messages(self) -> bool:
+        """Whether nothing may pass beside messages: what does is not compressed.
+
+        Which servers are near would make a difference to what is recorded then.
+        """
+        repeatable = self.config.record_order is not None or self.record is not None
+        return repeatable and self.config.compression != "none"
 
     def _share(self) -> Sharing | None:
         """Where this host has workers and servers: the memory that they will share."""
@@ -263,7 +326,9 @@ class Ends:
         serving = any(rank in self.roles.servers for rank in here)
         if not (self.config.shared_memory and len(here) > 1 and workers and serving):
             return None
-        sharing = Sharing(self._node, workers, parse(self.config.consistency).lockstep)
+        if self._only_messages:
+            return None
+        sharing = Sharing(self._node, workers, consistency_of(self.config).lockstep)
         if self.client is None:
             sharing.offer(0)
         return sharing
@@ -299,8 +364,11 @@ class Ends:
             while not server.done:
                 if self._sharing is not None and self._sharing.poll():
                     server.regions = self._sharing.regions
+                if self._recruiter is not None:
+                    self._recruiter.poll()
                 waiter.wait(server.poll())
         self._drain([server])
+        self._part()
 
     def close(self) -> None:
         """Leave: a worker has done all of its steps. Nothing may be called afterwards."""
@@ -312,10 +380,16 @@ class Ends:
                     time.sleep(1e-3)
             self._loop.end()
             self._drain([part for part in (self.client, self.server) if part is not None])
+            self._part()
+
+    def _part(self) -> None:
+        for end in (self.recruit, self._recruiter):
+            if end is not None:
+                end.close()
 
     def abort(self, reason: str) -> None:
         """This worker has failed: the run is to end for everybody."""
-        if self.client is not None and self._loop is not None:
+        if self.client is not None and self._loop is not None and not self.client.failed:
             self.client.abort(reason)
             deadline = time.monotonic() + 1.0
             while (self.client.busy or not self.client.idle()) and time.monotonic() < deadline:

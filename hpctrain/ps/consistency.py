@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from hpctrain.config import PsConfig
 from hpctrain.errors import Error, nearest
 
 
@@ -29,6 +30,8 @@ class Grant(NamedTuple):
 
 Action = Apply | Grant
 
+SAME_STEPS = "replay with the number of steps and the settings of the recorded run."
+
 
 class Consistency(NamedTuple):
     """What was asked for by name.
@@ -36,10 +39,12 @@ class Consistency(NamedTuple):
     Attributes:
         mode: ``sync``, ``async``, ``ssp`` or ``backup``.
         number: Staleness bound of ``ssp``, workers not waited for of ``backup``.
+        fresh: Whether workers pull new weights for every step.
     """
 
     mode: str
     number: int = 0
+    fresh: bool = True
 
     @property
     def rounds(self) -> bool:
@@ -48,14 +53,24 @@ class Consistency(NamedTuple):
 
     @property
     def lockstep(self) -> bool:
-        """Whether all workers take each step together."""
-        return self.mode == "sync"
+        """Whether all workers take each step together, from the same weights."""
+        return self.mode == "sync" and self.fresh
 
     def schedule(self, workers: Iterable[int]) -> Schedule:
         """A new slice's."""
         if self.rounds:
             return Rounds(workers, self.number)
         return Bounded(workers, self.number if self.mode == "ssp" else math.inf)
+
+
+def consistency_of(config: PsConfig) -> Consistency:
+    """What is asked for.
+
+    Raises:
+        Error: There is no such consistency.
+    """
+    every = config.pull_every if isinstance(config.pull_every, list) else [config.pull_every]
+    return parse(config.consistency)._replace(fresh=max(every) == 1)
 
 
 def parse(text: str) -> Consistency:
@@ -98,8 +113,8 @@ class Schedule(ABC):
         """A gradient came: the worker's step ``clock``, meant for update ``round_``."""
         self._waiting[worker] = (clock, round_)
 
-    def again(self, worker: int) -> None:
-        """A push that was applied before came again; it wants its answer."""
+    def pull(self, worker: int) -> None:
+        """An answer is wanted, and nothing is to be applied that was not before."""
         self._unanswered[worker] = None
 
     @abstractmethod
@@ -185,45 +200,83 @@ class Bounded(Schedule):
             return self._apply([next(iter(self._waiting))])
         slowest = self.slowest
         for worker in self._unanswered:
-            if self.applied[worker] - slowest <= self._bound:
+            if self.applied.get(worker, slowest) - slowest <= self._bound:
                 del self._unanswered[worker]
                 return Grant(worker)
         return None
 
 
 class Replayed(Schedule):
-    """The updates of a recorded run, in the recorded order.
+    """The updates of a recorded run in their order, and each answer between the same two of them.
+
+    A slice stays at a version until everybody has been answered who was answered there, and goes on
+    with the pushes that came then. So whatever the recorded run did can be repeated without anybody
+    waiting for what comes later.
 
     Args:
         workers: Who takes part.
-        log: Version, worker, clock and version read of each push that was applied, by version.
+        pushes: Version, worker, clock and version read of each push that was applied, by version.
+        answers: Version, worker and clock of its last push, of each answer, in their order.
     """
 
-    def __init__(self, workers: Iterable[int], log: Sequence[tuple[int, int, int, int]]) -> None:
+    def __init__(
+        self,
+        workers: Iterable[int],
+        pushes: Sequence[tuple[int, int, int, int]],
+        answers: Sequence[tuple[int, int, int]],
+    ) -> None:
         super().__init__(workers)
-        self._updates: list[list[tuple[int, int]]] = []
-        self._reads: dict[tuple[int, int], int] = {}
-        for version, worker, clock, read in log:
-            while len(self._updates) <= version:
-                self._updates.append([])
+        # Some updates are of no push: rounds that all workers with backup had left behind.
+        last = max((version for version, *_ in answers), default=0)
+        self._updates: list[list[tuple[int, int]]] = [[] for _ in range(last)]
+        self._answers: list[list[tuple[int, int]]] = [[] for _ in range(last + 1)]
+        for version, worker, clock, _ in pushes:
             self._updates[version].append((worker, clock))
-            self._reads[worker, clock] = read
+        for version, worker, clock in answers:
+            self._answers[version].append((worker, clock))
+        self._missing = {(worker, clock) for _, worker, clock in answers if clock >= 0}
+
+    def push(self, worker: int, clock: int, round_: int) -> None:
+        """A gradient came.
+
+        Raises:
+            Error: It did not in the recorded run.
+        """
+        if (worker, clock) not in self._missing:
+            raise Error(
+                f"step {clock} of worker {worker} is none of the recorded run's.", hint=SAME_STEPS
+            )
+        self._missing.remove((worker, clock))
+        super().push(worker, clock, round_)
+
+    def leave(self, worker: int) -> None:
+        """A worker is done.
+
+        Raises:
+            Error: It was not in the recorded run.
+        """
+        if any(other == worker for due in self._answers[self.version :] for other, _ in due):
+            raise Error(f"worker {worker} ends before it did in the recorded run.", hint=SAME_STEPS)
+        super().leave(worker)
 
     def next(self) -> Action | None:
-        """Answer at the version at which a worker was answered then, else apply what came then."""
+        """Answer whom the recorded run answered at this version, then apply what it applied."""
         for worker in self._unanswered:
-            # A worker's last answer is read by no push: any version will do.
-            read = self._reads.get((worker, self.applied[worker]), self.version)
-            if read == self.version:
+            if worker not in self.applied:  # it pushes nothing more
                 del self._unanswered[worker]
                 return Grant(worker)
-        for worker, (clock, _) in list(self._waiting.items()):
-            if (worker, clock) not in self._reads:  # it came too late then
-                self._count(worker)
-                self._unanswered[worker] = None
-                return self.next()
-        if self.version < len(self._updates):  # some are empty
+        due = self._answers[self.version]
+        for worker, clock in due:
+            applied = worker in self._unanswered and self.applied.get(worker) == clock + 1
+            if applied or self._waiting.get(worker, (None, 0))[0] == clock:
+                due.remove((worker, clock))
+                if applied:
+                    del self._unanswered[worker]
+                else:
+                    self._count(worker)
+                return Grant(worker, late=not applied)
+        if not due and self.version < len(self._updates):
             update = self._updates[self.version]
-            if all(self._waiting.get(worker, (-1, 0))[0] == clock for worker, clock in update):
+            if all(self._waiting.get(worker, (None, 0))[0] == clock for worker, clock in update):
                 return self._apply([worker for worker, _ in update])
         return None

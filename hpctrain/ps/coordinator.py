@@ -18,11 +18,14 @@ from hpctrain.ps.layout import DTYPES
 
 Reply = Callable[[int, wire.Answer], None]
 
-SHARES = 64
-"""Shares by speed are parts of this many: coarse, so that noise does not change them."""
+FINENESS = 1024
+"""Shares by speed are multiples of this part of an equal share: rounded, they hardly change."""
+
+AGAIN = "again"
+"""The answer to a broadcast whose root is lost: when that is known everywhere, ask anew."""
 
 SHIFT = 0.15
-"""A division by speed is kept while no worker's share would change by more than this part."""
+"""A division by speed is kept while no worker's share is off by more than this part."""
 
 
 class Coordinator:
@@ -55,9 +58,11 @@ class Coordinator:
         self._timeout_seconds = timeout_seconds
         self._speeds: dict[int, float] = {}
         self._pools: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._reductions: dict[int, dict[int, wire.Ask]] = {}
-        self._broadcasts: dict[int, dict[int, wire.Ask]] = {}
-        self._began: dict[int, float] = {}
+        self._reductions: dict[str, dict[int, wire.Ask]] = {}
+        self._broadcasts: dict[str, dict[int, wire.Ask]] = {}
+        self._began: dict[str, float] = {}
+        self._known: dict[str, wire.Ask] = {}
+        self._noted: Any = None
 
     def ask(self, worker: int, question: wire.Ask) -> None:
         """Answer, now or when the other workers have come."""
@@ -69,6 +74,23 @@ class Coordinator:
             self.workers.remove(worker)
         for number in list(self._reductions):
             self._finish_reduction(number)
+        for number in list(self._broadcasts):
+            self._finish_broadcast(number)
+
+    def known(self, question: wire.Ask) -> None:
+        """Take over a result of the coordinator that is lost: some workers may not have it yet."""
+        number, _ = question.value
+        self._known[number] = question
+        for waiting in (self._reductions, self._broadcasts):
+            for worker, asked in waiting.pop(number, {}).items():
+                self._tell_known(worker, asked)
+        self._began.pop(number, None)
+
+    def _tell_known(self, worker: int, question: wire.Ask) -> bool:
+        known = self._known.get(question.value[0])
+        if known is not None:
+            self._answer(worker, question, known.value[1], known.data)
+        return known is not None
 
     def join(self, worker: int) -> None:
         """A worker comes; it has a share from the next round that is not decided yet."""
@@ -76,8 +98,9 @@ class Coordinator:
         self._shares.setdefault(worker, max(1, min(self._shares.values(), default=1)))
 
     def decided(self, message: wire.Decided) -> None:
-        """Take over what another coordinator decided."""
+        """Take over what another coordinator decided; shares stay so until speeds are known."""
         self.divisions[message.epoch, message.round] = (message.workers, message.shares)
+        self._shares |= dict(zip(message.workers, message.shares, strict=True))
 
     def overdue(self) -> str:
         """Who is waited for, where a collective takes too long; else nothing."""
@@ -85,13 +108,18 @@ class Coordinator:
             if time.monotonic() - self._began[number] > self._timeout_seconds:
                 missing = [str(worker) for worker in self.workers if worker not in given]
                 return ", ".join(missing)
+        for number, asked in self._broadcasts.items():
+            late = time.monotonic() - self._began[number] > self._timeout_seconds
+            if late and _giver(asked) is None:
+                return ", ".join(sorted({str(each.value[1]) for each in asked.values()}))
         return ""
 
     def postpone(self, worker: int) -> None:
         """The worker pushed something: it lives, and whoever waits for it waits for its work."""
-        for number, given in self._reductions.items() if self._reductions else ():
-            if worker not in given:
-                self._began[number] = time.monotonic()
+        for waiting in (self._reductions, self._broadcasts):
+            for number, given in waiting.items() if waiting else ():
+                if worker not in given:
+                    self._began[number] = time.monotonic()
 
     def division(self, epoch: int, round_: int) -> tuple[list[int], list[int]]:
         """Who has which share of the global batches of a round; decided when first asked."""
@@ -109,13 +137,11 @@ class Coordinator:
         if len(known) < len(self.workers):
             return
         total = sum(known)
-        wanted = {w: max(1, round(SHARES * self._speeds[w] / total)) for w in self.workers}
         present = sum(self._shares[worker] for worker in self.workers)
-        for worker in self.workers:
-            before, now = self._shares[worker] / present, wanted[worker] / sum(wanted.values())
-            if abs(now - before) > SHIFT * before:
-                self._shares |= wanted
-                return
+        parts = {w: (self._shares[w] / present, self._speeds[w] / total) for w in self.workers}
+        if any(abs(now - before) > SHIFT * before for before, now in parts.values()):
+            whole = FINENESS * len(self.workers)
+            self._shares |= {w: max(1, round(whole * now)) for w, (_, now) in parts.items()}
 
     def _division(self, worker: int, question: wire.Ask) -> None:
         epoch, round_, speed = question.value
@@ -136,17 +162,30 @@ class Coordinator:
             sums = dict(self._pools.pop(pool))
         self._answer(worker, question, [sums, self.stop])
 
+    def _note(self, worker: int, question: wire.Ask) -> None:
+        self._noted = question.value
+        self._answer(worker, question, None)
+
+    def _recall(self, worker: int, question: wire.Ask) -> None:
+        self._answer(worker, question, self._noted)
+
+    def _joined(self, worker: int, question: wire.Ask) -> None:
+        self.join(worker)
+        self._answer(worker, question, None)
+
     def _stop(self, worker: int, question: wire.Ask) -> None:
         self.stop = True
         self._answer(worker, question, None)
 
     def _reduce(self, worker: int, question: wire.Ask) -> None:
         number, _ = question.value
+        if self._tell_known(worker, question):
+            return
         self._reductions.setdefault(number, {})[worker] = question
         self._began.setdefault(number, time.monotonic())
         self._finish_reduction(number)
 
-    def _finish_reduction(self, number: int) -> None:
+    def _finish_reduction(self, number: str) -> None:
         given = self._reductions[number]
         if any(worker not in given for worker in self.workers):
             return
@@ -162,18 +201,35 @@ class Coordinator:
             self._answer(worker, question, None, data)
 
     def _broadcast(self, worker: int, question: wire.Ask) -> None:
-        number, root = question.value
-        asked = self._broadcasts.setdefault(number, {})
-        asked[worker] = question
-        if root not in asked:
+        number, _ = question.value
+        if self._tell_known(worker, question):
             return
-        if worker == root:
-            for listener, waiting in asked.items():
-                self._answer(listener, waiting, None, b"" if listener == root else question.data)
-        else:
-            self._answer(worker, question, None, asked[root].data)
-        if all(other in asked for other in self.workers):
-            del self._broadcasts[number]
+        asked = self._broadcasts.setdefault(number, {})
+        self._began.setdefault(number, time.monotonic())
+        # Who does not know yet that the root is lost names it; another gives in its place.
+        before, asked[worker] = _giver(asked), question
+        giver = _giver(asked)
+        if giver is None:
+            self._finish_broadcast(number)
+            return
+        for listener in asked if before is None else (worker,):
+            data = b"" if listener in (giver, asked[listener].value[1]) else asked[giver].data
+            self._answer(listener, asked[listener], None, data)
+        self._finish_broadcast(number)
+
+    def _finish_broadcast(self, number: str) -> None:
+        asked = self._broadcasts[number]
+        if any(worker not in asked for worker in self.workers):
+            return
+        del self._broadcasts[number], self._began[number]
+        if _giver(asked) is None:  # the root was lost before it gave
+            for worker, question in asked.items():
+                self._answer(worker, question, AGAIN)
 
     def _answer(self, worker: int, question: wire.Ask, value: Any, data: bytes = b"") -> None:
         self._reply(worker, wire.Answer(question.number, value, data))
+
+
+def _giver(asked: Mapping[int, wire.Ask]) -> int | None:
+    """Who of those that asked for a broadcast is its root, and so has given."""
+    return next((worker for worker, each in asked.items() if each.value[1] == worker), None)

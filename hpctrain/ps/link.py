@@ -12,9 +12,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from mpi4py import MPI
 
+from hpctrain.errors import Error
 from hpctrain.ps import wire
 from hpctrain.ps.cipher import Cipher
 
@@ -46,6 +48,7 @@ class Link(ABC):
         failed: Why nothing more will come or go; None: all is well.
         heard: When something last came (``time.monotonic``).
         sent_bytes: Payload bytes sent.
+        unsent_bytes: Of what is being sent, still in this process's memory.
     """
 
     def __init__(self, peer: int) -> None:
@@ -53,6 +56,7 @@ class Link(ABC):
         self.failed: str | None = None
         self.heard = time.monotonic()
         self.sent_bytes = 0
+        self.unsent_bytes = 0
 
     @abstractmethod
     def send(self, message: wire.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
@@ -137,6 +141,7 @@ class MPILink(Link):
     def _start(self, data: Any, tag: int) -> None:
         request = self._comm.Isend([data, MPI.BYTE], self._rank, tag)
         self._sending.append((request, data))
+        self.unsent_bytes += len(data)
 
     def _seal(self, data: Any) -> Any:
         if self._cipher is None:
@@ -170,7 +175,8 @@ class MPILink(Link):
     def _poll_sending(self) -> bool:
         moved = False
         while self._sending and self._sending[0][0].Test():
-            self._sending.popleft()
+            _, data = self._sending.popleft()
+            self.unsent_bytes -= len(data)
             moved = True
         return moved
 
@@ -181,8 +187,18 @@ class MPILink(Link):
         data = bytes(self._header[: self._status.Get_count(MPI.BYTE)])
         self._next.Start()
         self.heard = time.monotonic()
-        self._announced(wire.decode(self._open(data)), receiver)
+        self._announced(self._decode(self._open(data)), receiver)
         return True
+
+    def _decode(self, data: Any) -> wire.Message:
+        try:
+            message: wire.Message = wire.decode(data)
+            return message
+        except msgspec.MsgspecError as error:
+            raise Error(
+                f"rank {self.peer} sent what is no message: {error}.",
+                hint="give every rank the same key, or none, and the same hpctrain.",
+            ) from error
 
     def _announced(self, message: wire.Message, receiver: Receiver) -> None:
         self._long = isinstance(message, wire.Long)
@@ -219,7 +235,7 @@ class MPILink(Link):
             self._ahead -= first.size
             moved = True
             if isinstance(first.message, wire.Long):
-                self._announced(wire.decode(_bytes(first.buffers[0])), receiver)
+                self._announced(self._decode(_bytes(first.buffers[0])), receiver)
             else:
                 receiver.message(self, first.message)
         return moved

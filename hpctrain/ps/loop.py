@@ -11,7 +11,7 @@ import torch
 
 from hpctrain.errors import Error
 
-SPINS = 200
+SPIN_SECONDS = 300e-6
 SHORTEST_SLEEP, LONGEST_SLEEP = 20e-6, 0.5e-3
 BLIND_SECONDS = 0.05
 """How long a worker with nothing under way does not look for messages."""
@@ -32,16 +32,15 @@ class Waiter:
     """
 
     def __init__(self) -> None:
-        self._idle = 0
+        self._since = time.monotonic()
         self._sleep = SHORTEST_SLEEP
 
     def wait(self, moved: bool) -> None:
         """Wait, unless something has just happened."""
+        now = time.monotonic()
         if moved:
-            self._idle, self._sleep = 0, SHORTEST_SLEEP
-            return
-        self._idle += 1
-        if self._idle > SPINS:
+            self._since, self._sleep = now, SHORTEST_SLEEP
+        elif now - self._since > SPIN_SECONDS:
             time.sleep(self._sleep)
             self._sleep = min(LONGEST_SLEEP, self._sleep * 1.2)
 

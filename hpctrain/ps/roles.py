@@ -29,8 +29,8 @@ def assign(hosts: Sequence[int], servers: int, *, colocate: bool) -> Roles:
     """
     if servers + (0 if colocate else 1) > len(hosts):
         raise Error(
-            f"{len(hosts)} ranks cannot be {servers} servers and at least one worker.",
-            hint="start more ranks, use fewer servers, or --set ps.colocate=true.",
+            f"too few ranks: {len(hosts)}, with {servers} to serve and at least one to work.",
+            hint="start more by mpirun, use fewer servers, or --set ps.colocate=true.",
         )
     ranks: defaultdict[int, list[int]] = defaultdict(list)
     for rank, host in enumerate(hosts):

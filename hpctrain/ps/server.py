@@ -12,8 +12,8 @@ import torch
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps import wire
-from hpctrain.ps.codec import decode_rows, make_codec
-from hpctrain.ps.consistency import Apply, Replayed, Schedule, parse
+from hpctrain.ps.codec import decode_rows, encode_rows, make_codec, rows_capacity, sum_rows
+from hpctrain.ps.consistency import Apply, Replayed, Schedule, consistency_of
 from hpctrain.ps.coordinator import Coordinator
 from hpctrain.ps.layout import Layout, Slice
 from hpctrain.ps.link import Link
@@ -21,7 +21,7 @@ from hpctrain.ps.order_log import Entry, OrderLog
 from hpctrain.ps.placement import Placement, place, without
 from hpctrain.ps.rules import Rule, rule_named
 from hpctrain.ps.shared import Regions
-from hpctrain.ps.snapshot import Snapshots
+from hpctrain.ps.snapshot import Recalled, Snapshots
 
 ANSWER_BYTES = 2**21
 """Answers are sent as soon as so many bytes of weights are ready for a worker."""
@@ -59,7 +59,10 @@ class Held:
         acknowledged: By replica, the updates it is known to have made.
         delayed: Workers to be answered once replicas have acknowledged.
         sent: What each worker was last sent, where that must outlive further updates.
+        row_versions: Where gradients come as rows: the version that last changed each row.
+        reads: Version that each worker has.
         blocked: An update is under way that waits for other servers.
+        whole: It is all here; else it is being copied.
     """
 
     piece: Slice
@@ -76,7 +79,21 @@ class Held:
     sent: dict[int, torch.Tensor] = field(default_factory=dict)
     log: list[Entry] = field(default_factory=list)
     blocked: bool = False
+    whole: bool = False
     norm: float | None = None
+    row_versions: torch.Tensor | None = None
+    reads: dict[int, int] = field(default_factory=dict)
+
+    def changed(self, rows: torch.Tensor | None, version: int) -> None:
+        """Note which rows an update changed."""
+        if rows is not None and self.row_versions is not None:
+            self.row_versions[rows] = version
+
+    def news(self, worker: int, width: int) -> torch.Tensor:
+        """The rows that changed since a worker read them, encoded."""
+        assert self.row_versions is not None
+        rows = (self.row_versions > self.reads.get(worker, -1)).nonzero().view(-1)
+        return _encoded(rows, self.weights.view(-1, width)[rows])
 
 
 class Server:
@@ -95,6 +112,8 @@ class Server:
 
     Attributes:
         done: Whether every worker has left.
+        newcomers: Links with workers that are getting ready to join.
+        ports: New workers to connect with, and where.
         lost: Whether any worker or server was lost.
         delays: How many pushes were applied to weights so many updates newer than those they were
             computed with.
@@ -115,7 +134,7 @@ class Server:
         self.workers = workers
         self.servers = servers
         self.config = config
-        self.consistency = parse(config.consistency)
+        self.consistency = consistency_of(config)
         self.regions = regions or Regions()
         self.done = False
         self.delays: Counter[int] = Counter()
@@ -125,13 +144,18 @@ class Server:
             self._reply,
             timeout_seconds,
         )
+        self.newcomers: dict[int, Link] = {}
+        self.ports: list[tuple[int, str]] = []
         self.held: dict[int, Held] = {}
         self.layout: Layout | None = None
+        self.sizes: list[int] = []
         self._initial_workers = sorted(workers)
-        self.order = OrderLog(config.record_order, config.replay, me, self._initial_workers)
-        self.snapshots = Snapshots(self)
-        for when, shares in self.order.divisions.items():
-            self.coordinator.divisions[when] = (self._initial_workers, shares)
+        self.order = OrderLog(
+            config.record_order, config.replay, me, self._initial_workers, config.consistency
+        )
+        self.snapshots = Snapshots(self) if self.order.replayed is None else Recalled(self)
+        for epoch, round_, shares in self.order.divisions():
+            self.coordinator.divisions[epoch, round_] = (self._initial_workers, shares)
         self._codec = make_codec(config.compression)
         self._lr_by_delay = (
             config.lr_by_delay if config.lr_by_delay is not None else not self.consistency.rounds
@@ -147,9 +171,11 @@ class Server:
         self._beaten = 0.0
         self.lost = False
         self._on_lost = on_lost
+        self._resting: set[int] = set()  # workers that push nothing more, lost ones too
+        self._opened = False
         self._completed = False  # whether a worker has done all of its steps
-        self._lost_servers: list[int] = []
-        self._initial_servers = sorted([me, *servers])
+        self.lost_servers: list[int] = []
+        self.initial_servers = sorted([me, *servers])
 
     def _shares(self) -> list[int] | None:
         if isinstance(self.config.shares, list):
@@ -163,12 +189,21 @@ class Server:
 
         Raises:
             PeerLost: A slice is lost with all of its replicas, or a worker ended the run.
+            Error: The recorded run cannot be replayed, or this one not be recorded.
         """
+        try:
+            return self._poll()
+        except Error as error:
+            hint = None if isinstance(error, PeerLost) else error.hint
+            self._tell(wire.Abort(self.me, error.message, hint))
+            raise
+
+    def _poll(self) -> bool:
         moved = False
-        for peers in (self.workers, self.servers):
+        for peers in (self.workers, self.servers, self.newcomers):
             for peer, link in list(peers.items()):
                 if peers.get(peer) is not link:
-                    continue  # lost just now: what it sent counts no more
+                    continue  # lost or moved just now: what a lost one sent counts no more
                 moved |= link.poll(self)
                 if link.failed is not None:
                     self._lose(peer, link.failed)
@@ -188,9 +223,8 @@ class Server:
         if now - self._beaten > silence / 5:
             self._beaten = now
             beat = wire.Beat(self.coordinator.stop)
-            for link in [*self.workers.values(), *self.servers.values()]:
-                link.send(beat)
-        for link in [*self.workers.values(), *self.servers.values()]:
+            self._tell(beat)
+        for link in [*self.workers.values(), *self.servers.values(), *self.newcomers.values()]:
             if now - link.heard > silence:
                 self._lose(link.peer, f"it was silent for {now - link.heard:.1f} s")
         for peer, (link, reason) in list(self._forgotten.items()):
@@ -208,10 +242,12 @@ class Server:
         if isinstance(message, wire.Push):
             return [self._buffer(size) for size in message.sizes]
         if isinstance(message, wire.Replicate):
-            return [self._buffer(self.held[message.slice].weights.nbytes)] if message.made else []
+            return [] if message.size is None else [self._buffer(message.size)]
         if isinstance(message, wire.Open):
             return self._open(message)
         if isinstance(message, wire.Copy):
+            if self.layout is None:
+                raise PeerLost("a server was lost while the run began.", hint="start it again.")
             held = self._hold(message.slice, message.version)
             held.steps = message.steps
             held.log = list(message.log)
@@ -225,9 +261,11 @@ class Server:
             self._pushed(link.peer, message, number, buffer)
         elif isinstance(message, wire.Replicate):
             held = self.held[message.slice]
-            gradient = buffer.view(held.weights.dtype)
-            self._make(held, Pushed(0, 0, 0, 1.0, message.hyper, gradient), message.lr_factor)
-            self._recycle(buffer)
+            push = Pushed(0, 0, 0, 1.0, message.hyper, *self._dense_or_rows(held, buffer))
+            self._make(held, push, message.lr_factor)
+            held.changed(push.rows, message.version + 1)
+            if push.rows is None:
+                self._recycle(buffer)
 
     def message(self, link: Link, message: wire.Message) -> None:
         """A message has come whole."""
@@ -250,38 +288,54 @@ class Server:
                 held.acknowledged[link.peer] = message.version
                 self._answer_delayed(held)
             case wire.Copy():
+                self.held[message.slice].whole = True
                 link.send(wire.Replicated(message.slice, message.version))
+            case wire.Open() if not self._opened:
+                self._opened = True
+                for held in self.held.values():
+                    held.whole = True
+                for lost in self.lost_servers:
+                    self._inherit(lost)
+                self._do_deferred()
             case wire.Open():
-                deferred, self._deferred = self._deferred, []
-                for action in deferred:
-                    action()
+                pass
             case wire.Decided():
                 self.coordinator.decided(message)
             case wire.Lost():
                 self._lose(message.peer, message.reason)
+            case wire.Rest():
+                self._rest(link.peer)
             case wire.Leave():
-                self._leave(link.peer)
+                self._leave(link.peer, message.threads)
+            case wire.Recruited():
+                self.ports.append((message.worker, message.port))
+            case wire.Join():
+                self._join(link)
             case wire.Abort():
-                self.abort(message.reason)
+                raise message.error()
             case wire.Freeze() | wire.Frozen() | wire.Cut() | wire.Kept() | wire.Fetch():
                 self.snapshots.message(link, message)
             case wire.Beat():
-                pass
+                self.coordinator.stop |= message.stop
             case _:
                 raise Error(f"server {self.me} got a {type(message).__name__} by mistake.")
 
     def _open(self, message: wire.Open) -> list[torch.Tensor]:
+        if self._opened:  # the worker before this one was lost, but had told us
+            sizes = [
+                size
+                for index, steps in zip(message.slices, message.steps, strict=True)
+                for size in [self.sizes[index]] * (1 + (len(self.rule.state_names) if steps else 0))
+            ]
+            return [torch.empty(size, dtype=torch.uint8) for size in sizes]
         self.layout = Layout(message.flats, message.slice_bytes, whole=message.whole)
         self.rule: Rule = rule_named(message.rule)
         self.clip_norm = message.clip_norm
         self.sizes = self.layout.sizes()
-        everyone = list(self._initial_servers)
         self.placement: Placement = place(
-            self.sizes, everyone, method=self.config.placement, replicas=self.config.replicas
-        )
-        for lost in self._lost_servers:
-            everyone.remove(lost)
-            self.placement = without(self.placement, self.sizes, lost, everyone)
+            self.sizes, self.initial_servers, method=self.config.placement,
+            replicas=self.config.replicas,
+        )  # fmt: skip
         self.order.open(self.layout)
         self.regions.lay_out(self.layout)
         buffers = []
@@ -307,11 +361,14 @@ class Server:
         schedule: Schedule
         recorded = self.order.recorded(index)
         if recorded is not None:
-            schedule = Replayed(self.workers, recorded)
+            schedule = Replayed(self.workers, recorded.pushes, recorded.answers)
         else:
             schedule = self.consistency.schedule(self.workers)
         schedule.version = version
         held = Held(piece, flat.group, weights, state, schedule)
+        if flat.width:
+            # Whoever read an older version than a copy's gets every row.
+            held.row_versions = torch.full((piece.elements // flat.width,), version)
         self.held[index] = held
         return held
 
@@ -320,18 +377,33 @@ class Server:
         return index in self.held and self.placement[index][0] == self.me
 
     def _pulled(self, worker: int, message: wire.Pull) -> None:
-        if self.layout is None:
+        if not self._opened:
             self._deferred.append(lambda: self._pulled(worker, message))
             return
+        if worker not in self.workers:
+            return
         for index in message.slices:
-            self.held[index].wants[worker] = True
-            self._answer(self.held[index], worker)
+            if not self.primary(index):
+                # The worker found out before this server that their primary is gone.
+                part = wire.Pull([index])
+                self._deferred.append(lambda part=part: self._pulled(worker, part))  # type: ignore[misc]
+                continue
+            held = self.held[index]
+            held.wants[worker] = True
+            held.reads.pop(worker, None)
+            held.schedule.pull(worker)
+            self.run(held)
 
     def _asked(self, worker: int, question: wire.Ask) -> None:
-        if self.me != min([self.me, *self.servers]):
+        if not self.coordinates:
             # The worker found out before this server that the coordinator is gone.
             self._deferred.append(lambda: self._asked(worker, question))
+        elif worker not in self.workers and worker not in self.newcomers:
+            return
+        elif question.what == "known":
+            self.coordinator.known(question)
         elif question.what == "snapshot":
+            self.order.asked(worker, question.clock)
             self.snapshots.ask(worker, question)
         else:
             if question.what == "give":
@@ -342,13 +414,13 @@ class Server:
             self.coordinator.ask(worker, question)
             if len(self.coordinator.divisions) > before:
                 (epoch, round_), (workers, shares) = list(self.coordinator.divisions.items())[-1]
-                self.order.decided(epoch, round_, workers, shares)
                 for link in self.servers.values():
                     link.send(wire.Decided(epoch, round_, workers, shares))
 
     def _reply(self, worker: int, answer: wire.Answer) -> None:
-        if worker in self.workers:
-            self.workers[worker].send(answer)
+        link = self.workers.get(worker) or self.newcomers.get(worker)
+        if link is not None:
+            link.send(answer)
 
     # Pushes.
 
@@ -365,8 +437,9 @@ class Server:
         held = self.held[index]
         self.coordinator.postpone(worker)
         held.wants[worker] = push.pull
+        held.reads[worker] = push.reads[number]
         if push.clock < held.schedule.applied[worker]:
-            held.schedule.again(worker)
+            held.schedule.pull(worker)
             self._recycle(buffer)
         else:
             gradient, rows = self._gradient(held, worker, buffer)
@@ -390,20 +463,25 @@ class Server:
     def _gradient(
         self, held: Held, worker: int, buffer: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert self.layout is not None
-        flat = self.layout.flats[held.piece.flat]
         if buffer is None:
             return self.regions.gradient(worker, held.piece), None
-        if flat.width:
-            height = held.weights.numel() // flat.width
-            rows, values = decode_rows(buffer, flat.width, flat.torch_dtype, height=height)
-            return values, rows
-        if self._codec is None:
-            return buffer.view(flat.torch_dtype), None
-        gradient = self._buffer(held.weights.nbytes).view(flat.torch_dtype)
+        if self._codec is None or held.row_versions is not None:
+            return self._dense_or_rows(held, buffer)
+        gradient = self._buffer(held.weights.nbytes).view(held.weights.dtype)
         self._codec.decode(buffer, gradient)
         self._recycle(buffer)
         return gradient, None
+
+    def _dense_or_rows(
+        self, held: Held, buffer: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self.layout is not None
+        width = self.layout.flats[held.piece.flat].width
+        if not width:
+            return buffer.view(held.weights.dtype), None
+        height = held.weights.numel() // width
+        rows, values = decode_rows(buffer, width, held.weights.dtype, height=height)
+        return values, rows
 
     def run(self, held: Held) -> None:
         """Do with a slice what its schedule says, until it says to wait."""
@@ -425,6 +503,8 @@ class Server:
                 self._grant(held, action.worker)
 
     def _apply(self, held: Held, pushes: list[Pushed]) -> None:
+        if held.replicas:
+            self._own(held, pushes[0])
         if self.consistency.rounds:
             self._aggregate(held, pushes)
             if self.clip_norm is not None:
@@ -446,13 +526,21 @@ class Server:
         if len(pushes) == 1 and first.weight in (0.0, 1.0):
             return
         weight = sum(push.weight for push in pushes)
-        if first.near:  # the worker may have to push it again
-            copy = self._buffer(held.weights.nbytes).view(held.weights.dtype)
-            first.gradient, first.near = copy.copy_(first.gradient), False
-        for push in pushes[1:]:
-            first.gradient += push.gradient
+        self._own(held, first)
+        if first.rows is not None:
+            parts = [(p.rows, p.gradient) for p in pushes if p.rows is not None]
+            first.rows, first.gradient = sum_rows(parts)
+        else:
+            for push in pushes[1:]:
+                first.gradient += push.gradient
         if weight > 0:
             first.gradient /= weight
+
+    def _own(self, held: Held, push: Pushed) -> None:
+        """Leave it as it is in its worker's memory: the worker may have to push it again."""
+        if push.near:
+            copy = self._buffer(held.weights.nbytes).view(held.weights.dtype)
+            push.gradient, push.near = copy.copy_(push.gradient), False
 
     def _clip(self, round_: int) -> None:
         assert self.layout is not None and self.clip_norm is not None
@@ -479,17 +567,23 @@ class Server:
         for push in pushes:
             delay = version - push.read
             self.delays[delay] += 1
-            held.log.append((version, push.worker, push.clock, push.read))
+            if self.order.keeps:
+                held.log.append((version, push.worker, push.clock, push.read))
             if self._lr_by_delay and delay > 1:
                 lr_factor = 1.0 / delay
-        if self.config.delay_compensation and first.worker in held.sent:
+        if self.config.delay_compensation and first.rows is None and first.worker in held.sent:
             drift = held.weights - held.sent[first.worker]
             first.gradient += self.config.delay_compensation * first.gradient.square() * drift
         made = any(push.weight > 0 for push in pushes)  # else nobody had a sample
         if held.replicas:
             self._send_replicas(held, version, first, lr_factor, pushes, made)
         if made:
+            if self.order.watches:
+                rows = [first.rows] if first.rows is not None else []
+                tensors = [held.weights, first.gradient, *rows]
+                self.order.updated(held.piece.number, [*first.hyper, lr_factor], tensors)
             self._make(held, first, lr_factor)
+            held.changed(first.rows, version + 1)
         for push in pushes:
             self._free(held, push)
 
@@ -514,6 +608,9 @@ class Server:
     def _grant(self, held: Held, worker: int) -> None:
         newest = held.schedule.version
         if not held.replicas or all(done >= newest for done in held.acknowledged.values()):
+            if worker in held.schedule.applied:
+                clock = held.schedule.applied[worker] - 1
+                self.order.answered(held.piece.number, newest, worker, clock)
             self._answer(held, worker)
         else:
             held.delayed.append(worker)
@@ -540,7 +637,11 @@ class Server:
 
     def _keep_for(self, held: Held, worker: int) -> None:
         """Copy the weights where the next update would change them while they are being sent."""
-        if self.consistency.lockstep:
+        assert self.layout is not None
+        width = self.layout.flats[held.piece.flat].width
+        if width:
+            held.sent[worker] = held.news(worker, width)
+        elif self.consistency.lockstep:
             held.sent[worker] = held.weights
         elif worker in held.sent:
             held.sent[worker].copy_(held.weights)
@@ -571,6 +672,7 @@ class Server:
                     lead,
                     first.norm,
                     pull,
+                    first.schedule.applied.get(worker, 0),
                 ),
                 payloads,
             )
@@ -586,12 +688,17 @@ class Server:
         pushes: list[Pushed],
         made: bool,
     ) -> None:
+        # A copy: the update may use the gradient's memory.
+        payloads = []
+        if made and push.rows is not None:
+            payloads = [_encoded(push.rows, push.gradient)]
+        elif made:
+            payloads = [push.gradient.clone()]
         message = wire.Replicate(
             held.piece.number, version, push.hyper, lr_factor,
-            [(p.worker, p.clock, p.read) for p in pushes], made,
+            [(p.worker, p.clock, p.read) for p in pushes],
+            payloads[0].nbytes if payloads else None,
         )  # fmt: skip
-        # A copy: the update may use the gradient's memory.
-        payloads = [push.gradient.clone()] if made else []
         for replica in held.replicas:
             self.servers[replica].send(message, payloads)
 
@@ -599,28 +706,65 @@ class Server:
         held = self.held[message.slice]
         held.schedule.version = message.version + 1
         for worker, clock, read in message.pushes:
-            held.log.append((message.version, worker, clock, read))
+            if self.order.keeps:
+                held.log.append((message.version, worker, clock, read))
             if worker in held.schedule.applied:
                 held.schedule.applied[worker] = clock + 1
         link.send(wire.Replicated(message.slice, message.version + 1))
 
     # Who comes and goes.
 
-    def _leave(self, worker: int) -> None:
+    @property
+    def coordinates(self) -> bool:
+        """Whether this server is the coordinator."""
+        return self.me == min([self.me, *self.servers])
+
+    @property
+    def growable(self) -> bool:
+        """Whether a new worker would find something to do."""
+        return bool(self.layout and self.workers and not self._completed)
+
+    def greet(self, link: Link) -> None:
+        """A new worker can be talked with; it will ask to join when it is ready."""
+        self.newcomers[link.peer] = link
+
+    def _join(self, link: Link) -> None:
+        worker = link.peer
+        self.newcomers.pop(worker, None)
+        self.workers[worker] = link
+        for index, held in self.held.items():
+            held.schedule.join(worker)
+            if self.primary(index):
+                held.wants[worker] = True
+                self._answer(held, worker)
+        for other in self.workers.values():
+            other.send(wire.Joined(worker))
+
+    def _leave(self, worker: int, threads: int) -> None:
         self._completed = True
+        self.order.left(worker, threads)
         self._forget_worker(worker)
         if not self.workers:
             self._end()
 
     def _end(self) -> None:
         mine = {index: held.log for index, held in self.held.items() if self.primary(index)}
-        self.order.write(mine, self.snapshots.versions)
+        divisions = [(*when, shares) for when, (_, shares) in self.coordinator.divisions.items()]
+        self.order.write(mine, divisions, whole=not self.lost)
         self.done = True
 
     def _forget_worker(self, worker: int) -> Link:
         self._outbox.pop(worker, None)
         link = self.workers.pop(worker)
         self.coordinator.leave(worker)
+        self._rest(worker)
+        return link
+
+    def _rest(self, worker: int) -> None:
+        """Nothing more will be pushed by this worker: nobody waits for it."""
+        self._resting.add(worker)
+        clocks = [held.schedule.applied.get(worker, 0) for held in self.held.values()]
+        self.order.rested(worker, max(clocks, default=0))
         for held in self.held.values():
             held.schedule.leave(worker)
             held.pushes.pop(worker, None)
@@ -629,12 +773,14 @@ class Server:
         for held in list(self.held.values()):
             if self.primary(held.piece.number):
                 self.run(held)
-        return link
 
     def _lose(self, peer: int, reason: str) -> None:
         """A peer is gone: tell everybody, and go on without it."""
+        if self.order.replayed is not None and (peer in self.workers or peer in self.servers):
+            self.abort(f"rank {peer} is lost, and a replay needs all of them: {reason}")
         self.lost = True
         self._on_lost(peer)
+        self.newcomers.pop(peer, None)
         if peer in self.workers:
             link = self._forget_worker(peer)
             if link.failed is None:
@@ -652,27 +798,50 @@ class Server:
 
     def _lose_server(self, peer: int, reason: str) -> None:
         del self.servers[peer]
-        self._lost_servers.append(peer)
+        self.lost_servers.append(peer)
         self._tell(wire.Lost(peer, reason))
-        if self.layout is not None:
-            before = self.placement
-            survivors = sorted([self.me, *self.servers])
-            try:
-                self.placement = without(before, self.sizes, peer, survivors)
-            except PeerLost as error:
-                self.abort(error.message)
-            for held in self.held.values():
-                self._promote(held, before)
+        if self._opened:
+            self._inherit(peer)
+        self.snapshots.server_lost()
+        self._do_deferred()
+
+    def _do_deferred(self) -> None:
         deferred, self._deferred = self._deferred, []
         for action in deferred:
             action()
+
+    def _inherit(self, lost: int) -> None:
+        """Take over those of a lost server's slices that fall to this one.
+
+        Raises:
+            PeerLost: The slices, or one of them, are lost.
+        """
+        before = self.placement
+        gone = self.lost_servers[: self.lost_servers.index(lost) + 1]
+        survivors = [server for server in self.initial_servers if server not in gone]
+        self.placement = without(before, self.sizes, lost, survivors)
+        whole = {index for index, held in self.held.items() if held.whole}
+        mine = {index for index, holders in enumerate(self.placement) if holders[0] == self.me}
+        if mine - whole:  # another server was lost just before, and they were yet to be copied
+            raise PeerLost(
+                f"server {lost} is lost, and with it the only whole copy of {len(mine - whole)} "
+                "slices of the parameters.",
+                hint="more ps.replicas survive more losses at a time; now, go on from a "
+                "checkpoint.",
+            )
+        for held in self.held.values():
+            self._promote(held, before)
+        # Who has made an update has all norms of its round; others may wait for lost ones.
+        for round_, squares in self._norms.items():
+            for link in self.servers.values():
+                link.send(wire.Norms(round_, list(squares), list(squares.values())))
 
     def _promote(self, held: Held, before: Placement) -> None:
         index = held.piece.number
         if self.placement[index][0] != self.me:
             return
         for worker in list(held.schedule.applied):
-            if worker not in self.workers:
+            if worker in self._resting:
                 held.schedule.leave(worker)
         held.replicas = list(self.placement[index][1:])
         common = self.regions.common(held.piece) if self.consistency.lockstep else None
@@ -683,7 +852,7 @@ class Server:
         for replica in held.replicas:
             if replica in before[index] and replica in known:
                 held.acknowledged[replica] = known[replica]
-            else:
+            elif replica in self.servers:
                 held.acknowledged[replica] = 0
                 self.servers[replica].send(
                     wire.Copy(
@@ -696,8 +865,9 @@ class Server:
         self.run(held)
 
     def _tell(self, message: wire.Message) -> None:
-        for link in [*self.workers.values(), *self.servers.values()]:
-            link.send(message)
+        for peers in (self.workers, self.servers, self.newcomers):
+            for link in peers.values():
+                link.send(message)
 
     def abort(self, reason: str) -> None:
         """End the run for everybody.
@@ -705,7 +875,6 @@ class Server:
         Raises:
             PeerLost: Always.
         """
-        self._tell(wire.Abort(self.me, reason))
         raise PeerLost(f"server {self.me} ends the run: {reason}.", hint="its log says more.")
 
     # Memory.
@@ -722,6 +891,12 @@ class Server:
     def _free(self, held: Held, push: Pushed) -> None:
         if push.rows is None and not push.near:
             self._recycle(push.gradient)
+
+
+def _encoded(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    capacity = rows_capacity(len(rows), values.shape[1], values.itemsize)
+    out = torch.empty(capacity, dtype=torch.uint8)
+    return out[: encode_rows(rows, values, out)]
 
 
 class _Deaf:

@@ -7,6 +7,7 @@ lies beyond is held back: as long as it takes a worker to push the rest of one s
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from hpctrain.ps import wire
 if TYPE_CHECKING:
     from hpctrain.ps.link import Link
     from hpctrain.ps.server import Held, Server
+
+Copies = dict[int, tuple[list[torch.Tensor], int]]
+"""By slice: its weights and state, and the updates that these have had."""
 
 
 class Snapshots:
@@ -29,39 +33,36 @@ class Snapshots:
         self._cut = False
         self._clocks: dict[int, int] = {}
         self._version = 0
-        self._copies: dict[int, tuple[list[torch.Tensor], int]] = {}
+        self._copies: Copies = {}
         self._later: list[Callable[[], None]] = []
         # The coordinator's.
         self._question: tuple[int, wire.Ask] | None = None
         self._frozen: dict[int, wire.Frozen] = {}
         self._kept: set[int] = set()
         self._last = 0
-        self._seen = 0
-        # Which version of each slice each snapshot holds; in a replay, is to hold.
-        self.versions: dict[int, dict[int, int]] = {}
-        self._recorded = server.order.snapshots
 
     @property
     def active(self) -> bool:
-        """Whether a snapshot is being made, or must not be missed."""
-        return self._number is not None or self._recorded is not None
+        """Whether slices are to be looked at as they move."""
+        return self._number is not None
 
     # The coordinator's part.
 
     def ask(self, worker: int, question: wire.Ask) -> None:
         """A worker wants a snapshot."""
         self._question = (worker, question)
-        # Numbers of different coordinators must differ.
-        self._last = max(self._last + 1, (self._number or 0) + 1)
+        self._last += 1  # of all coordinators' snapshots that this server has heard of
         self._frozen, self._kept = {}, set()
         for link in self._server.servers.values():
             link.send(wire.Freeze(self._last))
         self._gather(self._server.me, self._freeze(self._last))
 
     def server_lost(self) -> None:
-        """Begin again without it, if a snapshot is being made."""
-        if self._question is not None:
+        """Begin again without it, if a snapshot is being made: what it had, others have now."""
+        if self._question is not None and self._server.coordinates:
             self.ask(*self._question)
+        elif self._number is not None:
+            self._release()  # the coordinator begins again, or its successor is asked again
 
     def message(self, link: Link, message: wire.Message) -> None:
         """Of another server, or a worker that fetches."""
@@ -75,7 +76,8 @@ class Snapshots:
             case wire.Kept() if message.snapshot == self._last:
                 self._count_kept(link.peer)
             case wire.Fetch():
-                self._send(link, message.snapshot)
+                copies, self._copies = self._copies, {}
+                _send(link, message.snapshot, copies)
 
     def _gather(self, server: int, frozen: wire.Frozen) -> None:
         self._frozen[server] = frozen
@@ -87,10 +89,6 @@ class Snapshots:
         for part in parts:
             for worker, clock in part.clocks.items():
                 clocks[worker] = max(clock, clocks.get(worker, 0))
-        if self._question is not None:
-            worker = self._question[0]
-            version = max(part.version for part in parts)
-            self._server.order.asked(self._last, worker, clocks.get(worker, version))
         cut = wire.Cut(self._last, clocks, max(part.version for part in parts))
         for link in self._server.servers.values():
             link.send(cut)
@@ -108,9 +106,6 @@ class Snapshots:
 
     def holds_back(self, held: Held, worker: int, clock: int) -> bool:
         """Whether a push must wait because it lies beyond the snapshot being made."""
-        if self._recorded is not None:
-            self._check_asked(worker, clock)
-            return False
         within = self._clocks.get(worker, 0)
         if self._number is not None and not self._server.consistency.rounds and clock >= within:
             return True
@@ -122,12 +117,7 @@ class Snapshots:
         self._later.append(action)
 
     def keeps_still(self, held: Held) -> bool:
-        """Whether a slice may not be updated now: where updates go by rounds, or are replayed."""
-        if self._recorded is not None:
-            index, version = held.piece.number, held.schedule.version
-            coming = [taken[index] for number, taken in self._recorded.items()
-                      if index in taken and index not in self.versions.get(number, ())]  # fmt: skip
-            return bool(coming) and version >= min(coming)
+        """Whether a slice may not be updated now: where updates go by rounds."""
         return (
             self._server.consistency.rounds
             and held.piece.number not in self._copies
@@ -136,24 +126,20 @@ class Snapshots:
 
     def moved(self, held: Held) -> None:
         """A slice was updated: is it at the cut?"""
-        if self._number is None or not self._cut or held.blocked:
+        # Who asks pushes nothing meanwhile. Where nobody else does, a round stays as it is.
+        alone = len(held.schedule.applied) <= 1
+        if self._number is None or not self._cut or (held.blocked and not alone):
             return
         index = held.piece.number
         if index in self._copies or not self._server.primary(index):
             return
-        assert self._number is not None
-        if self._recorded is not None:
-            recorded = self._recorded.get(self._number, {}).get(index, held.schedule.version)
-            there = held.schedule.version == recorded
-        elif self._server.consistency.rounds:
-            there = held.schedule.version == self._version
+        if self._server.consistency.rounds:
+            there = alone or held.schedule.version >= self._version
         else:
             applied = held.schedule.applied
             there = all(applied[worker] >= self._clocks.get(worker, 0) for worker in applied)
         if there:
-            tensors = [held.weights.clone(), *(tensor.clone() for tensor in held.state.values())]
-            self._copies[index] = (tensors, held.steps)
-            self.versions.setdefault(self._number, {})[index] = held.schedule.version
+            self._copies[index] = _copy(self._server, held, self._number)
             self._finish()
 
     def left(self, worker: int) -> None:
@@ -163,19 +149,9 @@ class Snapshots:
             for held in list(self._server.held.values()):
                 self.moved(held)
 
-    def _check_asked(self, worker: int, clock: int) -> None:
-        """In a replay: a snapshot that the recorded run took must be asked for here too."""
-        asked = self._server.order.asked_at
-        due = [n for n, (who, when) in asked.items() if who == worker and when <= clock]
-        if due and max(due) > self._seen:
-            self._server.abort(
-                "the recorded run made a snapshot where this one does not: replay with its "
-                "validation and checkpoint settings"
-            )
-
     def _freeze(self, number: int) -> wire.Frozen:
         self._release()
-        self._seen = max(self._seen, number)
+        self._last = max(self._last, number)
         self._number, self._cut, self._copies = number, False, {}
         self._clocks = dict(self._begun)
         versions = [
@@ -219,9 +195,84 @@ class Snapshots:
             if self._server.primary(held.piece.number):
                 self._server.run(held)
 
-    def _send(self, link: Link, number: int) -> None:
-        copies, self._copies = self._copies, {}
-        indices = sorted(copies)
-        payloads = [tensor for index in indices for tensor in copies[index][0]]
-        steps = [copies[index][1] for index in indices]
-        link.send(wire.Part(number, indices, steps), payloads)
+
+class Recalled(Snapshots):
+    """Snapshots in a replay: each slice is copied as it passes the version recorded for it.
+
+    Nothing is held back and nothing stands still, and servers need not agree on anything: where the
+    snapshot lies is known. It is sent when the last slice has passed.
+    """
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server)
+        self._passed: defaultdict[int, Copies] = defaultdict(dict)
+        # Of each slice, by version the numbers of the snapshots that hold it.
+        self._coming: dict[int, defaultdict[int, list[int]]] = {}
+        self._fetches: list[tuple[Link, int]] = []
+        self._mine = 0
+
+    @property
+    def active(self) -> bool:
+        """Always: no version may be missed."""
+        return True
+
+    def ask(self, worker: int, question: wire.Ask) -> None:
+        """A worker wants the next snapshot."""
+        self._last += 1
+        self._server.workers[worker].send(wire.Answer(question.number, self._last))
+
+    def message(self, link: Link, message: wire.Message) -> None:
+        """A worker fetches."""
+        assert isinstance(message, wire.Fetch)
+        self._fetches.append((link, message.snapshot))
+        server = self._server
+        self._mine = sum(server.primary(index) for index in server.held)
+        for held in server.held.values():
+            self.moved(held)
+        self._send_ready()
+
+    def holds_back(self, held: Held, worker: int, clock: int) -> bool:
+        """Never."""
+        return False
+
+    def keeps_still(self, held: Held) -> bool:
+        """Never."""
+        return False
+
+    def moved(self, held: Held) -> None:
+        """A slice was updated: is it to be copied?"""
+        index = held.piece.number
+        if held.blocked or not self._server.primary(index):
+            return
+        if index not in self._coming:
+            recorded = self._server.order.recorded(index)
+            assert recorded is not None
+            coming = self._coming[index] = defaultdict(list)
+            for number, (version, _) in recorded.copies.items():
+                coming[version].append(number)
+        numbers = self._coming[index].pop(held.schedule.version, [])
+        for number in numbers:
+            self._passed[number][index] = _copy(self._server, held, number)
+        if numbers:
+            self._send_ready()
+
+    def left(self, worker: int) -> None:
+        """Nothing depends on who is there."""
+
+    def _send_ready(self) -> None:
+        for link, number in list(self._fetches):
+            if len(self._passed[number]) == self._mine:
+                self._fetches.remove((link, number))
+                _send(link, number, self._passed.pop(number))
+
+
+def _copy(server: Server, held: Held, number: int) -> tuple[list[torch.Tensor], int]:
+    tensors = [held.weights.clone(), *(tensor.clone() for tensor in held.state.values())]
+    server.order.copied(held.piece.number, number, held.schedule.version, tensors)
+    return tensors, held.steps
+
+
+def _send(link: Link, number: int, copies: Copies) -> None:
+    indices = sorted(copies)
+    payloads = [tensor for index in indices for tensor in copies[index][0]]
+    link.send(wire.Part(number, indices, [copies[index][1] for index in indices]), payloads)

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.layout import Flat
 
 
@@ -78,6 +79,7 @@ class Weights(Message):
         lead: Clocks by which the worker is now ahead of the slowest.
         norm: Of the aggregated gradient before clipping, where it is clipped.
         pulled: Whether weights were asked for; they may lie in shared memory.
+        clock: The worker's, as the server counts it.
     """
 
     slices: list[int]
@@ -86,6 +88,7 @@ class Weights(Message):
     lead: int
     norm: float | None
     pulled: bool
+    clock: int
 
 
 class Norms(Message):
@@ -105,7 +108,7 @@ class Replicate(Message):
         hyper: The update rule's numbers.
         lr_factor: On the learning rate.
         pushes: Worker, clock and version read of each push in it.
-        made: Whether there is a gradient: somebody had samples.
+        size: Bytes of the gradient; None: there is none, because nobody had samples.
     """
 
     slice: int
@@ -113,7 +116,7 @@ class Replicate(Message):
     hyper: list[float]
     lr_factor: float
     pushes: list[tuple[int, int, int]]
-    made: bool
+    size: int | None
 
 
 class Copy(Message):
@@ -184,12 +187,21 @@ class Part(Message):
 
 
 class Ask(Message):
-    """A worker's question to the coordinator, with the name of what is asked; see Coordinator."""
+    """A worker's question to the coordinator.
+
+    Attributes:
+        number: Of the worker's questions.
+        what: Is asked; see Coordinator.
+        value: More about it.
+        data: Likewise, as bytes.
+        clock: The worker's.
+    """
 
     number: int
     what: str
     value: Any
     data: bytes = b""
+    clock: int = 0
 
 
 class Answer(Message):
@@ -222,14 +234,31 @@ class Lost(Message):
     reason: str
 
 
+class Recruited(Message):
+    """A new worker waits to be connected with; from the coordinator to the other servers."""
+
+    worker: int
+    port: str
+
+
+class Join(Message):
+    """A new worker is ready to take part; wants all weights."""
+
+
 class Joined(Message):
-    """A worker comes (back), at the clock of the slowest; from the coordinator to the servers."""
+    """A worker takes part from now on; to the workers."""
 
     worker: int
 
 
+class Rest(Message):
+    """A worker pushes nothing more, but may still ask and pull."""
+
+
 class Leave(Message):
-    """A worker has done all of its steps."""
+    """A worker has done all of its steps, with so many threads."""
+
+    threads: int = 1
 
 
 class Forgotten(Message):
@@ -239,10 +268,23 @@ class Forgotten(Message):
 
 
 class Abort(Message):
-    """An error that ends the run for everybody."""
+    """An error that ends the run for everybody.
+
+    Attributes:
+        peer: Whose.
+        reason: Its message.
+        hint: Where the caller can put it right: how.
+    """
 
     peer: int
     reason: str
+    hint: str | None = None
+
+    def error(self) -> Error:
+        """The same, to be raised here."""
+        if self.hint is None:
+            return PeerLost(self.reason, hint="the log of that process says more.")
+        return Error(self.reason, hint=self.hint)
 
 
 class Long(Message):
@@ -253,8 +295,8 @@ class Long(Message):
 
 Known = (
     Open | Push | Pull | Weights | Norms | Replicate | Copy | Replicated | Freeze | Frozen | Cut
-    | Kept | Fetch | Part | Ask | Answer | Decided | Beat | Lost | Joined | Leave | Forgotten
-    | Abort | Long
+    | Kept | Fetch | Part | Ask | Answer | Decided | Beat | Lost | Joined | Rest | Leave | Forgotten
+    | Abort | Long | Recruited | Join
 )  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode

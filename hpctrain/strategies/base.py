@@ -98,8 +98,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Parameters and state as the world has them; None: as this rank has them."""
         return None
 
-    def refresh(self) -> None:
-        """Make this rank's parameters the world's newest."""
+    def finish(self) -> None:
+        """After this rank's last step: wait for the others', and take the world's parameters."""
 
     def statistics(self) -> dict[str, Any]:
         """What the strategy has to say since the last time, for the recorder."""
@@ -129,6 +129,8 @@ class Strategy(Protocol):
         lockstep: Whether all ranks take each step together. Where not, rank 0 alone validates and
             saves, from snapshots, and nobody waits for it.
         stopped: Whether another rank ended the training early.
+        joined: What was remembered for ranks that join a run under way; None where this one began
+            with it.
     """
 
     name: str
@@ -138,6 +140,10 @@ class Strategy(Protocol):
     @property
     def stopped(self) -> bool:
         """Whether another rank ended the training early."""
+
+    @property
+    def joined(self) -> Any:
+        """What was remembered for ranks that join a run under way; None: this one began with it."""
 
     def wrap(
         self,

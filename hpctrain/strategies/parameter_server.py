@@ -12,13 +12,13 @@ from torch import nn
 
 from hpctrain import process
 from hpctrain.config import PsConfig
-from hpctrain.errors import Error
+from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.client import Client, dtype_name
 from hpctrain.ps.client import Snapshot as ServerSnapshot
 from hpctrain.ps.connect import Ends
-from hpctrain.ps.consistency import parse
+from hpctrain.ps.consistency import consistency_of
+from hpctrain.ps.coordinator import AGAIN
 from hpctrain.ps.layout import Layout, Parameter, slice_bytes_for
-from hpctrain.ps.order_log import recorded_slice_bytes
 from hpctrain.ps.rules import rule_of
 from hpctrain.strategies.base import DistributedOptimizer, Snapshot, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
@@ -36,10 +36,12 @@ class PsCommunicator:
         self.local_rank = local_rank
         self.local_size = local_size
         self._divisions: dict[tuple[int, int], Part] = {}
-        self.computed = (0.0, 0.0)  # weight of the samples, and seconds, since the last division
+        # Parts of global batches, and seconds that they took; what is longer ago counts for less.
+        self._computed = (0.0, 0.0)
 
     def _workers(self) -> list[int]:
-        return [worker for worker in self._ends.roles.workers if worker not in self._client.lost]
+        everyone = [*self._ends.roles.workers, *self._client.joined]
+        return sorted({worker for worker in everyone if worker not in self._client.lost})
 
     @property
     def rank(self) -> int:
@@ -55,9 +57,9 @@ class PsCommunicator:
         """What falls to this worker; decided anew every ``share_steps`` batches."""
         key = (epoch, batch // self._ends.config.share_steps)
         if key not in self._divisions:
-            weight, seconds = self.computed
-            self.computed = (0.0, 0.0)
-            speed = weight / seconds if seconds > 0 else None
+            done, seconds = self._computed
+            self._computed = (done / 2, seconds / 2)
+            speed = done / seconds if seconds > 0 else None
             workers, shares, stop = self._client.ask("division", [*key, speed]).value
             self._client.stopped |= stop
             if self._client.me in workers:
@@ -66,6 +68,12 @@ class PsCommunicator:
                 part = Part(len(workers), len(workers), 1, 1, 1)
             self._divisions = {key: part}
         return self._divisions[key]
+
+    def computed(self, weight: float, seconds: float) -> None:
+        """Note how long a step took that was ``weight`` times an equal share of its batch."""
+        size = next((part.size for part in self._divisions.values()), self.size)
+        done, before = self._computed
+        self._computed = (done + weight / size, before + seconds)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a contiguous tensor over all workers, in place."""
@@ -76,10 +84,14 @@ class PsCommunicator:
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         """Overwrite a contiguous tensor with the root's, in place."""
-        number = self._client.next_collective()
-        owner = self._workers()[root]
-        mine = owner == self._client.me
-        answer = self._client.ask("broadcast", [number, owner], _bytes(tensor) if mine else b"")
+        while True:
+            number = self._client.next_collective()
+            owner = self._workers()[root]
+            mine = owner == self._client.me
+            data = _bytes(tensor) if mine else b""
+            answer = self._client.ask("broadcast", [number, owner], data)
+            if answer.value != AGAIN:
+                break
         if not mine:
             _fill(tensor, answer.data)
 
@@ -92,6 +104,10 @@ class PsCommunicator:
         sums, stop = self._client.ask("give", [pool, values]).value
         self._client.stopped |= stop
         return {str(name): float(value) for name, value in sums.items()}
+
+    def remember(self, value: Any) -> None:
+        """Keep a plain value for workers that join later."""
+        self._client.ask("note", value)
 
     def stop(self) -> None:
         """Have every worker end the training."""
@@ -127,7 +143,7 @@ class PsOptimizer(DistributedOptimizer):
         self._ends = ends
         self._comm = comm
         self._rule = rule_of(inner)
-        self._consistency = parse(ends.config.consistency)
+        self._consistency = consistency_of(ends.config)
         self._local_only = False
         self._begun = False
         self._clip_here = clip_norm is not None and not self._consistency.rounds
@@ -135,16 +151,24 @@ class PsOptimizer(DistributedOptimizer):
         group_of = {p: n for n, group in enumerate(inner.param_groups) for p in group["params"]}
         rows = _row_widths(model)
         config = ends.config
-        if config.replay is not None:
-            slice_bytes = recorded_slice_bytes(config.replay)
+        if ends.record is not None:
+            slice_bytes = ends.record.about.slice_bytes
         else:
             total = sum(p.nbytes for p in self._ordered)
             slice_bytes = config.slice_bytes or slice_bytes_for(total, config.servers)
+        if rows and self._rule.per_tensor:
+            raise Error(
+                f"{self._rule.name} needs dense gradients, and this model has embeddings with "
+                "sparse=True.",
+                hint="make them with sparse=False, or use another optimizer.",
+            )
         self._layout, self._places = Layout.of(
             [Parameter(p.dtype, group_of[p], p.numel(), rows.get(p, 0)) for p in self._ordered],
             slice_bytes,
             whole=self._rule.per_tensor,
         )
+        if ends.record is not None:
+            ends.record.check_layout(self._layout)
         self._client = self._open(clip_norm)
         self._host_weights = self._views(self._client.weights)
         self._host_gradients = self._views(self._client.gradients)
@@ -164,6 +188,7 @@ class PsOptimizer(DistributedOptimizer):
         self._rows: dict[int, torch.Tensor] = {}
         self._expect()
         self._show()
+        self.missed = self._client.clock
         self._ended = time.perf_counter()
 
     def _order(self, model: nn.Module) -> list[nn.Parameter]:
@@ -194,11 +219,11 @@ class PsOptimizer(DistributedOptimizer):
                 if saved.get(name) is not None:
                     view.copy_(saved[name])
                     updates[number] = int(saved.get("step", 1))
-        starts = {place: number for number, place in enumerate(self._places)}
-        steps = []
-        for piece in self._layout.slices:
-            first = max(s for f, s in starts if f == piece.flat and s <= piece.start)
-            steps.append(updates[starts[piece.flat, first]])
+        # A parameter that was never used has no state: it is as after so many gradients of 0.
+        steps = [0] * len(self._layout.slices)
+        for slices, done in zip(self._find_slices(), updates, strict=True):
+            for number in slices:
+                steps[number] = max(steps[number], done)
         return self._ends.open(
             self._layout,
             self._rule,
@@ -259,25 +284,37 @@ class PsOptimizer(DistributedOptimizer):
             number = self._number[parameter]
             target = self._host_gradients[number]
             if self._sparse(parameter):
-                gradient = parameter.grad.coalesce()  # type: ignore[union-attr]
-                rows = gradient.indices()[0].cpu()
-                first = self._places[number][1] // target.shape[1]
-                target[rows] = gradient.values().cpu()
-                flat = self._places[number][0]
-                before = self._rows.get(flat, rows[:0])
-                self._rows[flat] = torch.cat([before, rows + first])
+                self._push_rows(number, parameter.grad.coalesce())  # type: ignore[union-attr]
             elif parameter.grad is None:
                 target.zero_()
-            elif not self._on_host:
-                target.copy_(parameter.grad)
-            elif parameter.grad is not target:
-                adopt(target, parameter)
+            else:
+                if not self._on_host:
+                    target.copy_(parameter.grad)
+                elif parameter.grad is not target:
+                    adopt(target, parameter)
+                self._touch(number, torch.arange(target.shape[0] if target.ndim else 0))
             for slice_ in self._slices_of[number]:
                 self._missing[slice_] -= 1
                 if self._missing[slice_] == 0:
                     ready.append(slice_)
         if ready:
             self._client.push(ready, self._rows)
+
+    def _push_rows(self, number: int, gradient: torch.Tensor) -> None:
+        target = self._host_gradients[number]
+        rows = gradient.indices()[0].cpu()
+        if not self._touch(number, rows):  # all of it is pushed
+            target.zero_()
+        target[rows] = gradient.values().cpu()
+
+    def _touch(self, number: int, rows: torch.Tensor) -> bool:
+        """Note rows that have a gradient; False where they are not pushed row by row."""
+        flat, start = self._places[number]
+        width = self._layout.flats[flat].width
+        if width:
+            before = self._rows.get(flat, rows[:0])
+            self._rows[flat] = torch.cat([before, rows + start // width])
+        return width > 0
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -314,9 +351,7 @@ class PsOptimizer(DistributedOptimizer):
         if not self._begun:
             self._begin()
         self._push([parameter for parameter in self._ordered if parameter in self._pending])
-        weight, seconds = self._comm.computed
-        now = time.perf_counter()
-        self._comm.computed = (weight + self.weight, seconds + now - self._ended)
+        self._comm.computed(self.weight, time.perf_counter() - self._ended)
         self._client.wait()
         self._client.end()
         self.missed = self._client.behind
@@ -342,8 +377,10 @@ class PsOptimizer(DistributedOptimizer):
             else:
                 parameter.grad = gradient.zero_()
 
-    def refresh(self) -> None:
-        """Make this worker's parameters the servers' newest."""
+    def finish(self) -> None:
+        """After this worker's last step: wait for the others', and take the servers' parameters."""
+        self._client.rest()
+        self._comm.barrier()
         self._client.pull().wait()
         self._show()
 
@@ -388,7 +425,8 @@ class PsOptimizer(DistributedOptimizer):
                 values[f"{name}_histogram"] = dict(sorted(counts.items()))
         if sums.get("dense_bytes"):
             values["moved_bytes"] = int(sums["moved_bytes"])
-            values["compression"] = sums["dense_bytes"] / max(1.0, sums["moved_bytes"])
+        if sums.get("moved_bytes"):  # else all is exchanged through shared memory
+            values["compression"] = sums["dense_bytes"] / sums["moved_bytes"]
         return values
 
 
@@ -416,8 +454,14 @@ class ParameterServer:
         self.world = world
         launched = world.launch.size
         self.ends = Ends(config, launched=launched, timeout_seconds=timeout_seconds)
-        self.lockstep = parse(config.consistency).lockstep
+        self.lockstep = consistency_of(config).lockstep
         self.serves = self.ends.client is None
+        self._clocks: int | None = None
+        if self.ends.record is not None and not self.serves:
+            place = self.ends.roles.workers.index(self.ends.me)
+            self._clocks = self.ends.record.about.clocks[place]
+            # How many there are makes a difference to the last bits.
+            torch.set_num_threads(self.ends.record.about.threads[place])
         if not self.serves:
             world.comm = PsCommunicator(self.ends, world.launch.local_rank, world.launch.local_size)
             self.ends.start()
@@ -425,7 +469,17 @@ class ParameterServer:
     @property
     def stopped(self) -> bool:
         """Whether another worker ended the training early."""
-        return self.ends.client is not None and self.ends.client.stopped
+        client = self.ends.client
+        if client is not None and self._clocks is not None:
+            return client.clock >= self._clocks  # when the news came then
+        return client is not None and client.stopped
+
+    @property
+    def joined(self) -> Any:
+        """What a worker that joins a run under way has to know; None: this one began with it."""
+        if self.ends.recruit is None or self.ends.client is None:
+            return None
+        return self.ends.client.ask("recall").value
 
     def serve(self) -> None:
         """Serve until every worker has left.
@@ -448,9 +502,10 @@ class ParameterServer:
         comm = self.world.comm
         assert isinstance(comm, PsCommunicator)
         wrapped = PsOptimizer(model, optimizer, self.ends, comm, clip_norm)
-        start = broadcast_tree(comm, dict(model.named_buffers()))
-        for name, buffer in model.named_buffers():
-            buffer.copy_(start[name])
+        if self.ends.recruit is None:
+            start = broadcast_tree(comm, dict(model.named_buffers()))
+            for name, buffer in model.named_buffers():
+                buffer.copy_(start[name])
         return wrapped
 
 
@@ -470,5 +525,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def _fill(tensor: torch.Tensor, data: bytes) -> None:
     if data:
+        if len(data) != tensor.nbytes:
+            raise PeerLost("a worker was lost while it told the others what to do.")
         received = torch.frombuffer(bytearray(data), dtype=tensor.dtype)
         tensor.copy_(received.view(tensor.shape))

@@ -20,6 +20,7 @@ class Single:
     name = "single"
     lockstep = True
     stopped = False
+    joined = None
 
     def __init__(self, world: World) -> None:
         if world.size != 1:

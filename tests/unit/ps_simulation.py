@@ -58,6 +58,7 @@ class Simulation:
             regions = Regions(memory, common) if near else None
             to_workers = {w: links[w, s][1] for w in range(workers)}
             self.servers[s] = Server(s, to_workers, peers, self.config, regions=regions)
+            self.servers[s].order.keeps = True
         self.clients = {}
         for w in range(workers):
             own = Regions({w: memory[w]} if common is None else memory, common)
@@ -69,9 +70,12 @@ class Simulation:
                 near=self.server_numbers if near else (),
             )
             values, gradients = own.flats(w)
-            if w == 0:
-                self._scatter(values, self.start)
-            client.open(self.layout, rule, values, gradients, first=w == 0, clip_norm=clip_norm)
+            start = [torch.zeros_like(flat) for flat in values]
+            self._scatter(start, self.start)
+            client.open(
+                self.layout, rule, values, gradients, before=range(w), start=start,
+                clip_norm=clip_norm,
+            )  # fmt: skip
             self.clients[w] = client
         self.links = links
         self.between = between
@@ -134,10 +138,15 @@ class Simulation:
             while not client.settled():
                 yield
             client.end()
-            due = self._snapshot_tick is not None and self.tick >= self._snapshot_tick
-            if worker == 0 and (due or client.clock == steps) and self.snapshot is None:
-                yield from self._take_snapshot(client)
+            if worker == 0:
+                yield from self.between_steps(client, steps)
         client._do(lambda: client._leave(types.SimpleNamespace(set=lambda: None)))
+
+    def between_steps(self, client, steps):
+        """What the first worker does there besides."""
+        due = self._snapshot_tick is not None and self.tick >= self._snapshot_tick
+        if (due or client.clock == steps) and self.snapshot is None:
+            yield from self._take_snapshot(client)
 
     def snapshot_after(self, tick):
         """Have the first worker ask for a snapshot between two of its steps."""
@@ -145,7 +154,7 @@ class Simulation:
 
     def _take_snapshot(self, client):
         answer = threading.Event()
-        question = wire.Ask(10**6, "snapshot", None)
+        question = wire.Ask(10**6, "snapshot", None, clock=client.clock)
         client._do(lambda: client._ask(question, answer))
         while not answer.is_set():
             yield

@@ -1,0 +1,395 @@
+"""The parameter server's speed, side by side with others and with the limits.
+
+    python -m benchmarks.ps --out results
+
+Every case runs in processes of its own, once a round; the rounds go over all cases in turn, so that
+whatever else the machine does falls on all alike. A ratio is one of medians within a round; shown
+are the median of the rounds' ratios, the least and the largest. What comes out is checked.
+
+- exchange: a worker and a server on this host push 25,557,032 gradients and pull the weights, by
+  messages and through shared memory, and others do the same; see ps_peers.py, and ps_lite.py for
+  --ps-lite. Beside a copy of as many bytes in the same process.
+- overlap: how much of the exchange computing hides. A step of a network is timed with the exchange,
+  and without it; and the exchange alone.
+- codecs: messages that are compressed, or encrypted, beside those that are not.
+- hosts: 4 workers and 1, 2 and 4 servers, each on an emulated host of its own; see ps_hosts.py.
+  Beside the time that the busiest link takes at the bandwidth plain transfers reach on such a link.
+
+Prints a table; --out gets ps.json, ps.csv and, where matplotlib is installed, ps.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarks import ps_hosts, ps_lite, ps_peers
+from benchmarks.ps_peers import COUNT, LR, MOMENTUM, WARM_UP, Result, milliseconds
+from hpctrain.errors import Error
+from hpctrain.process import cores
+
+CODECS = ("fp16", "bf16", "int8", "topk:0.01")
+CHILD = (sys.executable, "-m", "benchmarks.ps", "--child")
+KEY = "5a" * 32
+WIDTH, DEPTH = 1024, 24  # 25,190,400 parameters
+COMPUTE_OVER_EXCHANGE = 3
+ENDS = ("", "_min", "_max")
+HOST_WORKERS, HOST_SERVERS = 4, (1, 2, 4)
+TARGETS = [
+    ("torch_rpc", "over_messages", ">=", 5.0),
+    ("gloo", "over_messages", ">=", 1.0),
+    ("messages", "over_memcpy", "<=", 4.5),
+    ("shared", "over_memcpy", "<=", 2.0),
+    ("overlap_messages", "hidden", ">=", 0.8),
+    ("overlap_shared", "hidden", ">=", 0.8),
+    *((f"hosts_{servers}", "over_bound", "<=", 1.1) for servers in HOST_SERVERS),
+]
+# What the table shows of each group.
+FIELDS = {
+    "exchange": ("median_ms", "over_memcpy", "over_messages", "error"),
+    "overlap": ("compute_ms", "exchange_ms", "median_ms", "hidden", "error"),
+    "codecs": ("median_ms", "over_messages", "moved_MB", "error"),
+    "hosts": ("median_ms", "bound_ms", "over_bound", "goodput_MBps", "link_MBps", "error"),
+}
+
+# Cases that others have nothing like, in processes of their own.
+
+
+def coded(rounds: int, folder: Path, *, compression: str) -> Result:
+    """Messages that are compressed."""
+    # Values of five sizes, as of the pattern, would be too easy to choose from.
+    gradient = torch.randn(COUNT, generator=torch.Generator().manual_seed(0))
+    expected = partial(ps_peers.compressed, gradient, compression)
+    options: dict[str, Any] = {"compression": compression, "shared_memory": False}
+    return ps_peers.ours(rounds, folder, gradient=gradient, expected=expected, **options)
+
+
+def overlap(rounds: int, folder: Path, **settings: Any) -> Result:
+    """Steps of a network: computing alone, the exchange alone, and both."""
+    from hpctrain import init
+    from hpctrain.config import PsConfig
+    from hpctrain.strategies.parameter_server import ParameterServer
+
+    how = ParameterServer(init(), PsConfig(**settings))
+    torch.set_num_threads(1)
+    if how.serves:
+        how.serve()
+        return {}
+    torch.manual_seed(0)
+    layers = [layer for _ in range(DEPTH) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    model = nn.Sequential(*layers[:-1])
+    twin = copy.deepcopy(model)
+    plain, inner = (
+        torch.optim.SGD(each.parameters(), lr=LR, momentum=MOMENTUM) for each in (twin, model)
+    )
+    optimizer = how.wrap(model, inner)
+    x, y = torch.randn(2, 32, WIDTH)
+
+    def compute(model: nn.Module, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+
+    def alone() -> None:
+        with optimizer.no_sync():
+            compute(model, optimizer)
+
+    def step(model: nn.Module = model, optimizer: Any = optimizer) -> None:
+        compute(model, optimizer)
+        optimizer.step()
+
+    def measure() -> tuple[float, float, float]:
+        # What computing alone leaves is what the second of these pushes.
+        return milliseconds(alone), milliseconds(optimizer.step), milliseconds(step)
+
+    for _ in range(WARM_UP):
+        step()
+        step(twin, plain)
+    with torch.no_grad():
+        pairs = zip(model.parameters(), twin.parameters(), strict=True)
+        error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    trial = [statistics.median(times) for times in zip(*(measure() for _ in range(5)), strict=True)]
+    batch = max(8, round(len(x) * COMPUTE_OVER_EXCHANGE * trial[1] / trial[0]))
+    x, y = torch.randn(2, batch, WIDTH)
+    measured = [measure() for _ in range(WARM_UP + rounds)][WARM_UP:]
+    how.world.comm.close()
+    return {
+        "batch": batch,
+        "compute_ms": statistics.median(a for a, _, _ in measured),
+        "exchange_ms": statistics.median(b for _, b, _ in measured),
+        "times_ms": [c for _, _, c in measured],
+        # Of each three, which whatever else the machine does has fallen on alike.
+        "hidden": statistics.median(1 - (c - a) / b for a, b, c in measured),
+        "error": error,
+    }
+
+
+# What runs all cases, round after round.
+
+
+class Case(NamedTuple):
+    """What is measured once a round, and what sets it apart."""
+
+    group: str
+    name: str
+    variables: dict[str, Any]
+    measure: Callable[[], Result]
+    ranks: int = 2
+
+
+def on_hosts(servers: int, mbits: float, seconds: float, run: Callable[..., Result]) -> Result:
+    """Our exchange on emulated hosts, and what a link of theirs carries before that."""
+    ranks = HOST_WORKERS + servers
+    with ps_hosts.hosts(ranks, mbits) as cluster:
+
+        def start(command: Sequence[str], seconds: float, each: Sequence[int] = ()) -> Any:
+            options = ps_hosts.BOTH_WAYS
+            return cluster.mpirun(each or [1] * ranks, command, seconds, options=options)
+
+        link = (sys.executable, "-m", "benchmarks.ps_hosts", "--rank", str(mbits))
+        done = start(link, seconds, [1, *[0] * (ranks - 2), 1])
+        if done.returncode:
+            return {"failed": done.stdout.strip()[-300:]}
+        result = run(start=start)
+    if "failed" in result:
+        return result
+    carries = json.loads(done.stdout.splitlines()[-1])["both_ways_MBps"]
+    total, largest = sum(result["server_MB"]), max(result["server_MB"])
+    bound = 1e3 * max(total, HOST_WORKERS * largest) / carries
+    return {
+        **result,
+        "link_MBps": carries,
+        "largest_share": largest * servers / total,
+        "bound_ms": bound,
+        "over_bound": result["median_ms"] / bound,
+        "goodput_MBps": 2e3 * HOST_WORKERS * total / result["median_ms"],
+        "bound_MBps": 2e3 * HOST_WORKERS * total / bound,
+    }
+
+
+def plan(arguments: argparse.Namespace, tree: Path | None) -> Iterator[Case]:
+    """All cases, in the order in which they run."""
+    limits = {"timeout_seconds": arguments.timeout}
+    peers = partial(ps_peers.run_case, rounds=arguments.repeats, **limits)
+    own = partial(peers, command=CHILD)
+    for name in ps_peers.CASES:
+        ranks = 1 if name in ps_peers.ALONE else 2
+        yield Case("exchange", name, {}, partial(peers, name), ranks)
+    for name in ps_lite.cases_of(tree) if tree else ():
+        measure = partial(ps_lite.run_case, tree, name, arguments.repeats, **limits)
+        yield Case("exchange", name, {}, measure)
+    for name, shared in (("messages", False), ("shared", True)):
+        options = {"shared_memory": shared}
+        variables = {"vector_MB": 4e-6 * DEPTH * WIDTH * (WIDTH + 1)}
+        measure = partial(own, "overlap", options=options)
+        yield Case("overlap", f"overlap_{name}", variables, measure)
+    for name in CODECS:
+        variables = {"compression": name}
+        yield Case("codecs", name, variables, partial(own, "coded", options=variables))
+    measure = partial(own, "encrypted")
+    yield Case("codecs", "encrypted", {"encrypted": True}, measure)
+    for servers in HOST_SERVERS:
+        options = {"servers": servers, "count": round(arguments.host_mb * 250_000)}
+        run = partial(own, "ours", options=options)
+        measure = partial(on_hosts, servers, arguments.mbits, arguments.timeout, run)
+        variables = {"workers": HOST_WORKERS, "servers": servers, "hosts": HOST_WORKERS + servers}
+        variables["link_Mbps"] = arguments.mbits
+        yield Case("hosts", f"hosts_{servers}", variables, measure, HOST_WORKERS + servers)
+
+
+def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """Those asked for, by group or name, and what they are compared with."""
+    known = [*FIELDS, *(case.name for case in cases)]
+    if unknown := ", ".join(set(names) - set(known)):
+        raise Error(f"there are no cases {unknown}.", hint=f"there are {', '.join(known)}.")
+    some = [case for case in cases if {case.group, case.name} & set(names)]
+    if any(case.group == "hosts" for case in some) and os.geteuid() != 0:
+        print("hosts: skipped; to emulate them needs root", flush=True)
+        some = [case for case in some if case.group != "hosts"]
+    base = {"messages"} if any(case.group == "codecs" for case in some) else set()
+    return [case for case in cases if case in some or case.name in base]
+
+
+def measured(cases: Sequence[Case], rounds: int) -> dict[str, list[Result]]:
+    """Results by case and round."""
+    results: dict[str, list[Result]] = {case.name: [] for case in cases}
+    for number in range(rounds):
+        for case in cases:
+            start = time.perf_counter()
+            result = case.measure()
+            results[case.name].append(result)
+            shown = f"{result['median_ms']:.1f} ms" if "median_ms" in result else result
+            took = time.perf_counter() - start
+            line = f"round {number + 1} of {rounds}: {case.name}: {shown} ({took:.1f} s)"
+            print(line, file=sys.stderr, flush=True)
+    return results
+
+
+# What is made of the results.
+
+
+def ratios(case: Case, number: int, results: dict[str, list[Result]]) -> Result:
+    """Of a case's round: to copies in the same process, and to messages in the same round."""
+    mine = results[case.name][number]
+    found = {}
+    if mine.get("memcpy_ms"):
+        found["over_memcpy"] = mine["median_ms"] / statistics.median(mine["memcpy_ms"])
+    if case.group in ("exchange", "codecs") and "messages" in results:
+        base = results["messages"][number]
+        if "median_ms" in base and base["bytes"] == mine["bytes"]:
+            found["over_messages"] = mine["median_ms"] / base["median_ms"]
+    return found
+
+
+def record_of(case: Case, results: dict[str, list[Result]]) -> dict[str, Any]:
+    """Of all rounds of a case: independent variables first; medians, least and largest."""
+    rounds = results[case.name]
+    record: dict[str, Any] = {"group": case.group, "case": case.name}
+    record |= {"workers": 1, "servers": 1, "hosts": 1}
+    record |= {"vector_MB": rounds[0].get("bytes", 0) / 1e6, **case.variables}
+    record["oversubscribed"] = case.ranks > cores()
+    good = [
+        {**each, **ratios(case, number, results)}
+        for number, each in enumerate(rounds)
+        if "failed" not in each
+    ]
+    record["rounds"] = len(good)
+    for key in dict.fromkeys(key for each in good for key in each):
+        values = [each[key] for each in good if key in each]
+        if key in ("times_ms", "memcpy_ms", "server_MB"):
+            record[key] = values
+        elif type(values[0]) in (int, float) and key not in ("rounds", "bytes"):
+            ends = statistics.median(values), min(values), max(values)
+            record |= {key + end: value for end, value in zip(ENDS, ends, strict=True)}
+    failures = [each["failed"] for each in rounds if "failed" in each]
+    return {**record, "failed": failures} if failures else record
+
+
+def verdicts(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Whether targets are met."""
+    found = []
+    by_name = {record["case"]: record for record in records}
+    for name, field, sign, bound in TARGETS:
+        value = by_name.get(name, {}).get(field)
+        if value is not None:
+            met = value >= bound if sign == ">=" else value <= bound
+            found.append({"case": name, field: value, "target": f"{sign} {bound:g}", "met": met})
+    return found
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """Medians of each group's cases, and from where to where the rounds' ratios go."""
+    lines = []
+    for group, fields in FIELDS.items():
+        rows = [[group, *fields]]
+        for record in (record for record in records if record["group"] == group):
+            cells = [cell(record, field) for field in fields]
+            rows.append([record["case"] + "*" * record["oversubscribed"], *cells])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows if len(rows) > 1 else ():
+            pairs = zip(row, widths, strict=True)
+            lines.append("  ".join(text.ljust(width) for text, width in pairs).rstrip())
+    return "\n".join([*lines, "* more ranks than cores"])
+
+
+def cell(record: dict[str, Any], field: str) -> str:
+    """Of the table."""
+    if field not in record:
+        return "failed" if "failed" in record else ""
+    return "{:.3g} ({:.3g}..{:.3g})".format(*(record[field + end] for end in ENDS))
+
+
+def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
+    """Times beside copies, times beside messages, and goodput over servers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    panels = ((axes[0], "exchange", "over_memcpy"), (axes[1], "codecs", "over_messages"))
+    for axis, group, field in panels:
+        bars = [each for each in records if each["group"] == group and field in each]
+        errors = [[abs(each[field + end] - each[field]) for each in bars] for end in ENDS[1:]]
+        names, sizes = [each["case"] for each in bars], [each[field] for each in bars]
+        axis.bar_label(axis.barh(names, sizes, xerr=errors), fmt="%.2g", padding=4)
+        axis.set(title=group, xlabel=f"time {field}".replace("_", " "))
+    points = [each for each in records if "goodput_MBps" in each]
+    for field, style in (("goodput_MBps", "o-"), ("bound_MBps", "k--")):
+        axes[2].plot([p["servers"] for p in points], [p[field] for p in points], style, label=field)
+    axes[2].set(title="hosts", xlabel="servers", ylabel="MB/s", ylim=(0, None))
+    axes[2].legend()
+    figure.savefig(file, dpi=150)
+
+
+def write(records: Sequence[dict[str, Any]], document: dict[str, Any], folder: Path) -> None:
+    """The files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ps.json").write_text(json.dumps(document, indent=2) + "\n")
+    flat = [{k: v for k, v in each.items() if not isinstance(v, list)} for each in records]
+    with (folder / "ps.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for each in flat for key in each)))
+        writer.writeheader()
+        writer.writerows(flat)
+    if importlib.util.find_spec("matplotlib") is not None:
+        plot(records, folder / "ps.png")
+
+
+def main() -> None:
+    """Run the cases asked for."""
+    if sys.argv[1:2] == ["--child"]:
+        encrypted = partial(ps_peers.ours, key=KEY, shared_memory=False)
+        cases = {"ours": ps_peers.ours, "coded": coded, "overlap": overlap, "encrypted": encrypted}
+        ps_peers.child(cases, *sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", default=",".join(FIELDS), help="groups, or cases of the table")
+    parser.add_argument("--rounds", type=int, default=2, help="of processes")
+    parser.add_argument("--repeats", type=int, default=12, help="timed in each process")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for each process")
+    parser.add_argument("--ps-lite", type=Path, help="folder with a checkout of ps-lite, to build")
+    parser.add_argument("--mbits", type=float, default=1000, help="of the emulated hosts' links")
+    parser.add_argument("--host-mb", type=float, default=10, help="of parameters on these hosts")
+    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a chart")
+    arguments = parser.parse_args()
+    names = ("hpctrain", "torch", "mpi4py", "numpy")
+    environment: dict[str, Any] = {name: importlib.metadata.version(name) for name in names}
+    environment |= {"python": platform.python_version(), "machine": platform.machine()}
+    environment |= {"cores": cores(), "load": os.getloadavg()[0], "repeats": arguments.repeats}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if arguments.ps_lite:
+                ps_lite.build(arguments.ps_lite, Path(folder))
+            tree = Path(folder) if arguments.ps_lite else None
+            cases = chosen(list(plan(arguments, tree)), arguments.cases.split(","))
+            results = measured(cases, arguments.rounds)
+        except Error as error:
+            raise SystemExit(str(error)) from error
+    records = [record_of(case, results) for case in cases]
+    targets = verdicts(records)
+    print(table(records))
+    for each in targets:
+        print(*each.values())
+    if arguments.out:
+        head = {"schema": 1, "benchmark": "ps", "environment": environment}
+        write(records, {**head, "targets": targets, "records": records}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
