@@ -230,7 +230,10 @@ class PsConfig(Section):
         0.0, ge=0, description="Lambda of DC-ASGD (Zheng et al., 2017); 0: none."
     )
     silence_seconds: float = Field(
-        10.0, gt=0, description="A worker or server that says nothing for so long is lost."
+        10.0,
+        gt=0,
+        description="A worker or server that says nothing for so long is lost; before training "
+        "has begun, 30 s are allowed at least.",
     )
     key_file: Path | None = Field(
         None,

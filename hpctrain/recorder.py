@@ -23,8 +23,8 @@ Kind = Literal["train", "validation", "exchange", "event"]
 class Recorder(Protocol):
     """Takes what happens during a run."""
 
-    def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
-        """Record values at a step."""
+    def write(self, kind: Kind, step: int, values: dict[str, Any], text: str = "") -> None:
+        """Record values at a step; the text is shown in their place, if there is one."""
 
     def say(self, text: str) -> None:
         """Tell the person who watches."""
@@ -39,7 +39,7 @@ class Recorder(Protocol):
 class Silent:
     """Records nothing."""
 
-    def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+    def write(self, kind: Kind, step: int, values: dict[str, Any], text: str = "") -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
@@ -72,8 +72,8 @@ class RunRecorder:
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
-    def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
-        """Record values at a step, and show them.
+    def write(self, kind: Kind, step: int, values: dict[str, Any], text: str = "") -> None:
+        """Record values at a step, and show them, or the text in their place.
 
         Raises:
             Error: The disk is full, or the like.
@@ -92,7 +92,7 @@ class RunRecorder:
             ) from error
         if kind == "exchange":
             return
-        text = " ".join(f"{name} {_short(value)}" for name, value in values.items())
+        text = text or " ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar is not None and kind == "train":
             self._bar.set_postfix_str(text)
         else:
@@ -141,9 +141,9 @@ class OnRankZero:
             self._made = self._make()
         return self._made
 
-    def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
-        """Record values at a step."""
-        self._recorder().write(kind, step, values)
+    def write(self, kind: Kind, step: int, values: dict[str, Any], text: str = "") -> None:
+        """Record values at a step; the text is shown in their place, if there is one."""
+        self._recorder().write(kind, step, values, text)
 
     def say(self, text: str) -> None:
         """Tell the person who watches."""

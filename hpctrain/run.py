@@ -104,9 +104,10 @@ def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], Non
         trainer = Trainer(config, task, how, store)
         trainer.join(joined)
     else:
-        snapshot = _prepare(out, config, store, say) if world.rank == 0 else None
+        prepares = world.rank == 0
+        snapshot = _prepare(out, config, store, say) if prepares else None
         trainer = Trainer(config, task, how, store)
-        trainer.restore(snapshot)
+        trainer.restore(snapshot, prepared=prepares)
     recorder: Recorder = OnRankZero(
         world, lambda: RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard)
     )
@@ -127,16 +128,18 @@ def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], Non
         recorder.close()
     # Nobody counts the run as done before everybody is.
     world.comm.barrier()
-    if world.rank == 0:
-        result = _result(trainer)
-        _write(out / RESULT, json.dumps(result, indent=2) + "\n")
-        metrics = trainer.state.counters.metrics
-        final = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        say(f"completed: {final}\n{out / RESULT}")
+    world.once(lambda: _complete(out, trainer, say))
     if config.data.stage_dir is not None and world.local_rank == 0:
         for path in _shard_sets(config):
             unstage(path, config.data.stage_dir)
     world.comm.close()
+
+
+def _complete(out: Path, trainer: Trainer, say: Callable[[str], None]) -> None:
+    _write(out / RESULT, json.dumps(_result(trainer), indent=2) + "\n")
+    metrics = trainer.state.counters.metrics
+    final = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    say(f"completed: {final}\n{out / RESULT}")
 
 
 def _shard_sets(config: RunConfig) -> list[Path]:

@@ -19,18 +19,22 @@ from hpctrain.config import RunConfig
 from hpctrain.data.batch import Batch
 from hpctrain.data.loader import Loader
 from hpctrain.data.random import key
-from hpctrain.errors import Error, nearest
+from hpctrain.errors import Error, PeerLost, nearest
 from hpctrain.launcher import ALONE
 from hpctrain.meter import Meter, total
 from hpctrain.recorder import Recorder
 from hpctrain.schedule import factor, peak_scale
-from hpctrain.state import TrainState
+from hpctrain.state import Counters, TrainState
 from hpctrain.strategies.base import DistributedOptimizer, Snapshot, Strategy
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.task import Task, TaskTransform
 from hpctrain.world import Even, World
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
+
+
+TELLING_SECONDS = 30.0
+"""So long after a loss was noticed it is told again, if rank 0 is lost, which may have told it."""
 
 
 class _Mark(NamedTuple):
@@ -87,6 +91,9 @@ class Trainer:
         self._mark = _Mark(0.0, 0, 0, 0.0, 0)
         self._start: dict[str, Any] = {}
         self._consumed = 0  # samples of this rank
+        self._stepped = 0.0  # when the last step, and what followed it, was over
+        self._untold: list[tuple[float, int, dict[str, Any]]] = []  # losses, and when noticed
+        self._leads = False  # whether rank 0 is this one, where it alone validates and saves
         self._lost = 0  # samples of all ranks whose shards cannot be read
         self.state = TrainState(model, optimizer, self._loader)
         if config.train.ema_decay is not None:
@@ -113,9 +120,21 @@ class Trainer:
         """Passes over the data done so far; whole at the end of an epoch."""
         return self._loader.epoch + self._loader.cursor / self._loader.samples
 
-    def restore(self, snapshot: Any | None) -> None:
-        """Take over rank 0's snapshot, if it has one; what other ranks pass is ignored."""
-        found = broadcast_tree(self.world.comm, {"snapshot": snapshot})["snapshot"]
+    def restore(self, snapshot: Any | None, *, prepared: bool = True) -> None:
+        """Take over rank 0's snapshot, if it has one; what other ranks pass is ignored.
+
+        Args:
+            snapshot: To go on from.
+            prepared: Whether this rank has looked for one.
+
+        Raises:
+            PeerLost: The rank that has looked for one is lost.
+        """
+        mine = {"snapshot": snapshot, "prepared": prepared}
+        told = broadcast_tree(self.world.comm, mine)
+        if not told["prepared"]:
+            raise PeerLost("the first rank was lost while it prepared the run.", hint="start anew.")
+        found = told["snapshot"]
         if found is not None:
             self.state.load_state_dict(found)
             reason = f"resumed at step {self.state.counters.step}"
@@ -163,10 +182,13 @@ class Trainer:
         self._skip(optimizer.missed)
         self.state.model.train()
         self._mark = self._now()
+        self._stepped = self._mark.seconds
+        self._leads = self.world.rank == 0
         while not self.finished:
             for batch in self._loader:
                 self._step(optimizer, batch)
                 recorder.advance(counters.step)
+                self._note_losses(optimizer, recorder)
                 epoch_ended = batch.stop == self._loader.samples
                 last = counters.step >= self.steps
                 if last or counters.step % self.config.log.every_steps == 0:
@@ -174,17 +196,43 @@ class Trainer:
                 if last and not lockstep:
                     break  # the others are not there yet
                 improved = False
-                if last or self._due(self.config.train.validate_every_steps, epoch_ended):
+                validates = last or self._due(self.config.train.validate_every_steps, epoch_ended)
+                if validates:
                     improved = self._validate(optimizer, recorder)
                 due = self._due(self.config.checkpoint.every_steps, epoch_ended)
                 if due or improved or self.finished:
                     self._save(optimizer, best=improved)
                 if self.finished:
                     break
+                if validates or due:
+                    self._stepped = time.monotonic()  # what that took is not the next step's
         if not lockstep:
             optimizer.finish()
-            self._save(optimizer, best=self._validate(optimizer, recorder))
+            self.world.once(lambda: self._conclude(optimizer, recorder))
+        self._note_losses(optimizer, recorder)
         self.store.wait()
+
+    def _conclude(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
+        self._note_losses(optimizer, recorder)
+        self._save(optimizer, best=self._validate(optimizer, recorder))
+        self.store.wait()
+
+    def _note_losses(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
+        """After a step: record who was lost."""
+        counters, now = self.state.counters, time.monotonic()
+        step_ms = round(1e3 * (now - self._stepped), 3)
+        self._stepped = now
+        for loss in optimizer.losses():
+            change = {"size": self.world.size, "reason": str(loss)}
+            counters.world.append({"step": counters.step, **change})
+            about = {"lost": loss.rank, "role": loss.role, "host": loss.host, "step_ms": step_ms}
+            self._untold.append((now, counters.step, {**change, **about}))
+        if self.world.rank == 0:
+            for _, step, values in self._untold:
+                recorder.write("event", step, values, values["reason"])
+            self._untold.clear()
+        elif self._untold:  # in case rank 0 is lost, too, and has not told
+            self._untold = [each for each in self._untold if now - each[0] < TELLING_SECONDS]
 
     def _log(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
         """Record the train metrics since the last time, over all ranks."""
@@ -285,6 +333,8 @@ class Trainer:
         if self._validation is None or not (lockstep or self.world.rank == 0):
             return False
         counters = self.state.counters
+        if not lockstep and not self._leads:
+            self._succeed()
         self._average_buffers()
         model = self.state.model if self.state.ema is None else self.state.ema
         training = model.training
@@ -316,6 +366,15 @@ class Trainer:
         if counters.stopped_early and not lockstep:
             self.world.comm.stop()
         return improved
+
+    def _succeed(self) -> None:
+        """Rank 0 is lost, and this is now: what it alone knew is in its last checkpoint."""
+        self._leads = True
+        newest = self.store.newest(lambda damage: None) if self.store.steps() else None
+        if newest is not None:
+            mine, its = self.state.counters, Counters(**newest["counters"])
+            mine.best, mine.validations_since_best = its.best, its.validations_since_best
+            mine.metrics = its.metrics | mine.metrics
 
     @contextlib.contextmanager
     def _parameters_of(self, snapshot: Snapshot | None) -> Iterator[None]:

@@ -6,7 +6,7 @@ The world is not a constant. Ask it each time: nothing may keep a rank or a size
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -244,6 +244,15 @@ class World:
     def local_size(self) -> int:
         """How many processes run on this host."""
         return self.comm.local_size
+
+    def once(self, action: Callable[[], None]) -> None:
+        """Have rank 0 do something while the others wait; if it is lost, the next one does it."""
+        done = torch.zeros(1)
+        while not done:
+            if first := self.rank == 0:
+                action()
+            done.fill_(first)
+            self.comm.all_reduce(done)
 
     def part(self, epoch: int, batch: int) -> Part:
         """What of an epoch's global batch of that number falls to this rank."""

@@ -24,7 +24,7 @@ from hpctrain.ps.codec import (
 )
 from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.layout import DTYPES, Layout
-from hpctrain.ps.link import Link
+from hpctrain.ps.link import STARTING_SECONDS, Link
 from hpctrain.ps.placement import Placement, place, without
 from hpctrain.ps.rules import Rule
 
@@ -154,6 +154,7 @@ class Client:
         # What tells the servers what is trained, and which workers do so unless they are lost.
         self._opening: Callable[[], None] | None = None
         self._before: set[int] = set()
+        self._begun = False
         self._questions: dict[int, tuple[wire.Ask, Any]] = {}
         self._answers: dict[int, wire.Answer] = {}
         self._asked = 0
@@ -406,10 +407,12 @@ class Client:
         paused = now - self._beaten > self.config.silence_seconds / 2 and self._beaten > 0
         self._beaten = now
         self._tell(wire.Beat())
+        silence = self.config.silence_seconds
+        limit = silence if self._begun else max(silence, STARTING_SECONDS)
         for link in list(self.servers.values()):
             if paused:  # this process was stopped: what the others sent is yet to be read
                 link.heard = now
-            elif now - link.heard > self.config.silence_seconds:
+            elif now - link.heard > limit:
                 self._lose(link.peer, f"it was silent for {now - link.heard:.1f} s")
 
     def _tell(self, message: wire.Message) -> None:
@@ -638,7 +641,7 @@ class Client:
         self.counted = max(self.counted, message.clock)
         self.norm = message.norm
         if not self._under_way and not self._ready and not self._left:
-            self._opening = None
+            self._opening, self._begun = None, True
             self._settled.set()
 
     def _keep_result(self, question: wire.Ask, answer: wire.Answer) -> None:

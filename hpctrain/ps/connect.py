@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -33,10 +34,13 @@ from hpctrain.ps.shared import Regions, region_bytes
 TO_SERVER, TO_WORKER, AMONG_SERVERS = 10, 20, 30
 PAGE = 4096
 CLOSING_SECONDS = 10.0
+NAME_BYTES = 64
 
 
 class Sharing:
     """Memory of the workers of a host, once all of its ranks have come to share it.
+
+    Where one of them is lost before, the others exchange messages instead.
 
     Args:
         node: The host's ranks.
@@ -45,7 +49,7 @@ class Sharing:
 
     Attributes:
         common: The worker whose weights all use, or None.
-        regions: The memory, once ``done``.
+        regions: The memory, once ``done``; empty where there is to be none.
     """
 
     def __init__(self, node: MPI.Intracomm, workers: dict[int, int], lockstep: bool) -> None:
@@ -57,6 +61,7 @@ class Sharing:
         self._size: int | None = None
         self._request: MPI.Request | None = None
         self._window: MPI.Win | None = None
+        self._agreement: tuple[Any, Any] | None = None
 
     def offer(self, size: int) -> None:
         """This rank's bytes."""
@@ -66,18 +71,33 @@ class Sharing:
         """True once, when the memory is there. Blocks only when every rank has come."""
         if self._size is None or self.done.is_set():
             return False
-        if self._request is None:
-            self._request = self._node.Ibarrier()
-        if not self._request.Test():
-            return False
-        window = self._window = MPI.Win.Allocate_shared(self._size, 1, comm=self._node)
         memory = {}
-        for worker, place in self._workers.items():
-            buffer, _ = window.Shared_query(place)
-            memory[worker] = torch.frombuffer(buffer, dtype=torch.uint8)
-        self.regions = Regions(memory, self.common)
+        try:
+            if self._request is None:
+                self._request = self._node.Ibarrier()
+            if not self._request.Test():
+                return False
+            window = self._window = MPI.Win.Allocate_shared(self._size, 1, comm=self._node)
+            for worker, place in self._workers.items():
+                buffer, _ = window.Shared_query(place)
+                memory[worker] = torch.frombuffer(buffer, dtype=torch.uint8)
+            whole = self._agree(True)
+        except MPI.Exception:
+            whole = self._agree(False)
+        if whole:
+            self.regions = Regions(memory, self.common)
         self.done.set()
         return True
+
+    def _agree(self, whole: bool) -> bool:
+        """Whether all live ranks of the host have the memory."""
+        flag = np.array([whole], np.int32)
+        # An MPI without agreement, or fault tolerance, ends the job when a rank is lost.
+        with contextlib.suppress(MPI.Exception, NotImplementedError):
+            self._agreement = (self._node.Iagree(flag), flag)
+            if whole:  # all have come; else the result is known already
+                self._agreement[0].Wait()
+        return bool(flag[0])
 
 
 class Ends:
@@ -132,6 +152,7 @@ class Ends:
         welcome = recruit.welcome
         self.me = welcome.number
         self._hosts: list[int] = []
+        self._names: list[str] = []
         workers = (*welcome.workers, self.me)
         self.roles = Roles(workers, tuple(welcome.servers))
         links: dict[int, Link] = {
@@ -150,6 +171,21 @@ class Ends:
                 "(Open MPI) or pmi2 (MPICH); `hpctrain doctor` tells more.",
             )
         self.me = world.rank
+        try:
+            self._gather(world)
+        except MPI.Exception as error:
+            raise PeerLost(
+                f"rank {self.me} on {os.uname().nodename}: another rank was lost before all had "
+                f"met: {' '.join(str(error).split())}.",
+                hint="its own log says more.",
+            ) from error
+        self.roles = assign(self._hosts, self.config.servers, colocate=self.config.colocate)
+        self._check()
+        self._make()
+        self._sharing = self._share()
+
+    def _gather(self, world: MPI.Intracomm) -> None:
+        """Find out where all ranks are."""
         self._meet(world, "all ranks")
         self._comm: MPI.Intracomm = world.Dup()
         self._node = cast(MPI.Intracomm, self._comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.me))
@@ -158,11 +194,15 @@ class Ends:
         self._node.Bcast(leader, root=0)
         self._comm.Allgather(leader, hosts)
         self._hosts = hosts.tolist()
+        names = np.zeros((world.size, NAME_BYTES), np.uint8)
+        name = os.uname().nodename.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")
+        self._comm.Allgather(np.frombuffer(name, np.uint8), names)
+        self._names = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in names]
         self._fence = Fence(self._comm, self._hosts)
-        self.roles = assign(self._hosts, self.config.servers, colocate=self.config.colocate)
-        self._check()
-        self._make()
-        self._sharing = self._share()
+
+    def host(self, rank: int) -> str:
+        """The name of a rank's host; empty where that is not known: one of them came later."""
+        return self._names[rank] if rank < len(self._names) else ""
 
     def _check(self) -> None:
         consistency = consistency_of(self.config)
@@ -303,7 +343,7 @@ class Ends:
     def _near(self) -> set[int]:
         if self._only_messages:
             return set()
-        if self._sharing is None:
+        if self._sharing is None or not self._sharing.regions.has(self.me):
             return {self.me} & set(self.roles.servers)
         here = self._hosts[self.me]
         return {server for server in self.roles.servers if self._hosts[server] == here}
@@ -336,8 +376,9 @@ class Ends:
     def _memory(self, layout: Layout) -> Regions:
         """This worker's memory, where its host's servers can reach it if there are any."""
         size = region_bytes(layout)
+        own = Regions({self.me: torch.zeros(2 * size, dtype=torch.uint8)})
         if self._sharing is None:
-            return Regions({self.me: torch.zeros(2 * size, dtype=torch.uint8)})
+            return own
         borrows = self._sharing.common not in (None, self.me)
         self._sharing.offer(size if borrows else 2 * size)
         self._wake()
@@ -349,7 +390,7 @@ class Ends:
                     "host to share memory.",
                     hint="did one of them fail? Its own log says more.",
                 )
-        return self._sharing.regions
+        return self._sharing.regions if self._sharing.regions.has(self.me) else own
 
     def serve(self) -> None:
         """Serve until every worker has left; for a rank that only serves.

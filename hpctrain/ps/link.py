@@ -27,6 +27,10 @@ AHEAD_BYTES = 32 * 2**20
 """Payloads of a link being received at a time: enough to keep a network busy, not the memory."""
 
 
+STARTING_SECONDS = 30.0
+"""Who is yet to begin may be silent for so long at least: imports hold up all of a process."""
+
+
 class Receiver(Protocol):
     """Who a link's messages are for."""
 
@@ -245,7 +249,10 @@ class MPILink(Link):
         return self.failed is not None or not self._sending
 
     def _fail(self, error: MPI.Exception) -> None:
-        self.failed = " ".join(str(error).split())
+        if error.Get_error_class() == MPI.ERR_PROC_FAILED:
+            self.failed = "its process ended"
+        else:
+            self.failed = " ".join(str(error).split())
 
 
 class LocalLink(Link):

@@ -16,7 +16,7 @@ from hpctrain.ps.codec import decode_rows, encode_rows, make_codec, rows_capacit
 from hpctrain.ps.consistency import Apply, Replayed, Schedule, consistency_of
 from hpctrain.ps.coordinator import Coordinator
 from hpctrain.ps.layout import Layout, Slice
-from hpctrain.ps.link import Link
+from hpctrain.ps.link import STARTING_SECONDS, Link
 from hpctrain.ps.order_log import Entry, OrderLog
 from hpctrain.ps.placement import Placement, place, without
 from hpctrain.ps.rules import Rule, rule_named
@@ -171,6 +171,7 @@ class Server:
         self._beaten = 0.0
         self.lost = False
         self._on_lost = on_lost
+        self._begun: set[int] = set()  # workers that have asked for weights
         self._resting: set[int] = set()  # workers that push nothing more, lost ones too
         self._opened = False
         self._completed = False  # whether a worker has done all of its steps
@@ -225,7 +226,8 @@ class Server:
             beat = wire.Beat(self.coordinator.stop)
             self._tell(beat)
         for link in [*self.workers.values(), *self.servers.values(), *self.newcomers.values()]:
-            if now - link.heard > silence:
+            begun = link.peer in self._begun or (link.peer in self.servers and self._opened)
+            if now - link.heard > (silence if begun else max(silence, STARTING_SECONDS)):
                 self._lose(link.peer, f"it was silent for {now - link.heard:.1f} s")
         for peer, (link, reason) in list(self._forgotten.items()):
             if link.poll(_Deaf()):
@@ -382,6 +384,7 @@ class Server:
             return
         if worker not in self.workers:
             return
+        self._begun.add(worker)
         for index in message.slices:
             if not self.primary(index):
                 # The worker found out before this server that their primary is gone.
@@ -495,6 +498,8 @@ class Server:
             if isinstance(action, Apply):
                 if action.workers:
                     self._apply(held, [held.pushes.pop(worker) for worker in action.workers])
+                else:
+                    self._pass_over(held)
                 if snapshots.active:
                     snapshots.moved(held)
             else:
@@ -509,16 +514,39 @@ class Server:
             self._aggregate(held, pushes)
             if self.clip_norm is not None:
                 held.blocked = True
-                round_ = held.schedule.version - 1
-                index = held.piece.number
-                square = float(pushes[0].gradient.double().square().sum())
-                self._aggregated[index] = pushes
-                self._norms[round_][index] = square
-                for link in self.servers.values():
-                    link.send(wire.Norms(round_, [index], [square]))
-                self._clip(round_)
+                self._aggregated[held.piece.number] = pushes
+                self._tell_norm(held, float(pushes[0].gradient.double().square().sum()))
                 return
         self._update(held, pushes)
+
+    def _pass_over(self, held: Held) -> None:
+        """A round goes by without an update of this slice."""
+        message = wire.Replicate(held.piece.number, held.schedule.version - 1, [], 1.0, [], None)
+        for replica in held.replicas:
+            self.servers[replica].send(message)
+        if self.clip_norm is not None:
+            self._tell_norm(held, 0.0)
+
+    def _tell_norm(self, held: Held, square: float) -> None:
+        index, round_ = held.piece.number, held.schedule.version - 1
+        self._norms[round_][index] = square
+        for link in self.servers.values():
+            link.send(wire.Norms(round_, [index], [square]))
+        self._clip(round_)
+
+    def _drop_orphans(self) -> None:
+        """Lost workers' pushes that wait for the norms of a round that nobody else takes part in.
+
+        Its other slices will not be pushed, so it goes by without an update.
+        """
+        for index, pushes in list(self._aggregated.items()):
+            if all(push.worker not in self.workers for push in pushes):
+                held = self.held[index]
+                del self._aggregated[index]
+                held.blocked = False
+                for push in pushes:
+                    self._free(held, push)
+                self._pass_over(held)
 
     def _aggregate(self, held: Held, pushes: list[Pushed]) -> None:
         """The mean over samples of a round's gradients, in the first of their buffers."""
@@ -732,6 +760,7 @@ class Server:
         worker = link.peer
         self.newcomers.pop(worker, None)
         self.workers[worker] = link
+        self._begun.add(worker)
         for index, held in self.held.items():
             held.schedule.join(worker)
             if self.primary(index):
@@ -769,6 +798,7 @@ class Server:
             held.schedule.leave(worker)
             held.pushes.pop(worker, None)
             held.delayed = [other for other in held.delayed if other != worker]
+        self._drop_orphans()
         self.snapshots.left(worker)
         for held in list(self.held.values()):
             if self.primary(held.piece.number):

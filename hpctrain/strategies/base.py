@@ -25,6 +25,30 @@ class Snapshot(NamedTuple):
     optimizer: dict[str, Any]
 
 
+class Loss(NamedTuple):
+    """A rank that is lost, and that the others go on without.
+
+    Attributes:
+        rank: Its number.
+        role: ``worker``, ``server``, or both.
+        host: Its host's name, or nothing where that is not known.
+        reason: How that was noticed.
+        others: Who goes on.
+    """
+
+    rank: int
+    role: str
+    host: str
+    reason: str
+    others: str
+
+    def __str__(self) -> str:
+        where = f" on {self.host}" if self.host else ""
+        return (
+            f"{self.role} {self.rank}{where} was lost ({self.reason}); going on with {self.others}"
+        )
+
+
 class DistributedOptimizer(torch.optim.Optimizer):
     """An optimizer around the user's own, which makes the replicas agree in ``step()``.
 
@@ -100,6 +124,10 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def finish(self) -> None:
         """After this rank's last step: wait for the others', and take the world's parameters."""
+
+    def losses(self) -> list[Loss]:
+        """Who was lost since the last time."""
+        return []
 
     def statistics(self) -> dict[str, Any]:
         """What the strategy has to say since the last time, for the recorder."""

@@ -190,7 +190,9 @@ class Simulation:
         return self
 
     def kill(self, number):
-        """From one moment to the next nothing comes or goes."""
+        """From one moment to the next nothing comes or goes; a server that is done is not lost."""
+        if number in self.servers and self.servers[number].done:
+            return
         self.dead.add(number)
         for (a, b), pair in [*self.links.items(), *self.between.items()]:
             if number in (a, b):

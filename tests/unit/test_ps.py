@@ -51,7 +51,8 @@ def difference(one, two):
 @given(
     workers=st.integers(1, 4), servers=st.integers(1, 3), near=st.booleans(),
     slice_bytes=st.sampled_from([64, 200, 4096]), name=st.sampled_from(sorted(OPTIMIZERS)),
-    clip=st.sampled_from([None, 0.5]), replicas=st.integers(0, 1), groups=st.integers(1, 2), seed=st.integers(0, 10**6),
+    clip=st.sampled_from([None, 0.5]), replicas=st.integers(0, 1), groups=st.integers(1, 2),
+    seed=st.integers(0, 10**6),
 )  # fmt: skip
 def test_sync_is_single_with_the_whole_batch(
     workers, servers, slice_bytes, name, near, clip, replicas, groups, seed

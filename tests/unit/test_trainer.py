@@ -47,7 +47,7 @@ class Recorded(Silent):
     def __init__(self):
         self.lines = []
 
-    def write(self, kind, step, values):
+    def write(self, kind, step, values, text=""):
         self.lines.append((kind, step, values))
 
 

@@ -1,0 +1,120 @@
+"""Workers and servers of a parameter server are killed and stopped, and the others go on."""
+
+import time
+
+import pytest
+
+from benchmarks.ps_kills import Run
+from hpctrain.process import mpirun, run
+from tests.e2e.conftest import result_of
+
+FAULT_TOLERANT = (*mpirun(1), "--with-ft", "ulfm", "true")
+pytestmark = pytest.mark.skipif(
+    run(FAULT_TOLERANT, timeout_seconds=60).returncode != 0, reason="an MPI without --with-ft"
+)
+EPOCHS = 8
+STEPS = EPOCHS * 23
+HIT_AT = 30
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts runs, and ends whatever is left of them."""
+    runs = []
+
+    def start(workers, servers=1, *arguments, epochs=EPOCHS):
+        options = ("digits", "--epochs", epochs, "--servers", servers, *arguments)
+        runs.append(Run(tmp_path, workers + servers, *options))
+        return runs[-1]
+
+    yield start
+    for each in runs:
+        each.end()
+
+
+def events(job):
+    return [line for line in job.metrics() if line["kind"] == "event" and "lost" in line]
+
+
+def complaints(job):
+    return [line for line in job.output().splitlines() if line.startswith("hpctrain: error:")]
+
+
+def assert_completed(job):
+    assert job.wait() == "", job.output()
+    result = result_of(job.folder / "run")
+    assert job.process.returncode == 0
+    assert result["metrics"]["final"]["val_accuracy"] > 0.9
+    assert job.metrics()[-1]["step"] == result["steps"]
+    return result
+
+
+# Worker 0 writes the records and the checkpoints; another does when it is lost.
+@pytest.mark.parametrize(
+    ("consistency", "rank"), [("sync", 0), ("async", 1), ("ssp:2", 1), ("backup:1", 0)]
+)
+def test_a_killed_worker(start, consistency, rank):
+    job = start(2, 1, "--consistency", consistency)
+    assert job.reached(HIT_AT) and job.hit(rank, "SIGKILL")
+    result = assert_completed(job)
+    assert [(e["lost"], e["role"], e["size"]) for e in events(job)] == [(rank, "worker", 1)]
+    assert f"worker {rank} on " in job.output()
+    assert "was lost (its process ended); going on with 1 worker" in job.output()
+    assert [change["size"] for change in result["world"]] == [2, 1]
+    assert (job.folder / "run" / "checkpoints" / f"step-{STEPS:08d}").is_dir()
+
+
+def test_a_stopped_worker_and_a_resume(start):
+    """The process lives, its sockets too, and only the clock tells."""
+    job = start(3, 1, "--set", "ps.silence_seconds=1.5")
+    assert job.reached(HIT_AT) and job.hit(2, "SIGSTOP")
+    assert_completed(job)
+    (event,) = events(job)
+    assert event["lost"] == 2 and "silent for " in event["reason"]
+    assert event["step_ms"] > 1000
+    again = start(2, 1, "--resume", "auto", epochs=EPOCHS + 2)
+    result = assert_completed(again)
+    assert result["steps"] == STEPS + 2 * 23
+    assert [change["size"] for change in result["world"]] == [3, 2, 2]
+
+
+def test_two_workers_at_once(start):
+    job = start(3, 1)
+    assert job.reached(HIT_AT) and job.hit(0, "SIGKILL") and job.hit(1, "SIGKILL")
+    assert_completed(job)
+    assert {event["lost"] for event in events(job)} == {0, 1}
+
+
+def test_the_last_worker(start):
+    job = start(1, 2, "--replicas", 1)
+    assert job.reached(HIT_AT) and job.hit(0, "SIGKILL")
+    assert job.wait() == "", job.output()
+    assert job.process.returncode != 0
+    assert not (job.folder / "run" / "result.json").exists()
+    assert all("worker is gone: worker 0" in line for line in complaints(job))
+    assert complaints(job) and "Traceback" not in job.output()
+
+
+def test_a_killed_server_changes_nothing(start):
+    """With replicas, and in lockstep: not a bit."""
+    job = start(2, 2, "--replicas", 1)
+    assert job.reached(HIT_AT) and job.hit(2, "SIGKILL")  # the coordinator
+    result = assert_completed(job)
+    assert [(e["lost"], e["role"], e["size"]) for e in events(job)] == [(2, "server", 2)]
+    (job.folder / "run").rename(job.folder / "before")
+    whole = assert_completed(start(2, 2, "--replicas", 1))
+    assert result["parameters_sha256"] == whole["parameters_sha256"]
+
+
+def test_a_killed_server_without_replicas(start):
+    job = start(2, 2)
+    assert job.reached(HIT_AT) and job.hit(3, "SIGKILL")
+    begin = time.monotonic()
+    assert job.wait() == "", job.output()
+    assert time.monotonic() - begin < 30
+    assert job.process.returncode != 0
+    assert not (job.folder / "run" / "result.json").exists()
+    assert "Traceback" not in job.output()
+    lines = complaints(job)
+    assert len(lines) == 3  # of both workers, and of the other server
+    assert all("server 3 is lost" in line and "ps.replicas=1" in line for line in lines)
