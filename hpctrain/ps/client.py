@@ -95,6 +95,7 @@ class Client:
         on_lost: Called with the number of each peer that is lost.
 
     Attributes:
+        place: Among the workers; this worker's number unless it is set.
         clock: Steps pushed.
         versions: Of each slice's weights here.
         newest: The highest version a server has spoken of.
@@ -119,6 +120,7 @@ class Client:
         on_lost: Callable[[int], None] = lambda peer: None,
     ) -> None:
         self.me = me
+        self.place = me
         self.servers = servers
         self.config = config
         self.near = set(near)
@@ -235,7 +237,7 @@ class Client:
             hyper: For each parameter group the update rule's numbers.
         """
         every = self.config.pull_every
-        interval = every if isinstance(every, int) else every[self.me % len(every)]
+        interval = every if isinstance(every, int) else every[self.place % len(every)]
         pull = (self.clock + 1) % interval == 0
         step = Step(self.clock, self.newest, weight, hyper, pull)
         self._sparse = {}

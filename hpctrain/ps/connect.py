@@ -268,6 +268,7 @@ class Ends:
             self.client = Client(
                 self.me, links, self.config, wake=self._wake, on_lost=self._fence.cut_off
             )
+            self.client.place = self.roles.workers.index(self.me)
 
     def _greet(self, comm: MPI.Comm, number: int) -> None:
         assert self.server is not None
