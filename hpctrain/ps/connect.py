@@ -156,7 +156,7 @@ class Ends:
         workers = (*welcome.workers, self.me)
         self.roles = Roles(workers, tuple(welcome.servers))
         links: dict[int, Link] = {
-            number: MPILink(comm, 0, number, (TO_SERVER, TO_WORKER), self._cipher)
+            number: MPILink(comm, 0, self.me, number, (TO_SERVER, TO_WORKER), self._cipher)
             for number, comm in recruit.comms.items()
         }
         self.client = Client(self.me, links, self.config, wake=self._wake)
@@ -272,10 +272,11 @@ class Ends:
 
     def _greet(self, comm: MPI.Comm, number: int) -> None:
         assert self.server is not None
-        self.server.greet(MPILink(comm, 0, number, (TO_WORKER, TO_SERVER), self._cipher))
+        tags = (TO_WORKER, TO_SERVER)
+        self.server.greet(MPILink(comm, 0, self.me, number, tags, self._cipher))
 
     def _link(self, peer: int, to: int, from_: int) -> MPILink:
-        return MPILink(self._comm, peer, peer, (to, from_), self._cipher)
+        return MPILink(self._comm, peer, self.me, peer, (to, from_), self._cipher)
 
     # A worker's.
 

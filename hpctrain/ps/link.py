@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -92,6 +92,7 @@ class MPILink(Link):
     Args:
         comm: The communicator; errors must return (mpi4py's default).
         rank: The peer's rank in it.
+        me: This end's number.
         peer: The peer's number.
         tags: For messages to the peer, and from it; the next number of each is for payloads.
         cipher: Seals everything, where there is one.
@@ -101,6 +102,7 @@ class MPILink(Link):
         self,
         comm: MPI.Comm,
         rank: int,
+        me: int,
         peer: int,
         tags: tuple[int, int],
         cipher: Cipher | None = None,
@@ -110,7 +112,10 @@ class MPILink(Link):
         self._rank = rank
         self._to, self._from = tags
         self._cipher = cipher
-        self._sent = self._opened = 0
+        self._me = me
+        # By tag, because headers may overtake payloads.
+        self._sent: Counter[int] = Counter()
+        self._opened: Counter[int] = Counter()
         self._sending: deque[tuple[MPI.Request, Any]] = deque()
         self._incoming: deque[_Incoming] = deque()
         self._ahead = 0
@@ -135,30 +140,29 @@ class MPILink(Link):
             header = wire.encode(wire.Long(len(header)))
         parts += [_bytes(payload) for payload in payloads]
         try:
-            self._start(self._seal(header), self._to)
+            self._start(header, self._to)
             for part in parts:
-                self._start(self._seal(part), self._to + 1)
+                self._start(part, self._to + 1)
                 self.sent_bytes += len(part)
         except MPI.Exception as error:
             self._fail(error)
 
     def _start(self, data: Any, tag: int) -> None:
+        if self._cipher is not None:
+            # Numbered, and with both ends, so that a message can be neither repeated nor moved.
+            self._sent[tag] += 1
+            place = (self._me, self.peer, tag, self._sent[tag])
+            data = self._cipher.seal(data, b"%d>%d:%d:%d" % place)
         request = self._comm.Isend([data, MPI.BYTE], self._rank, tag)
         self._sending.append((request, data))
         self.unsent_bytes += len(data)
 
-    def _seal(self, data: Any) -> Any:
+    def _open(self, data: Any, tag: int) -> Any:
         if self._cipher is None:
             return data
-        # Numbered, so that a message can be neither repeated nor moved.
-        self._sent += 1
-        return self._cipher.seal(data, b"%d:%d" % (self._to, self._sent))
-
-    def _open(self, data: Any) -> Any:
-        if self._cipher is None:
-            return data
-        self._opened += 1
-        return self._cipher.open(data, b"%d:%d" % (self._from, self._opened), f"rank {self.peer}")
+        self._opened[tag] += 1
+        place = (self.peer, self._me, tag, self._opened[tag])
+        return self._cipher.open(data, b"%d>%d:%d:%d" % place, f"rank {self.peer}")
 
     def poll(self, receiver: Receiver) -> bool:
         """Move on; True where something happened."""
@@ -191,7 +195,7 @@ class MPILink(Link):
         data = bytes(self._header[: self._status.Get_count(MPI.BYTE)])
         self._next.Start()
         self.heard = time.monotonic()
-        self._announced(self._decode(self._open(data)), receiver)
+        self._announced(self._decode(self._open(data, self._from)), receiver)
         return True
 
     def _decode(self, data: Any) -> wire.Message:
@@ -230,7 +234,7 @@ class MPILink(Link):
                 self.heard = time.monotonic()
                 buffer = first.buffers[first.done]
                 if sealed is not None:
-                    _bytes(buffer)[:] = memoryview(self._open(sealed))
+                    _bytes(buffer)[:] = memoryview(self._open(sealed, self._from + 1))
                 first.done += 1
                 moved = True
                 if not isinstance(first.message, wire.Long):

@@ -265,13 +265,13 @@ def test_sparse_gradients_move_as_rows(hpctrain):
     task.write_text(WORDS)
     fixed = (task, "--dtype", "float64", "--lr", 0.5, *QUIET)
     single = alone(hpctrain.folder / "single", *fixed)
-    # Only rows that occur are pushed; what is pulled, where memory is not shared, is whole slices.
-    for shared_memory, least in (("true", 100), ("false", 1.9)):
+    # Only rows that occur are pushed, and pulled but for the first time.
+    for shared_memory, least in (("true", 100), ("false", 20)):
         arguments, ranks = ps(2, 1, f"ps.shared_memory={shared_memory}")
         hpctrain.train(*fixed, "--out", shared_memory, *arguments, ranks=ranks)
         folder = hpctrain.folder / shared_memory
         assert_same(saved(folder), single)
-        assert lines(folder, "exchange")[0]["compression"] > least
+        assert lines(folder, "exchange")[-1]["compression"] > least
 
 
 WITH_A_KEY_ON_RANK_1 = """\
@@ -284,7 +284,7 @@ exec "$@"
 @pytest.mark.parametrize(
     ("common", "message"),
     [
-        ({"HPCTRAIN_PS_KEY": "ab" * 32}, "a message from rank 1 is not authentic"),
+        ({"HPCTRAIN_PS_KEY": "ab" * 32}, "is not authentic"),
         ({}, "rank 1 sent what is no message"),
     ],
     ids=["two keys", "one key"],
@@ -301,8 +301,12 @@ def test_another_key_on_one_rank(hpctrain, common, message):
         cwd=hpctrain.folder,
         env={**os.environ, **common},
     )
-    line = complaint(result)
-    assert message in line and "give every rank the same key" in line
+    assert result.returncode == 2, result.stdout
+    assert "Traceback" not in result.stdout
+    # Both ends of a link notice; the launcher may end one before it has said so.
+    lines = [line for line in result.stdout.splitlines() if line.startswith("hpctrain: error:")]
+    assert lines and all("give every rank the same key" in line for line in lines), result.stdout
+    assert any(message in line for line in lines), result.stdout
 
 
 OTHER_OPTIMIZER = """
