@@ -109,6 +109,7 @@ class Run:
             start_new_session=True,
         )
         self.ranks: dict[int, psutil.Process] = {}
+        self._others_there = time.monotonic()
 
     def __enter__(self) -> Run:
         return self
@@ -153,14 +154,31 @@ class Run:
 
     def wait(self, seconds: float = END_SECONDS) -> str:
         """Wait for the end; what is wrong with it, if anything."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            states = {rank: p.status() for rank, p in self.ranks.items() if p.is_running()}
-            return f"hangs: {states}"
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None:
+            if time.monotonic() > deadline:
+                return f"hangs: {self._states()}"
+            self._end_last_stopped()
+            time.sleep(0.05)
         _, alive = psutil.wait_procs(list(self.ranks.values()), timeout=GONE_SECONDS)
         left = [rank for rank, process in self.ranks.items() if process in alive]
         return f"ranks {left} are left" if left else ""
+
+    def _states(self) -> dict[int, str]:
+        states = {}
+        for rank, process in self.ranks.items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                states[rank] = process.status()
+        return {rank: state for rank, state in states.items() if state != psutil.STATUS_ZOMBIE}
+
+    def _end_last_stopped(self) -> None:
+        """End who was stopped as it was about to end, when nobody else is there to end it."""
+        states = self._states()
+        if set(states.values()) != {psutil.STATUS_STOPPED}:
+            self._others_there = time.monotonic()
+        elif time.monotonic() - self._others_there > GONE_SECONDS / 2:
+            for rank in states:
+                self.hit(rank, "SIGKILL")
 
     def result(self) -> dict[str, Any] | None:
         """Of a run that has come to its end."""

@@ -205,7 +205,7 @@ class Trainer:
                 if self.finished:
                     break
                 if validates or due:
-                    self._stepped = time.monotonic()  # what that took is not the next step's
+                    self._note_losses(optimizer, recorder)
         if not lockstep:
             optimizer.finish()
             self.world.once(lambda: self._conclude(optimizer, recorder))

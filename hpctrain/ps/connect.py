@@ -34,6 +34,7 @@ from hpctrain.ps.shared import Regions, region_bytes
 TO_SERVER, TO_WORKER, AMONG_SERVERS = 10, 20, 30
 PAGE = 4096
 CLOSING_SECONDS = 10.0
+ENDING_LOOK_SECONDS = 2e-3
 NAME_BYTES = 64
 
 
@@ -141,6 +142,7 @@ class Ends:
         self._loop: Loop | None = None
         self._sharing: Sharing | None = None
         self._recruiter: Recruiter | None = None
+        self._parted = False  # whether a rank was lost after all had done their work
         self.recruit = Recruit() if spawned() else None
         if self.recruit is not None:
             self._join(self.recruit)
@@ -412,6 +414,7 @@ class Ends:
                 waiter.wait(server.poll())
         self._drain([server])
         self._part()
+        self._end_together()
 
     def close(self) -> None:
         """Leave: a worker has done all of its steps. Nothing may be called afterwards."""
@@ -424,6 +427,7 @@ class Ends:
             self._loop.end()
             self._drain([part for part in (self.client, self.server) if part is not None])
             self._part()
+            self._end_together()
 
     def _part(self) -> None:
         for end in (self.recruit, self._recruiter):
@@ -447,11 +451,29 @@ class Ends:
                 part.poll()
             waiter.wait(False)
 
+    def _end_together(self) -> None:
+        """Wait until all ranks have come to their end: without one of them MPI cannot be ended."""
+        if self.recruit is not None or self._lost_any:
+            return
+        try:
+            request = self._comm.Ibarrier()
+            deadline = time.monotonic() + self._timeout_seconds
+            while not request.Test():
+                if time.monotonic() > deadline:
+                    raise MPI.Exception(MPI.ERR_PENDING)
+                self._fence.cut_off_stopped(self.config.silence_seconds)
+                time.sleep(ENDING_LOOK_SECONDS)
+        except MPI.Exception:
+            self._parted = True
+
+    @property
+    def _lost_any(self) -> bool:
+        return any(part is not None and bool(part.lost) for part in (self.client, self.server))
+
     @property
     def lost(self) -> bool:
-        """Whether a rank was lost: MPI cannot be ended in good order then."""
-        lost = bool(self.client and self.client.lost)
-        return lost or bool(self.server and self.server.lost)
+        """Whether a rank was lost, or may be yet: MPI's end would wait for it without a bound."""
+        return self._lost_any or self._parted or "OMPI_MCA_mpi_ft_enable" in os.environ
 
     def _meet(self, comm: MPI.Comm, whom: str) -> None:
         """A barrier that gives up: what follows blocks until all have come."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ class Fence:
         everyone = np.zeros((comm.size, len(mine)), np.int64)
         comm.Allgather(mine, everyone)
         self._identities = everyone.tolist()
+        self._stopped: dict[int, float] = {}
+        self._looked = 0.0
 
     def cut_off(self, peer: int) -> None:
         """End the process of that rank, if it is of this host and still the same process."""
@@ -38,6 +41,27 @@ class Fence:
         if peer != self._me and list(_identity(pid)) == self._identities[peer]:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+
+    def cut_off_stopped(self, seconds: float) -> None:
+        """End the processes of this host that are seen to be stopped for so long; ask often."""
+        now = time.monotonic()
+        if now - self._looked < seconds / 8:
+            return
+        if now - self._looked > seconds / 2:  # this process was stopped, too, or looks first
+            self._stopped.clear()
+        self._looked = now
+        for peer, (pid, *_) in enumerate(self._identities):
+            if self._hosts[peer] != self._hosts[self._me] or _state(pid) not in ("T", "t"):
+                self._stopped.pop(peer, None)
+            elif now - self._stopped.setdefault(peer, now) > seconds:
+                self.cut_off(peer)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _identity(pid: int) -> tuple[int, int, int]:
