@@ -36,6 +36,12 @@ class PeerLost(Error):  # noqa: N818 - an event of distributed life, not a mista
     exit_code = 1
 
 
+class Dismissed(Error):  # noqa: N818 - nothing went wrong
+    """The run was over before this process could take part in it."""
+
+    exit_code = 0
+
+
 def nearest(name: str, names: Iterable[str], listing: str = "") -> str:
     """A hint that offers the name closest to a misspelt one, or says which there are.
 

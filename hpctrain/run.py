@@ -25,7 +25,7 @@ from typing import Any
 from hpctrain.checkpoint import CheckpointStore, load_verified
 from hpctrain.config import Layer, RunConfig, put, resolve
 from hpctrain.data.stage import stage, unstage
-from hpctrain.errors import Error
+from hpctrain.errors import Dismissed, Error
 from hpctrain.files import write_text
 from hpctrain.recorder import OnRankZero, Recorder, RunRecorder, plain
 from hpctrain.state import parameters_sha256
@@ -80,15 +80,25 @@ def run(config: RunConfig, say: Callable[[str], None]) -> None:
         ps=config.ps,
         timeout_seconds=config.timeout_seconds,
     )
+    try:
+        _take_part(config, task, how, say)
+    except Dismissed as news:
+        say(news.message)
+        how.world.comm.close()
+
+
+def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]) -> None:
     if config.world_size is not None and how.joined is None:
-        world.require(config.world_size)
+        how.world.require(config.world_size)
     if isinstance(how, Serving) and how.serves:
         how.serve()
         return
     try:
         _work(config, task, how, say)
+    except Dismissed:
+        raise
     except BaseException as error:
-        how.world.comm.abort(f"rank {world.launch.rank}: {type(error).__name__}: {error}")
+        how.world.comm.abort(f"rank {how.world.launch.rank}: {type(error).__name__}: {error}")
         raise
 
 

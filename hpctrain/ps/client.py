@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hpctrain.config import PsConfig
-from hpctrain.errors import Error, PeerLost
+from hpctrain.errors import Dismissed, Error, PeerLost
 from hpctrain.ps import wire
 from hpctrain.ps.codec import (
     ErrorFeedback,
@@ -339,7 +339,9 @@ class Client:
         event = threading.Event()
         threads = torch.get_num_threads()
         self._do(lambda: self._leave(event, threads))
-        self._await(event)
+        event.wait()
+        if self._error is not None and not isinstance(self._error, Dismissed):
+            raise self._error
 
     def abort(self, reason: str) -> None:
         """Tell the servers that this worker failed, so that the run ends for everybody."""
@@ -625,6 +627,8 @@ class Client:
                     hint="was this process stopped, or its host? A longer ps.silence_seconds "
                     "allows for more.",
                 )
+            case wire.Over():
+                raise Dismissed(f"worker {self.me}: the run was over before it could take part.")
             case wire.Abort():
                 raise message.error()
             case _:

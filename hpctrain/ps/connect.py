@@ -406,7 +406,7 @@ class Ends:
         server = self.server
         waiter = Waiter()
         with torch.no_grad():
-            while not server.done:
+            while not (server.done and self._nobody_comes):
                 if self._sharing is not None and self._sharing.poll():
                     server.regions = self._sharing.regions
                 if self._recruiter is not None:
@@ -416,13 +416,17 @@ class Ends:
         self._part()
         self._end_together()
 
+    @property
+    def _nobody_comes(self) -> bool:
+        return self._recruiter is None or self._recruiter.over
+
     def close(self) -> None:
         """Leave: a worker has done all of its steps. Nothing may be called afterwards."""
         if self.client is not None and self._loop is not None:
             self.client.leave()
             if self.server is not None:
                 server = self.server
-                while not server.done and self._loop.is_alive():
+                while not (server.done and self._nobody_comes) and self._loop.is_alive():
                     time.sleep(1e-3)
             self._loop.end()
             self._drain([part for part in (self.client, self.server) if part is not None])

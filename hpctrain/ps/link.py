@@ -202,7 +202,7 @@ class MPILink(Link):
         try:
             message: wire.Message = wire.decode(data)
             return message
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError) as error:  # ValueError: text that is not UTF-8
             raise Error(
                 f"rank {self.peer} sent what is no message: {error}.",
                 hint="give every rank the same key, or none, and the same hpctrain.",

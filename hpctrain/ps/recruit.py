@@ -53,6 +53,9 @@ class Recruiter:
         server: Whose.
         wanted: Workers to have.
         link: Makes a link with a worker: its communicator and number.
+
+    Attributes:
+        over: Whether the server has no worker left, and none to expect.
     """
 
     def __init__(self, server: Server, wanted: int, link: Callable[[MPI.Comm, int], None]) -> None:
@@ -63,6 +66,10 @@ class Recruiter:
         self._next = max([*server.workers, server.me, *server.servers]) + 1
         self._awaited: dict[int, float] = {}
         self._comms: list[MPI.Intercomm] = []
+        self._threads: list[threading.Thread] = []
+        self._dismissed: set[int] = set()
+        self._ended: float | None = None
+        self.over = False
 
     def poll(self) -> bool:
         """Move on; True where something happened."""
@@ -86,12 +93,33 @@ class Recruiter:
             for link in server.servers.values() if port else ():
                 link.send(wire.Recruited(number, port))
             moved = True
+        if server.done and not self.over:
+            self._end()
         return moved
+
+    def _end(self) -> None:
+        """The run is over: who was about to join is told so, and parted from in good order."""
+        server = self._server
+        self._ended = self._ended or time.monotonic()
+        busy = any(thread.is_alive() for thread in self._threads) or not self._ready.empty()
+        if server.coordinates and not busy:
+            for number, link in server.newcomers.items():
+                if number not in self._dismissed:
+                    link.send(wire.Over())
+                    self._dismissed.add(number)
+            if not server.over:
+                server.over = True
+                for link in server.servers.values():
+                    link.send(wire.Over())
+        late = time.monotonic() - self._ended > START_SECONDS
+        self.over = late or (server.over and not busy and not server.newcomers)
 
     def _begin(self, number: int, action: Callable[[], None]) -> None:
         self._next = max(self._next, number + 1)
         self._awaited[number] = time.monotonic()
-        threading.Thread(target=action, name="hpctrain-recruit", daemon=True).start()
+        thread = threading.Thread(target=action, name="hpctrain-recruit", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _spawn(self, number: int) -> None:
         server = self._server

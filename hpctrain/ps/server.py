@@ -62,7 +62,6 @@ class Held:
         row_versions: Where gradients come as rows: the version that last changed each row.
         reads: Version that each worker has.
         blocked: An update is under way that waits for other servers.
-        whole: It is all here; else it is being copied.
     """
 
     piece: Slice
@@ -79,7 +78,6 @@ class Held:
     sent: dict[int, torch.Tensor] = field(default_factory=dict)
     log: list[Entry] = field(default_factory=list)
     blocked: bool = False
-    whole: bool = False
     norm: float | None = None
     row_versions: torch.Tensor | None = None
     reads: dict[int, int] = field(default_factory=dict)
@@ -114,6 +112,7 @@ class Server:
         done: Whether every worker has left.
         newcomers: Links with workers that are getting ready to join.
         ports: New workers to connect with, and where.
+        over: Whether no other new workers will come.
         lost: Whether any worker or server was lost.
         delays: How many pushes were applied to weights so many updates newer than those they were
             computed with.
@@ -146,6 +145,7 @@ class Server:
         )
         self.newcomers: dict[int, Link] = {}
         self.ports: list[tuple[int, str]] = []
+        self.over = False
         self.held: dict[int, Held] = {}
         self.layout: Layout | None = None
         self.sizes: list[int] = []
@@ -165,6 +165,7 @@ class Server:
         self._outbox_bytes: Counter[int] = Counter()
         self._norms: defaultdict[int, dict[int, float]] = defaultdict(dict)
         self._aggregated: dict[int, list[Pushed]] = {}
+        self._copies: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._deferred: list[Callable[[], None]] = []
         self._forgotten: dict[int, tuple[Link, str]] = {}
         self._housekept = 0.0
@@ -248,13 +249,7 @@ class Server:
         if isinstance(message, wire.Open):
             return self._open(message)
         if isinstance(message, wire.Copy):
-            if self.layout is None:
-                raise PeerLost("a server was lost while the run began.", hint="start it again.")
-            held = self._hold(message.slice, message.version)
-            held.steps = message.steps
-            held.log = list(message.log)
-            held.schedule.applied = dict(message.applied)
-            return [held.weights, *held.state.values()]
+            return [self._buffer(size) for size in message.sizes]
         return []
 
     def payload(self, link: Link, message: wire.Message, number: int, buffer: torch.Tensor) -> None:
@@ -268,6 +263,8 @@ class Server:
             held.changed(push.rows, message.version + 1)
             if push.rows is None:
                 self._recycle(buffer)
+        elif isinstance(message, wire.Copy):
+            self._copies[message.slice].append(buffer)
 
     def message(self, link: Link, message: wire.Message) -> None:
         """A message has come whole."""
@@ -290,12 +287,9 @@ class Server:
                 held.acknowledged[link.peer] = message.version
                 self._answer_delayed(held)
             case wire.Copy():
-                self.held[message.slice].whole = True
-                link.send(wire.Replicated(message.slice, message.version))
+                self._copied(link, message, self._copies.pop(message.slice))
             case wire.Open() if not self._opened:
                 self._opened = True
-                for held in self.held.values():
-                    held.whole = True
                 for lost in self.lost_servers:
                     self._inherit(lost)
                 self._do_deferred()
@@ -311,6 +305,8 @@ class Server:
                 self._leave(link.peer, message.threads)
             case wire.Recruited():
                 self.ports.append((message.worker, message.port))
+            case wire.Over():
+                self.over = True
             case wire.Join():
                 self._join(link)
             case wire.Abort():
@@ -373,6 +369,19 @@ class Server:
             held.row_versions = torch.full((piece.elements // flat.width,), version)
         self.held[index] = held
         return held
+
+    def _copied(self, link: Link, message: wire.Copy, buffers: list[torch.Tensor]) -> None:
+        if not self._opened:  # nobody has told this server yet what is trained
+            self._deferred.append(lambda: self._copied(link, message, buffers))
+            return
+        held = self._hold(message.slice, message.version)
+        held.steps = message.steps
+        held.log = list(message.log)
+        held.schedule.applied = dict(message.applied)
+        for tensor, buffer in zip([held.weights, *held.state.values()], buffers, strict=True):
+            tensor.copy_(buffer.view(tensor.dtype))
+            self._recycle(buffer)
+        link.send(wire.Replicated(message.slice, message.version))
 
     def primary(self, index: int) -> bool:
         """Whether this server is the one that updates a slice."""
@@ -770,6 +779,8 @@ class Server:
             other.send(wire.Joined(worker))
 
     def _leave(self, worker: int, threads: int) -> None:
+        if self.newcomers.pop(worker, None) is not None:
+            return
         self._completed = True
         self.order.left(worker, threads)
         self._forget_worker(worker)
@@ -850,11 +861,12 @@ class Server:
         gone = self.lost_servers[: self.lost_servers.index(lost) + 1]
         survivors = [server for server in self.initial_servers if server not in gone]
         self.placement = without(before, self.sizes, lost, survivors)
-        whole = {index for index, held in self.held.items() if held.whole}
         mine = {index for index, holders in enumerate(self.placement) if holders[0] == self.me}
-        if mine - whole:  # another server was lost just before, and they were yet to be copied
+        if missing := mine - set(
+            self.held
+        ):  # another server was lost just before, and they were yet to be copied
             raise PeerLost(
-                f"server {lost} is lost, and with it the only whole copy of {len(mine - whole)} "
+                f"server {lost} is lost, and with it the only whole copy of {len(missing)} "
                 "slices of the parameters.",
                 hint="more ps.replicas survive more losses at a time; now, go on from a "
                 "checkpoint.",
@@ -884,12 +896,13 @@ class Server:
                 held.acknowledged[replica] = known[replica]
             elif replica in self.servers:
                 held.acknowledged[replica] = 0
+                copies = [tensor.clone() for tensor in (held.weights, *held.state.values())]
                 self.servers[replica].send(
                     wire.Copy(
-                        index, held.schedule.version, held.steps,
-                        dict(held.schedule.applied), held.log,
+                        index, held.schedule.version, held.steps, dict(held.schedule.applied),
+                        held.log, [tensor.nbytes for tensor in copies],
                     ),
-                    [held.weights.clone(), *(tensor.clone() for tensor in held.state.values())],
+                    copies,
                 )  # fmt: skip
         self._answer_delayed(held)
         self.run(held)

@@ -128,6 +128,7 @@ class Copy(Message):
         steps: Updates its state has had.
         applied: Worker and clock after its last push.
         log: All pushes so far, for a record of their order.
+        sizes: Of the payloads, in bytes.
     """
 
     slice: int
@@ -135,6 +136,7 @@ class Copy(Message):
     steps: int
     applied: dict[int, int]
     log: list[tuple[int, int, int, int]]
+    sizes: list[int]
 
 
 class Replicated(Message):
@@ -241,6 +243,10 @@ class Recruited(Message):
     port: str
 
 
+class Over(Message):
+    """The run is over: to workers that came too late, and to servers: nobody else will come."""
+
+
 class Join(Message):
     """A new worker is ready to take part; wants all weights."""
 
@@ -296,7 +302,7 @@ class Long(Message):
 Known = (
     Open | Push | Pull | Weights | Norms | Replicate | Copy | Replicated | Freeze | Frozen | Cut
     | Kept | Fetch | Part | Ask | Answer | Decided | Beat | Lost | Joined | Rest | Leave | Forgotten
-    | Abort | Long | Recruited | Join
+    | Abort | Long | Recruited | Over | Join
 )  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode

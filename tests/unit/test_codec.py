@@ -56,7 +56,7 @@ def test_int8(dtype, length, seed):
     error = (round_trip(make_codec("int8"), gradient) - gradient).abs()
     for block, errors in zip(gradient.split(256), error.split(256), strict=True):
         if len(block):
-            assert errors.max() <= block.abs().max() / 254 * (1 + 1e-5)
+            assert errors.max() <= block.abs().max() / 254 * (1 + 1e-4)
 
 
 def test_int8_of_next_to_nothing():

@@ -5,7 +5,7 @@ import threading
 import types
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hpctrain.ps import wire
@@ -123,6 +123,10 @@ class Lossy(Simulation):
     consistency=st.sampled_from(["sync", "async", "ssp:2", "backup:1"]),
     losses=st.lists(st.tuples(st.booleans(), st.integers(0, 1500)), min_size=1, max_size=3),
     near=st.booleans(), clip=st.booleans(),
+)  # fmt: skip
+@example(  # a server is lost, and the worker that was telling the others what is trained
+    workers=4, servers=4, seed=6946, consistency="ssp:2", losses=[(True, 9), (True, 9)],
+    near=False, clip=False,
 )  # fmt: skip
 def test_whoever_is_lost_the_others_go_on(workers, servers, seed, consistency, losses, near, clip):
     def make():
