@@ -188,7 +188,7 @@ class Trainer:
             for batch in self._loader:
                 self._step(optimizer, batch)
                 recorder.advance(counters.step)
-                self._note_losses(optimizer, recorder)
+                self._note_changes(optimizer, recorder)
                 epoch_ended = batch.stop == self._loader.samples
                 last = counters.step >= self.steps
                 if last or counters.step % self.config.log.every_steps == 0:
@@ -205,28 +205,29 @@ class Trainer:
                 if self.finished:
                     break
                 if validates or due:
-                    self._note_losses(optimizer, recorder)
+                    self._note_changes(optimizer, recorder)
         if not lockstep:
             optimizer.finish()
             self.world.once(lambda: self._conclude(optimizer, recorder))
-        self._note_losses(optimizer, recorder)
+        self._note_changes(optimizer, recorder)
         self.store.wait()
 
     def _conclude(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
-        self._note_losses(optimizer, recorder)
+        self._note_changes(optimizer, recorder)
         self._save(optimizer, best=self._validate(optimizer, recorder))
         self.store.wait()
 
-    def _note_losses(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
-        """After a step: record who was lost."""
+    def _note_changes(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
+        """After a step: record who was lost, and who joined."""
         counters, now = self.state.counters, time.monotonic()
         step_ms = round(1e3 * (now - self._stepped), 3)
         self._stepped = now
-        for loss in optimizer.losses():
-            change = {"size": self.world.size, "reason": str(loss)}
-            counters.world.append({"step": counters.step, **change})
-            about = {"lost": loss.rank, "role": loss.role, "host": loss.host, "step_ms": step_ms}
-            self._untold.append((now, counters.step, {**change, **about}))
+        for change in optimizer.changes():
+            size = {"size": self.world.size, "reason": str(change)}
+            counters.world.append({"step": counters.step, **size})
+            what = "joined" if change.lost is None else "lost"
+            about = {"role": change.role, "host": change.host, "step_ms": step_ms}
+            self._untold.append((now, counters.step, {**size, what: change.rank, **about}))
         if self.world.rank == 0:
             for _, step, values in self._untold:
                 recorder.write("event", step, values, values["reason"])

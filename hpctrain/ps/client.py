@@ -619,8 +619,10 @@ class Client:
                 self.stopped |= message.stop
             case wire.Lost():
                 self._lose(message.peer, message.reason)
-            case wire.Joined():
+            case wire.Joined() if message.worker not in self.joined:
                 self.joined.append(message.worker)
+            case wire.Joined():  # another server has said so before
+                pass
             case wire.Forgotten():
                 raise PeerLost(
                     f"the servers went on without worker {self.me}: {message.reason}.",

@@ -24,7 +24,7 @@ from hpctrain.ps.layout import Layout
 from hpctrain.ps.link import Link, LocalLink, MPILink
 from hpctrain.ps.loop import Loop, Waiter
 from hpctrain.ps.order_log import Record, check_unused
-from hpctrain.ps.recruit import Recruit, Recruiter, spawned
+from hpctrain.ps.recruit import Recruit, Recruiter, fault_tolerant, spawned
 from hpctrain.ps.roles import Roles, assign
 from hpctrain.ps.rules import Rule
 from hpctrain.ps.server import Server
@@ -477,7 +477,7 @@ class Ends:
     @property
     def lost(self) -> bool:
         """Whether a rank was lost, or may be yet: MPI's end would wait for it without a bound."""
-        return self._lost_any or self._parted or "OMPI_MCA_mpi_ft_enable" in os.environ
+        return self._lost_any or self._parted or fault_tolerant()
 
     def _meet(self, comm: MPI.Comm, whom: str) -> None:
         """A barrier that gives up: what follows blocks until all have come."""

@@ -25,28 +25,27 @@ class Snapshot(NamedTuple):
     optimizer: dict[str, Any]
 
 
-class Loss(NamedTuple):
-    """A rank that is lost, and that the others go on without.
+class Change(NamedTuple):
+    """A rank that is lost, and that the others go on without, or one that joined them.
 
     Attributes:
         rank: Its number.
         role: ``worker``, ``server``, or both.
         host: Its host's name, or nothing where that is not known.
-        reason: How that was noticed.
-        others: Who goes on.
+        lost: How a loss was noticed; None: it joined.
+        all: Who goes on.
     """
 
     rank: int
     role: str
     host: str
-    reason: str
-    others: str
+    lost: str | None
+    all: str
 
     def __str__(self) -> str:
         where = f" on {self.host}" if self.host else ""
-        return (
-            f"{self.role} {self.rank}{where} was lost ({self.reason}); going on with {self.others}"
-        )
+        what = "joined" if self.lost is None else f"was lost ({self.lost})"
+        return f"{self.role} {self.rank}{where} {what}; going on with {self.all}"
 
 
 class DistributedOptimizer(torch.optim.Optimizer):
@@ -125,7 +124,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def finish(self) -> None:
         """After this rank's last step: wait for the others', and take the world's parameters."""
 
-    def losses(self) -> list[Loss]:
+    def changes(self) -> list[Change]:
         """Who was lost since the last time."""
         return []
 

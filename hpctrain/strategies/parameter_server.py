@@ -20,7 +20,7 @@ from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.coordinator import AGAIN
 from hpctrain.ps.layout import Layout, Parameter, slice_bytes_for
 from hpctrain.ps.rules import rule_of
-from hpctrain.strategies.base import DistributedOptimizer, Loss, Snapshot, check_trainable
+from hpctrain.strategies.base import Change, DistributedOptimizer, Snapshot, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.strategies.views import adopt, dense_view
 from hpctrain.world import Part, World, part_of
@@ -171,6 +171,7 @@ class PsOptimizer(DistributedOptimizer):
             ends.record.check_layout(self._layout)
         self._client = self._open(clip_norm)
         self._told = 0 if ends.recruit is None else len(self._client.lost)
+        self._met = 0  # of those that joined later
         self._host_weights = self._views(self._client.weights)
         self._host_gradients = self._views(self._client.gradients)
         # On a GPU, parameters and gradients stay there; the flats are where they are sent from.
@@ -402,23 +403,25 @@ class PsOptimizer(DistributedOptimizer):
                 state[numbers[parameter]] = entry
         return Snapshot(weights, {**self.inner.state_dict(), "state": state})
 
-    def losses(self) -> list[Loss]:
-        """Who was lost since the last time."""
+    def changes(self) -> list[Change]:
+        """Who was lost, and who joined, since the last time."""
         client, roles = self._client, self._ends.roles
+        news: list[tuple[int, str | None]] = [(rank, None) for rank in client.joined[self._met :]]
+        self._met += len(news)
         lost = list(client.lost.items())[self._told :]
         self._told += len(lost)
         found = []
-        for rank, reason in lost:
+        for rank, reason in [*news, *lost]:
             # Whoever came later works.
             works = rank in roles.workers or rank not in roles.servers
             counts = {"worker": self._comm.size} if works else {}
             counts |= {"server": len(client.servers)} if rank in roles.servers else {}
             found.append(
-                Loss(
+                Change(
                     rank,
                     " and ".join(counts),
                     self._ends.host(rank),
-                    reason.removeprefix("it was "),
+                    None if reason is None else reason.removeprefix("it was "),
                     " and ".join(f"{n} {role}{'s' * (n != 1)}" for role, n in counts.items()),
                 )
             )

@@ -118,3 +118,23 @@ def test_a_killed_server_without_replicas(start):
     assert complaints(job)  # of all three, or of as many as mpirun lets speak
     for line in complaints(job):
         assert "server 3 is lost" in line and "ps.replicas=1" in line
+
+
+def changes(result):
+    return [(change["size"], " ".join(change["reason"].split()[:2])) for change in result["world"]]
+
+
+def test_a_new_worker_for_a_lost_one(start):
+    """It imports and builds its model while the others go on, and then has a share of the work."""
+    job = start(2, 2, "--set", "ps.workers=2", epochs=60)
+    assert job.reached(HIT_AT) and job.hit(1, "SIGKILL")
+    result = assert_completed(job)
+    assert changes(result) == [(2, "start"), (1, "worker 1"), (2, "worker 4")]
+    assert "worker 4 joined; going on with 2 workers" in job.output()
+
+
+def test_a_new_worker_that_comes_too_late(start):
+    job = start(1, 2, "--set", "ps.workers=2", epochs=2)
+    result = assert_completed(job)
+    assert changes(result) == [(1, "start")]
+    assert "worker 3: the run was over before it could take part." in job.output()
