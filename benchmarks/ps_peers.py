@@ -267,7 +267,7 @@ def ours(
     rule = rule_of(optimizer)
     hyper = [rule.hyper(optimizer.param_groups[0])]
     client = ends.open(layout, rule, weights=[torch.zeros(count)])
-    client.moved_bytes = 0  # what opening took
+    client.exchange.moved_bytes = 0  # what opening took
     comm, workers = PsCommunicator(ends, 0, 1), len(ends.roles.workers)
     scale = 2 * (comm.rank + 1) / (workers + 1)
     mine = pattern(count) * scale if gradient is None else gradient
@@ -289,9 +289,9 @@ def ours(
         target = expected(layout, steps)
         error = float((weights - target).abs().max() / target.abs().max())
     loads = dict.fromkeys(ends.roles.servers, 0)
-    for holders, size in zip(client.placement, client.sizes, strict=True):
+    for holders, size in zip(client.exchange.placement, layout.sizes(), strict=True):
         loads[holders[0]] += size
-    result["moved_MB"] = client.moved_bytes / steps / 1e6
+    result["moved_MB"] = client.exchange.moved_bytes / steps / 1e6
     result["server_MB"] = [load / 1e6 for load in loads.values()]
     ends.close()
     errors = MPI.COMM_WORLD.gather(error)

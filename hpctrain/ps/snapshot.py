@@ -16,8 +16,9 @@ import torch
 from hpctrain.ps import wire
 
 if TYPE_CHECKING:
+    from hpctrain.ps.held import Held
     from hpctrain.ps.link import Link
-    from hpctrain.ps.server import Held, Server
+    from hpctrain.ps.server import Server
 
 Copies = dict[int, tuple[list[torch.Tensor], int]]
 """By slice: its weights and state, and the updates that these have had."""
@@ -169,7 +170,7 @@ class Snapshots:
             action()
         for held in list(self._server.held.values()):
             if self._server.primary(held.piece.number):
-                self._server.run(held)
+                self._server.updates.run(held)
         self._finish()
 
     def _finish(self) -> None:
@@ -193,7 +194,7 @@ class Snapshots:
             action()
         for held in list(self._server.held.values()):
             if self._server.primary(held.piece.number):
-                self._server.run(held)
+                self._server.updates.run(held)
 
 
 class Recalled(Snapshots):

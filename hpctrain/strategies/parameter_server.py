@@ -14,10 +14,10 @@ from hpctrain import process
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.client import Client, dtype_name
-from hpctrain.ps.client import Snapshot as ServerSnapshot
 from hpctrain.ps.connect import Ends
 from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.coordinator import AGAIN
+from hpctrain.ps.fetching import Snapshot as ServerSnapshot
 from hpctrain.ps.layout import Layout, Parameter, slice_bytes_for
 from hpctrain.ps.rules import rule_of
 from hpctrain.strategies.base import Change, DistributedOptimizer, Snapshot, check_trainable
@@ -434,10 +434,10 @@ class PsOptimizer(DistributedOptimizer):
         """
         client = self._client
         mine = {f"staleness.{lead}": float(count) for lead, count in client.leads.items()}
-        mine |= {"moved_bytes": float(client.moved_bytes)}
-        mine |= {"dense_bytes": float(client.dense_bytes)}
+        mine |= {"moved_bytes": float(client.exchange.moved_bytes)}
+        mine |= {"dense_bytes": float(client.exchange.dense_bytes)}
         client.leads.clear()
-        client.moved_bytes = client.dense_bytes = 0
+        client.exchange.moved_bytes = client.exchange.dense_bytes = 0
         sums = self._comm.give("statistics", mine)
         values: dict[str, Any] = {}
         for name in ("delay", "staleness"):

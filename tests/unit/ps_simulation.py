@@ -155,15 +155,15 @@ class Simulation:
     def _take_snapshot(self, client):
         answer = threading.Event()
         question = wire.Ask(10**6, "snapshot", None, clock=client.clock)
-        client._do(lambda: client._ask(question, answer))
+        client._do(lambda: client._questions.ask(question, answer))
         while not answer.is_set():
             yield
         fetched = threading.Event()
-        number = client._answers.pop(question.number).value
-        client._do(lambda: client._fetch(number, fetched))
+        number = client._questions.answers.pop(question.number).value
+        client._do(lambda: client._fetching.fetch(number, fetched))
         while not fetched.is_set():
             yield
-        self.snapshot = client._snapshot
+        self.snapshot = client._fetching.snapshot
 
     def run(self, steps, choose=None, faults=(), **options):
         """Until every worker has done its steps; ``faults`` are (tick, callable)."""

@@ -96,25 +96,25 @@ class Lossy(Simulation):
     def _take_whole_snapshot(self, client):
         while not (yield from self._whole_snapshot(client)):
             pass
-        found = client._snapshot
+        found = client._fetching.snapshot
         self.snapshots.append((client.clock, found.steps, self.gather(found.weights)))
 
     def _ask(self, client, what, value=None, data=b""):
         event = threading.Event()
         client._asked += 1
         question = wire.Ask(client._asked, what, value, data)
-        client._do(lambda: client._ask(question, event))
+        client._do(lambda: client._questions.ask(question, event))
         while not event.is_set():
             yield
-        return client._answers.pop(question.number)
+        return client._questions.answers.pop(question.number)
 
     def _whole_snapshot(self, client):
         answer = yield from self._ask(client, "snapshot")
         event = threading.Event()
-        client._do(lambda: client._fetch(answer.value, event))
+        client._do(lambda: client._fetching.fetch(answer.value, event))
         while not event.is_set():
             yield
-        return sum(len(part.slices) for part in client._parts.values()) == len(self.layout.slices)
+        return client._fetching.complete
 
 
 @settings(max_examples=300, deadline=None, phases=PHASES)
