@@ -82,11 +82,12 @@ def train(config_path: str | None, settings: tuple[str, ...], **flags: str | Non
     `hpctrain config [TASK]` lists every key with its meaning and value.
 
     \b
-    Exit codes: 0 completed (result.json is there), 2 something you can put right, 1 anything else.
+    Exit codes: 0 completed (result.json is there), 75 asked to stop (--resume auto goes on),
+    2 something you can put right, 1 anything else.
     """
     from hpctrain.run import configure, run
 
-    run(configure(_layers(config_path, settings, flags)), say=click.echo)
+    sys.exit(run(configure(_layers(config_path, settings, flags)), say=click.echo))
 
 
 _FLAG_KEYS = {

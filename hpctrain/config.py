@@ -161,6 +161,16 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="Newest checkpoints kept; the best one is kept besides.")
 
 
+class InterruptConfig(Section):
+    """Being asked to stop before the end."""
+
+    signal: str = Field(
+        "USR1",
+        description="Signal on which a checkpoint is saved and the run ends with exit code 75; a "
+        "file `stop` in the run folder does the same. Some versions of NCCL use USR1 themselves.",
+    )
+
+
 class LogConfig(Section):
     """What the recorder writes."""
 
@@ -274,6 +284,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    interrupt: InterruptConfig = Field(default_factory=InterruptConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     horovod: HorovodConfig = Field(default_factory=HorovodConfig)
     ps: PsConfig = Field(default_factory=PsConfig)

@@ -7,6 +7,7 @@ What a run folder holds::
     tensorboard/      the same for TensorBoard
     checkpoints/      the newest few, and `best`
     result.json       written last, and only at success: its being there is the proof
+    interrupted.json  instead of it, where the run was asked to stop before its end
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hpctrain.config import Layer, RunConfig, put, resolve
 from hpctrain.data.stage import stage, unstage
 from hpctrain.errors import Dismissed, Error
 from hpctrain.files import write_text
+from hpctrain.interruption import EXIT_CODE, INTERRUPTED, STOP, Interruption
 from hpctrain.recorder import OnRankZero, Recorder, RunRecorder, plain
 from hpctrain.state import parameters_sha256
 from hpctrain.strategies import strategy
@@ -56,12 +58,15 @@ def configure(layers: list[tuple[str, Layer]]) -> RunConfig:
     return resolve([(f"defaults of task {spec}", defaults), *layers])
 
 
-def run(config: RunConfig, say: Callable[[str], None]) -> None:
+def run(config: RunConfig, say: Callable[[str], None]) -> int:
     """Train, on every rank of the world this process was started in.
 
     Args:
         config: Resolved; the same on every rank.
         say: Tells the person who watches.
+
+    Returns:
+        The exit code: 0, or ``interruption.EXIT_CODE`` where the run was asked to stop.
 
     Raises:
         Error: The configuration does not fit this machine, data, or world.
@@ -81,20 +86,21 @@ def run(config: RunConfig, say: Callable[[str], None]) -> None:
         timeout_seconds=config.timeout_seconds,
     )
     try:
-        _take_part(config, task, how, say)
+        return _take_part(config, task, how, say)
     except Dismissed as news:
         say(news.message)
         how.world.comm.close()
+        return 0
 
 
-def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]) -> None:
+def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]) -> int:
     if config.world_size is not None and how.joined is None:
         how.world.require(config.world_size)
     if isinstance(how, Serving) and how.serves:
         how.serve()
-        return
+        return 0
     try:
-        _work(config, task, how, say)
+        return _work(config, task, how, say)
     except Dismissed:
         raise
     except BaseException as error:
@@ -102,7 +108,7 @@ def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str]
         raise
 
 
-def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]) -> None:
+def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]) -> int:
     world = how.world
     joined = how.joined
     if joined is not None:
@@ -127,9 +133,12 @@ def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], Non
         f"step {start.step} of {trainer.steps}, in {out}"
     )
     for change in start.world[-1:]:
-        recorder.write("event", start.step, {"size": change["size"], "reason": change["reason"]})
+        values = {"size": change["size"], "reason": change["reason"], "steps": trainer.steps}
+        recorder.write("event", start.step, values)
+    every = config.log.every_steps if config.ps.workers is not None else None
+    interruption = Interruption(out, config.interrupt.signal, every)
     try:
-        trainer.run(recorder)
+        trainer.run(recorder, interruption)
     except BaseException:
         with contextlib.suppress(Error):
             store.wait()  # whatever ended the run, what is being saved is worth having
@@ -138,11 +147,16 @@ def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], Non
         recorder.close()
     # Nobody counts the run as done before everybody is.
     world.comm.barrier()
+    if trainer.interrupted:
+        world.once(lambda: _interrupt(out, trainer, say))
+        world.comm.close()
+        return EXIT_CODE
     world.once(lambda: _complete(out, trainer, say))
     if config.data.stage_dir is not None and world.local_rank == 0:
         for path in _shard_sets(config):
             unstage(path, config.data.stage_dir)
     world.comm.close()
+    return 0
 
 
 def _complete(out: Path, trainer: Trainer, say: Callable[[str], None]) -> None:
@@ -150,6 +164,14 @@ def _complete(out: Path, trainer: Trainer, say: Callable[[str], None]) -> None:
     metrics = trainer.state.counters.metrics
     final = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     say(f"completed: {final}\n{out / RESULT}")
+
+
+def _interrupt(out: Path, trainer: Trainer, say: Callable[[str], None]) -> None:
+    step = trainer.state.counters.step
+    _write(out / INTERRUPTED, json.dumps({"step": step, "steps": trainer.steps}) + "\n")
+    say(
+        f"interrupted: step {step} of {trainer.steps} is saved; to go on: --out {out} --resume auto"
+    )
 
 
 def _shard_sets(config: RunConfig) -> list[Path]:
@@ -181,7 +203,8 @@ def _prepare(
     snapshot = _snapshot(out, config, store, say)
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
-        (out / RESULT).unlink(missing_ok=True)
+        for name in (RESULT, INTERRUPTED, STOP):
+            (out / name).unlink(missing_ok=True)
         store.clean()
     except OSError as error:
         raise _unwritable(out, error) from error

@@ -20,6 +20,7 @@ from hpctrain.data.batch import Batch
 from hpctrain.data.loader import Loader
 from hpctrain.data.random import key
 from hpctrain.errors import Error, PeerLost, nearest
+from hpctrain.interruption import Interruption
 from hpctrain.launcher import ALONE
 from hpctrain.meter import Meter, total
 from hpctrain.recorder import Recorder
@@ -55,6 +56,9 @@ class Trainer:
         task: The user's side.
         strategy: Connected: how the world's replicas agree.
         store: Where checkpoints go; rank 0 alone writes there.
+
+    Attributes:
+        interrupted: Whether the run was asked to stop, and did before its end.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Trainer:
         self._untold: list[tuple[float, int, dict[str, Any]]] = []  # losses, and when noticed
         self._leads = False  # whether rank 0 is this one, where it alone validates and saves
         self._lost = 0  # samples of all ranks whose shards cannot be read
+        self.interrupted = False
         self.state = TrainState(model, optimizer, self._loader)
         if config.train.ema_decay is not None:
             self.state.ema = AveragedModel(
@@ -113,7 +118,8 @@ class Trainer:
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         counters = self.state.counters
-        return counters.step >= self.steps or counters.stopped_early or self.strategy.stopped
+        ended = counters.step >= self.steps or counters.stopped_early
+        return ended or self.strategy.stopped or self.interrupted
 
     @property
     def epochs(self) -> float:
@@ -167,8 +173,8 @@ class Trainer:
         self.state.counters.step, self.state.counters.samples = start["step"], start["samples"]
         self._train_meter.names, self._validation_meter.names = start["metrics"]
 
-    def run(self, recorder: Recorder) -> None:
-        """Train from the present state to the end of the run.
+    def run(self, recorder: Recorder, interruption: Interruption | None = None) -> None:
+        """Train from the present state to the end of the run, or until asked to stop.
 
         Raises:
             PeerLost: Another rank is gone.
@@ -189,6 +195,8 @@ class Trainer:
                 self._step(optimizer, batch)
                 recorder.advance(counters.step)
                 self._note_changes(optimizer, recorder)
+                if interruption is not None:
+                    self._listen(interruption)
                 epoch_ended = batch.stop == self._loader.samples
                 last = counters.step >= self.steps
                 if last or counters.step % self.config.log.every_steps == 0:
@@ -208,14 +216,26 @@ class Trainer:
                     self._note_changes(optimizer, recorder)
         if not lockstep:
             optimizer.finish()
+            heard = interruption is not None and interruption.heard()
+            told = torch.tensor([float(heard), float(counters.step < self.steps)])
+            self.world.comm.all_reduce(told)
+            self.interrupted = bool((told > 0).all()) and not counters.stopped_early
             self.world.once(lambda: self._conclude(optimizer, recorder))
         self._note_changes(optimizer, recorder)
         self.store.wait()
 
     def _conclude(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
         self._note_changes(optimizer, recorder)
-        self._save(optimizer, best=self._validate(optimizer, recorder))
+        self._save(optimizer, best=not self.interrupted and self._validate(optimizer, recorder))
         self.store.wait()
+
+    def _listen(self, interruption: Interruption) -> None:
+        step = self.state.counters.step
+        if not self.strategy.lockstep:
+            if interruption.noticed():
+                self.world.comm.stop()
+        elif interruption.agreed(self.world.comm, step) and not self.finished:
+            self.interrupted = True
 
     def _note_changes(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
         """After a step: record who was lost, and who joined."""
