@@ -56,9 +56,9 @@ LAUNCH = {
 SPACES = ("--net", "--uts", "--ipc", "--mount")
 UNSHARE = ("unshare", *SPACES, "--pid", "--fork", "--kill-child", "--mount-proc")
 BOOT = f"hostname {{name}} && mount -t tmpfs tmpfs {OWN} && echo up && exec sleep infinity"
-# For mpirun: on a single connection Open MPI can have the answer to a message wait behind another
-# message, and then what could go both ways at once goes one way after the other.
-BOTH_WAYS = ("--mca", "btl_tcp_links", "2")
+# For mpirun: acknowledgements must not wait behind megabytes in a socket, else what could go both
+# ways at once goes one way after the other.
+BOTH_WAYS = ("--mca", "btl_tcp_sndbuf", "131072")
 _numbers = itertools.count()
 
 

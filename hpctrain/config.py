@@ -204,7 +204,7 @@ class PsConfig(Section):
     slice_bytes: int | None = Field(
         None,
         ge=64,
-        description="Parameters are cut into slices of at most this size. Unset: 4 MiB, or less "
+        description="Parameters are cut into slices of at most this size. Unset: 2 MiB, or less "
         "where servers would have too few for an even load.",
     )
     placement: Literal["hash", "greedy"] = Field(

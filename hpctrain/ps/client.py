@@ -63,6 +63,7 @@ class Client:
         norm: Of the last aggregated gradient before clipping, if the servers clip.
         leads: How often this worker was so many clocks ahead of the slowest.
         stopped: Whether training is to end early.
+        awaited: Whether the caller's thread waits for the polling thread.
         counted: Its clock, as the servers count it.
         joined: Workers that came later.
         behind: Rounds that went by without this worker at its last step.
@@ -98,6 +99,7 @@ class Client:
         self._commands: deque[Callable[[], None]] = deque()
         self._settled = threading.Event()
         self._settled.set()
+        self.awaited = False
         self._error: Error | None = None
         self._initial_servers = sorted(servers)
         # What tells the servers what is trained, and which workers do so unless they are lost.
@@ -282,7 +284,9 @@ class Client:
 
     def _await(self, event: threading.Event) -> None:
         # Bounded: the polling thread sets the event when servers are silent for too long.
+        self.awaited = True
         event.wait()
+        self.awaited = False
         if self._error is not None:
             raise self._error
 

@@ -337,7 +337,9 @@ class Ends:
         parts: list[Any] = [
             p for p in (client, self.server, self._sharing, self._recruiter) if p is not None
         ]
-        self._loop = Loop(parts, lambda: serves or client.busy, client.fail)
+        self._loop = Loop(
+            parts, lambda: serves or client.busy, lambda: serves or client.awaited, client.fail
+        )
         self._loop.start()
 
     def _wake(self) -> None:

@@ -16,9 +16,10 @@ from hpctrain.ps.link import Link
 from hpctrain.ps.outgoing import Outgoing
 from hpctrain.ps.placement import Placement, place, without
 
-WINDOW_BYTES = 16 * 2**20
-"""Gradients on their way to a server at a time: what becomes ready later but is needed sooner
-overtakes the rest."""
+WINDOW_BYTES = 2**20
+"""While more than so much is on its way to a server, nothing is added: what becomes ready later but
+is needed sooner overtakes the rest, and MPI's acknowledgements of what comes back do not have to
+wait behind it, so that a link carries both ways at once."""
 
 GROUP_BYTES = 2**18
 """Small slices for the same server travel in one message up to about this size."""

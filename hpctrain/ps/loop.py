@@ -13,6 +13,7 @@ from hpctrain.errors import Error
 
 SPIN_SECONDS = 300e-6
 SHORTEST_SLEEP, LONGEST_SLEEP = 20e-6, 0.5e-3
+PATIENT_SLEEP = 150e-6
 BLIND_SECONDS = 0.05
 """How long a worker with nothing under way does not look for messages."""
 
@@ -35,8 +36,16 @@ class Waiter:
         self._since = time.monotonic()
         self._sleep = SHORTEST_SLEEP
 
-    def wait(self, moved: bool) -> None:
-        """Wait, unless something has just happened."""
+    def wait(self, moved: bool, *, patient: bool = False) -> None:
+        """Wait, unless something has just happened.
+
+        Args:
+            moved: Whether something has.
+            patient: Nobody waits for this thread, and somebody else could use its core.
+        """
+        if patient and not moved:
+            time.sleep(PATIENT_SLEEP)
+            return
         now = time.monotonic()
         if moved:
             self._since, self._sleep = now, SHORTEST_SLEEP
@@ -51,15 +60,21 @@ class Loop(threading.Thread):
     Args:
         parts: Clients and servers of this process.
         busy: Whether messages are expected; else the thread sleeps until it is woken.
+        awaited: Whether somebody waits for them.
         failed: Told about an error, which ends the loop.
     """
 
     def __init__(
-        self, parts: Sequence[Part], busy: Callable[[], bool], failed: Callable[[Error], None]
+        self,
+        parts: Sequence[Part],
+        busy: Callable[[], bool],
+        awaited: Callable[[], bool],
+        failed: Callable[[Error], None],
     ) -> None:
         super().__init__(name="hpctrain-ps", daemon=True)
         self._parts = parts
         self._busy = busy
+        self._awaited = awaited
         self._failed = failed
         self._woken = threading.Event()
         self._ended = False
@@ -78,7 +93,7 @@ class Loop(threading.Thread):
                     for part in self._parts:
                         moved |= part.poll()
                     if moved or self._busy():
-                        waiter.wait(moved)
+                        waiter.wait(moved, patient=not self._awaited())
                     else:
                         self._woken.wait(BLIND_SECONDS)
                         self._woken.clear()
