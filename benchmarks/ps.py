@@ -11,8 +11,7 @@ are the median of the rounds' ratios, the least and the largest. What comes out 
   --ps-lite. Beside a copy of as many bytes in the same process.
 - overlap: how much of the exchange computing hides. A step of a network is timed with the exchange,
   and without it; and the exchange alone. Computing is on one of this host's cores, which the
-  exchange needs as well, or emulated as on an accelerator (`elsewhere`): it takes its time, and no
-  core.
+  exchange needs as well, or emulated as on an accelerator (`elsewhere`): gradients are waited for.
 - codecs: messages that are compressed, or encrypted, beside those that are not.
 - hosts: 4 workers and 1, 2 and 4 servers, each on an emulated host of its own; see ps_hosts.py.
   Beside the time that the busiest link takes at the bandwidth plain transfers reach on such a link.
@@ -83,43 +82,55 @@ def coded(rounds: int, folder: Path, *, compression: str) -> Result:
     return ps_peers.ours(rounds, folder, gradient=gradient, expected=expected, **options)
 
 
-class Elsewhere(torch.autograd.Function):
-    """Computing that takes none of this host's cores, as on an accelerator: it is waited for."""
+def elsewhere(rounds: int, folder: Path, **settings: Any) -> Result:
+    """Steps whose computing takes none of this host's cores: gradients are waited for."""
+    ends, client, hyper = ps_peers.connected(COUNT, settings)
+    if client is None:
+        return {}
+    slices = range(len(client.layout.slices))
+    client.gradients[0].copy_(ps_peers.pattern(COUNT))
 
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, seconds: torch.Tensor) -> torch.Tensor:
-        """As long as it takes."""
-        time.sleep(float(seconds) / 3)
-        ctx.seconds = float(seconds)
-        return x.clone()
+    def exchange() -> None:
+        client.push_pull(1.0, hyper).wait()
+        client.end()
 
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """Twice as long."""
-        time.sleep(ctx.seconds * 2 / 3)
-        return gradient, None
+    def compute(push: bool) -> None:
+        for index in reversed(slices):  # as backward() has them ready
+            time.sleep(pause)
+            if push:
+                client.push([index])
+
+    def step() -> None:
+        client.begin(1.0, hyper)
+        compute(push=True)
+        client.wait()
+        client.end()
+
+    alone = statistics.median([milliseconds(exchange) for _ in range(3 * WARM_UP)][WARM_UP:])
+    pause = 1e-3 * COMPUTE_OVER_EXCHANGE * alone / len(slices)
+
+    def measure() -> tuple[float, float, float]:
+        return milliseconds(lambda: compute(push=False)), milliseconds(exchange), milliseconds(step)
+
+    measured = [measure() for _ in range(WARM_UP + rounds)][WARM_UP:]
+    error = ps_peers.error_after(client.weights[0], client.clock)
+    ends.close()
+    return {**hidden(measured), "error": error}
 
 
-class Layer(nn.Linear):
-    """A layer that also computes elsewhere for a while."""
+def hidden(measured: list[tuple[float, float, float]]) -> Result:
+    """What computing alone, the exchange alone, and both together say."""
+    return {
+        "compute_ms": statistics.median(a for a, _, _ in measured),
+        "exchange_ms": statistics.median(b for _, b, _ in measured),
+        "times_ms": [c for _, _, c in measured],
+        # Of each three, which whatever else the machine does has fallen on alike.
+        "hidden": statistics.median(1 - (c - a) / b for a, b, c in measured),
+    }
 
-    seconds = torch.tensor(0.0)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output."""
-        x = super().forward(x)
-        return Elsewhere.apply(x, Layer.seconds) if Layer.seconds else x
-
-
-def overlap(rounds: int, folder: Path, *, elsewhere: bool = False, **settings: Any) -> Result:
-    """Steps of a network: computing alone, the exchange alone, and both.
-
-    Args:
-        rounds: To be timed.
-        folder: Not used.
-        elsewhere: Computing is emulated as on an accelerator; else it is done here, on one core.
-        settings: Of ``PsConfig``.
-    """
+def overlap(rounds: int, folder: Path, **settings: Any) -> Result:
+    """Steps of a network: computing alone, the exchange alone, and both."""
     from hpctrain import init
     from hpctrain.config import PsConfig
     from hpctrain.strategies.parameter_server import ParameterServer
@@ -130,7 +141,7 @@ def overlap(rounds: int, folder: Path, *, elsewhere: bool = False, **settings: A
         how.serve()
         return {}
     torch.manual_seed(0)
-    layers = [layer for _ in range(DEPTH) for layer in (Layer(WIDTH, WIDTH), nn.ReLU())]
+    layers = [layer for _ in range(DEPTH) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     model = nn.Sequential(*layers[:-1])
     twin = copy.deepcopy(model)
     plain, inner = (
@@ -163,21 +174,10 @@ def overlap(rounds: int, folder: Path, *, elsewhere: bool = False, **settings: A
         error = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
     trial = [statistics.median(times) for times in zip(*(measure() for _ in range(5)), strict=True)]
     batch = max(8, round(len(x) * COMPUTE_OVER_EXCHANGE * trial[1] / trial[0]))
-    if elsewhere:
-        Layer.seconds = torch.tensor(1e-3 * COMPUTE_OVER_EXCHANGE * trial[1] / DEPTH)
-        batch = 1
     x, y = torch.randn(2, batch, WIDTH)
     measured = [measure() for _ in range(WARM_UP + rounds)][WARM_UP:]
     how.world.comm.close()
-    return {
-        "batch": batch,
-        "compute_ms": statistics.median(a for a, _, _ in measured),
-        "exchange_ms": statistics.median(b for _, b, _ in measured),
-        "times_ms": [c for _, _, c in measured],
-        # Of each three, which whatever else the machine does has fallen on alike.
-        "hidden": statistics.median(1 - (c - a) / b for a, b, c in measured),
-        "error": error,
-    }
+    return {**hidden(measured), "batch": batch, "error": error}
 
 
 # What runs all cases, round after round.
@@ -237,11 +237,11 @@ def plan(arguments: argparse.Namespace, tree: Path | None) -> Iterator[Case]:
     for name, shared in (("messages", False), ("shared", True)):
         options = {"shared_memory": shared}
         variables = {"vector_MB": 4e-6 * DEPTH * WIDTH * (WIDTH + 1)}
-        for how, elsewhere in (("", False), ("_elsewhere", True)):
-            measure = partial(own, "overlap", options={**options, "elsewhere": elsewhere})
-            yield Case(
-                "overlap", f"overlap_{name}{how}", {**variables, "emulated": elsewhere}, measure
-            )
+        measure = partial(own, "overlap", options=options)
+        yield Case("overlap", f"overlap_{name}", variables, measure)
+        variables = {"vector_MB": 4e-6 * COUNT, "emulated": True}
+        measure = partial(own, "elsewhere", options=options)
+        yield Case("overlap", f"overlap_{name}_elsewhere", variables, measure)
     for name in CODECS:
         variables = {"compression": name}
         yield Case("codecs", name, variables, partial(own, "coded", options=variables))
@@ -398,7 +398,8 @@ def main() -> None:
     """Run the cases asked for."""
     if sys.argv[1:2] == ["--child"]:
         encrypted = partial(ps_peers.ours, key=KEY, shared_memory=False)
-        cases = {"ours": ps_peers.ours, "coded": coded, "overlap": overlap, "encrypted": encrypted}
+        cases: dict[str, Any] = {"ours": ps_peers.ours, "coded": coded, "encrypted": encrypted}
+        cases |= {"overlap": overlap, "elsewhere": elsewhere}
         ps_peers.child(cases, *sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -225,6 +225,29 @@ def torch_rpc_slices(rounds: int, folder: Path) -> Result:
     return torch_rpc(rounds, folder, slice_count=2**20)
 
 
+def connected(count: int, settings: dict[str, Any]) -> tuple[Any, Any, list[list[float]]]:
+    """This rank of our parameter server, when it is ready: ends, client, the rule's numbers.
+
+    A server serves first, until all workers have left; its client is None.
+    """
+    from hpctrain.config import PsConfig
+    from hpctrain.ps.connect import Ends
+    from hpctrain.ps.layout import Layout, Parameter, slice_bytes_for
+    from hpctrain.ps.rules import rule_of
+
+    ends = Ends(PsConfig(**settings))
+    if ends.client is None:
+        ends.serve()
+        return ends, None, []
+    layout, _ = Layout.of(
+        [Parameter(torch.float32, 0, count)], slice_bytes_for(4 * count, len(ends.roles.servers))
+    )
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR, momentum=MOMENTUM)
+    rule = rule_of(optimizer)
+    hyper = [rule.hyper(group) for group in optimizer.param_groups]
+    return ends, ends.open(layout, rule, weights=[torch.zeros(count)]), hyper
+
+
 def ours(
     rounds: int,
     folder: Path,
@@ -246,27 +269,18 @@ def ours(
         key: To encrypt by.
         settings: Of ``PsConfig``.
     """
-    from hpctrain.config import PsConfig
+    from mpi4py import MPI
+
     from hpctrain.ps.cipher import VARIABLE
-    from hpctrain.ps.connect import MPI, Ends
-    from hpctrain.ps.layout import Layout, Parameter, slice_bytes_for
-    from hpctrain.ps.rules import rule_of
     from hpctrain.strategies.parameter_server import PsCommunicator
 
     os.environ.pop(VARIABLE, None)
     os.environ.update({VARIABLE: key} if key else {})
-    ends = Ends(PsConfig(**settings))
-    if ends.client is None:
-        ends.serve()
+    ends, client, hyper = connected(count, settings)
+    if client is None:
         MPI.COMM_WORLD.gather(0.0)
         return {}
-    layout, _ = Layout.of(
-        [Parameter(torch.float32, 0, count)], slice_bytes_for(4 * count, len(ends.roles.servers))
-    )
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=LR, momentum=MOMENTUM)
-    rule = rule_of(optimizer)
-    hyper = [rule.hyper(optimizer.param_groups[0])]
-    client = ends.open(layout, rule, weights=[torch.zeros(count)])
+    layout = client.layout
     client.exchange.moved_bytes = 0  # what opening took
     comm, workers = PsCommunicator(ends, 0, 1), len(ends.roles.workers)
     scale = 2 * (comm.rank + 1) / (workers + 1)
