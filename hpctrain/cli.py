@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 import click
 
-from hpctrain import __version__, process
+from hpctrain import __version__, failure, process
 from hpctrain.errors import Error
 from hpctrain.launcher import detect
+from hpctrain.slurm import cli as slurm
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -27,6 +28,7 @@ def cli() -> None:
     One process:         hpctrain train digits
     Two, over Horovod:   horovodrun -np 2 hpctrain train digits
     Two, under MPI:      mpirun -np 2 hpctrain train my_task.py --data shards/
+    As a Slurm job:      hpctrain submit digits --nodes 3
     Is all well here?    hpctrain doctor
     """
 
@@ -369,6 +371,15 @@ def horovod_build(gpu: bool, rebuild: bool) -> None:
     build(gpu=gpu, rebuild=rebuild)
 
 
+@horovod.command("run", context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def horovod_run(command: tuple[str, ...]) -> None:
+    """Horovodrun COMMAND within a Slurm job: on all of its nodes, through srun instead of ssh."""
+    from hpctrain.slurm.horovodrun import become
+
+    become(list(command))
+
+
 @horovod.command("check")
 def horovod_check() -> None:
     """Say what is built into the installed Horovod, against which libraries, and what is wrong."""
@@ -376,6 +387,20 @@ def horovod_check() -> None:
     from hpctrain.horovod_build.check import check
 
     sys.exit(report(check()))
+
+
+def _config_of(parameters: dict[str, Any]) -> Any:
+    from hpctrain.run import configure
+
+    flags = dict(parameters)
+    return configure(_layers(flags.pop("config_path"), flags.pop("settings"), flags))
+
+
+for command in (
+    *slurm.submission(train, _config_of), slurm.job, slurm.group, slurm.trial, slurm.trials,
+    slurm.compare,
+):  # fmt: skip
+    cli.add_command(command)
 
 
 def main() -> NoReturn:
@@ -386,15 +411,17 @@ def main() -> NoReturn:
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 1
     except Error as error:
-        _complain(str(error))
         code = error.exit_code
+        failure.note(error, code)
+        _complain(str(error))
     except click.ClickException as error:
         error.show()
         code = 2
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted.")
         code = 130
-    except Exception:
+    except Exception as error:
+        failure.note(error, 1)
         traceback.print_exc()
         code = 1
     _leave(code)

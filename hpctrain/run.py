@@ -27,6 +27,7 @@ from hpctrain.checkpoint import CheckpointStore, load_verified
 from hpctrain.config import Layer, RunConfig, put, resolve
 from hpctrain.data.stage import stage, unstage
 from hpctrain.errors import Dismissed, Error
+from hpctrain.failure import FOLDER
 from hpctrain.files import write_text
 from hpctrain.interruption import EXIT_CODE, INTERRUPTED, STOP, Interruption
 from hpctrain.recorder import OnRankZero, Recorder, RunRecorder, plain
@@ -123,7 +124,10 @@ def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], Non
         prepares = world.rank == 0
         snapshot = _prepare(out, config, store, say) if prepares else None
         trainer = Trainer(config, task, how, store)
-        trainer.restore(snapshot, prepared=prepares)
+        while not trainer.restore(snapshot, prepared=prepares):
+            # Rank 0 was lost; it is another now.
+            if world.rank == 0 and not prepares:
+                snapshot, prepares = _prepare(out, config, store, say), True
     recorder: Recorder = OnRankZero(
         world, lambda: RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard)
     )
@@ -168,6 +172,7 @@ def _complete(out: Path, trainer: Trainer, say: Callable[[str], None]) -> None:
 
 def _interrupt(out: Path, trainer: Trainer, say: Callable[[str], None]) -> None:
     step = trainer.state.counters.step
+    (out / STOP).unlink(missing_ok=True)
     _write(out / INTERRUPTED, json.dumps({"step": step, "steps": trainer.steps}) + "\n")
     say(
         f"interrupted: step {step} of {trainer.steps} is saved; to go on: --out {out} --resume auto"
@@ -203,7 +208,8 @@ def _prepare(
     snapshot = _snapshot(out, config, store, say)
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
-        for name in (RESULT, INTERRUPTED, STOP):
+        # Who looks after a job has removed an old `stop`; a new one may be there already.
+        for name in (RESULT, INTERRUPTED, *(() if FOLDER in os.environ else (STOP,))):
             (out / name).unlink(missing_ok=True)
         store.clean()
     except OSError as error:

@@ -19,7 +19,7 @@ from hpctrain.config import RunConfig
 from hpctrain.data.batch import Batch
 from hpctrain.data.loader import Loader
 from hpctrain.data.random import key
-from hpctrain.errors import Error, PeerLost, nearest
+from hpctrain.errors import Error, nearest
 from hpctrain.interruption import Interruption
 from hpctrain.launcher import ALONE
 from hpctrain.meter import Meter, total
@@ -126,20 +126,20 @@ class Trainer:
         """Passes over the data done so far; whole at the end of an epoch."""
         return self._loader.epoch + self._loader.cursor / self._loader.samples
 
-    def restore(self, snapshot: Any | None, *, prepared: bool = True) -> None:
+    def restore(self, snapshot: Any | None, *, prepared: bool = True) -> bool:
         """Take over rank 0's snapshot, if it has one; what other ranks pass is ignored.
 
         Args:
             snapshot: To go on from.
             prepared: Whether this rank has looked for one.
 
-        Raises:
-            PeerLost: The rank that has looked for one is lost.
+        Returns:
+            Whether rank 0 has looked for one. If not, the one that had is lost.
         """
         mine = {"snapshot": snapshot, "prepared": prepared}
         told = broadcast_tree(self.world.comm, mine)
         if not told["prepared"]:
-            raise PeerLost("the first rank was lost while it prepared the run.", hint="start anew.")
+            return False
         found = told["snapshot"]
         if found is not None:
             self.state.load_state_dict(found)
@@ -157,6 +157,7 @@ class Trainer:
             "samples": counters.samples,
         }
         self._remember()
+        return True
 
     def _remember(self) -> None:
         """Have the world keep what a rank has to know that joins later."""

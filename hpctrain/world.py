@@ -273,9 +273,10 @@ class World:
         Raises:
             Error: The size differs.
         """
-        if self.size != size:
+        if self.launch.size != size:
             raise Error(
-                f"the run asks for {size} ranks, but {self.launch.name} started {self.size}.",
+                f"the run asks for {size} ranks, but {self.launch.name} started "
+                f"{self.launch.size}.",
                 hint="start as many as world_size says, or change world_size.",
             )
 

@@ -7,7 +7,7 @@ import pytest
 from hpctrain.launcher import detect
 
 LAUNCH = detect()
-collect_ignore = ["unit", "e2e"] if LAUNCH.size > 1 else ["mpi"]
+collect_ignore = ["unit", "e2e", "slurm"] if LAUNCH.size > 1 else ["mpi"]
 
 
 @pytest.hookimpl(trylast=True)

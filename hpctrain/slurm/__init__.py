@@ -1,0 +1,1 @@
+"""Slurm: jobs rendered, submitted, looked after, and asked about. Imports no torch."""

@@ -1,0 +1,428 @@
+"""The commands about Slurm's jobs, and about many runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hpctrain import compare as comparing
+from hpctrain import process
+from hpctrain import sweep as sweeps
+from hpctrain.errors import Error
+from hpctrain.slurm import commands, jobs, options
+from hpctrain.slurm.site import load
+from hpctrain.slurm.submit import SCRIPT, Request, command_line
+from hpctrain.slurm.submit import check as check_request
+from hpctrain.slurm.submit import submit as submit_request
+from hpctrain.slurm.supervise import Job
+
+FOLLOW_SECONDS = 0.5
+OURS = ("--out", "--resume", "--world-size")
+"""Options of ``hpctrain train`` that the batch script gives."""
+
+
+def split(arguments: tuple[str, ...], known: frozenset[str]) -> tuple[list[str], list[str]]:
+    """What is for ``hpctrain train``, TASK first if there is one, and what is for sbatch."""
+    task: list[str] = []
+    train: list[str] = []
+    sbatch: list[str] = []
+    left = list(arguments)
+    while left:
+        word = left.pop(0)
+        name, equals, _ = word.partition("=")
+        if not word.startswith("-"):
+            if task:
+                raise Error(f"{word!r} is one word too many after {task[0]!r}.",
+                            hint="options that take a value are written --name=value.")  # fmt: skip
+            task.append(word)
+        elif name in known:
+            train.append(word)
+            if not equals and left:
+                train.append(left.pop(0))
+        else:
+            sbatch.append(word)
+            takes = options.check(name.removeprefix("--")) in options.VALUED
+            if takes and not equals and left and not left[0].startswith("--"):
+                sbatch[-1] = f"{word}={left.pop(0)}"
+    return [*task, *train], sbatch
+
+
+def submission(
+    train: click.Command, config_of: Callable[[dict[str, Any]], Any]
+) -> list[click.Command]:
+    """The commands `hpctrain submit` and `hpctrain sweep`.
+
+    Args:
+        train: The command `hpctrain train`, whose options it takes too.
+        config_of: The resolved configuration by that command's parameters.
+    """
+    known = frozenset(name for parameter in train.params for name in parameter.opts)
+
+    @click.command(context_settings={"ignore_unknown_options": True})
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    @click.option("--space", metavar="FILE", required=True, help="What to choose from, in TOML.")
+    @click.option("--trials", default=20, show_default=True, help="How many.")
+    @click.option("--jobs", "at_once", default=1, show_default=True, help="How many at a time.")
+    @click.option("--ranks", default=0, help="Ranks of each trial, by mpirun, on this machine.")
+    @click.option("--submit", "queued", is_flag=True, help="As a Slurm job array.")
+    @click.option("--site", metavar="NAME|FILE", help="Profile of the cluster, in TOML.")
+    @click.option("--dry-run", is_flag=True, help="Print the batch script; needs no Slurm.")
+    @click.option("--wait", "waits", is_flag=True, help="Wait for the array, and show its trials.")
+    def sweep(
+        arguments: tuple[str, ...],
+        space: str,
+        trials: int,
+        at_once: int,
+        ranks: int,
+        queued: bool,
+        site: str | None,
+        dry_run: bool,
+        waits: bool,
+    ) -> None:
+        """Choose hyperparameters of TASK by trials; --out is the sweep's folder.
+
+        \b
+          hpctrain sweep digits --space space.toml --trials 20 --jobs 2 --epochs 5
+          hpctrain sweep my_task.py --space space.toml --trials 64 --jobs 8 --submit --nodes 2
+
+        \b
+        With a file such as this:
+          metric = "val_accuracy"          # of the validation; default val_loss
+          direction = "maximize"
+          [space]
+          "optimizer.lr" = {low = 1e-4, high = 1e-1, log = true}
+          "train.batch_size" = {choices = [32, 64, 128]}
+
+        \b
+        Values are chosen by Optuna's TPE sampler; a trial that is worse than the median of the
+        others at a validation is ended. `hpctrain trials DIR` shows them, and keeps best.toml:
+          hpctrain train --config DIR/best.toml --out runs/best
+        """
+        words, sbatch = split(arguments, known)
+        config = config_of(train.make_context("hpctrain sweep", list(words)).params)
+        asked = options.parse(sbatch)
+        name = _name(config.task)
+        folder = config.out or Path("runs") / f"{name}-sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+        command = ["hpctrain", "train", *_without(words)]
+        if not queued and not dry_run:
+            if asked:
+                raise Error(f"--{next(iter(asked))} is an option of sbatch.", hint="add --submit.")
+            prefix = process.mpirun(ranks) if ranks else []
+            failed = sweeps.run_here(folder, Path(space), [*prefix, *command], trials, at_once)
+            _trials(folder)
+            sys.exit(1 if failed else 0)
+        request = Request(
+            name, command, {"array": f"1-{trials}%{at_once}", **asked}, load(site), "array", folder,
+            blocks={"space": f"space={shlex.quote(space)}"},
+        )  # fmt: skip
+        made = command_line()
+        if dry_run:
+            click.echo(request.script(made), nl=False)
+            return
+        sweeps.prepare(folder, Path(space))
+        number = submit_request(request, made, config.to_toml())
+        click.echo(f"job array {number}: {folder}")
+        if waits:
+            tasks = [f"{number}_{task}" for task in range(1, trials + 1)]
+            jobs.wait_for_all(tasks, click.echo)
+            _trials(folder)
+
+    @click.command(context_settings={"ignore_unknown_options": True})
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    @click.option("--site", metavar="NAME|FILE", help="Profile of the cluster, in TOML.")
+    @click.option(
+        "--launcher", type=click.Choice(["srun", "mpirun", "horovodrun"]), help="Starts the ranks."
+    )
+    @click.option("--tasks-per-node", metavar="N", help="Ranks on each node (--ntasks-per-node).")
+    @click.option("--elastic", is_flag=True, help="Go on within the job when a node is lost.")
+    @click.option("--scaling", is_flag=True, help="Measure on 1, 2, 4, ... of the nodes.")
+    @click.option("--stage-dir", metavar="DIR", help="Node-local folder to copy the shards to.")
+    @click.option(
+        "--max-requeues", default=20, show_default=True, help="How often to be started again."
+    )
+    @click.option("--signal", "signal_name", default="USR1", show_default=True, metavar="NAME",
+                  help="By which Slurm tells that time is up.")  # fmt: skip
+    @click.option("--dry-run", is_flag=True, help="Print the batch script; needs no Slurm.")
+    @click.option("--test-only", is_flag=True, help="Ask Slurm when it would start.")
+    @click.option("--wait", "waits", is_flag=True, help="Wait, and end with its exit code.")
+    def submit(
+        arguments: tuple[str, ...],
+        site: str | None,
+        launcher: Any,
+        tasks_per_node: str | None,
+        elastic: bool,
+        scaling: bool,
+        stage_dir: str | None,
+        max_requeues: int,
+        signal_name: str,
+        dry_run: bool,
+        test_only: bool,
+        waits: bool,
+    ) -> None:
+        """Train TASK as a Slurm job that looks after itself.
+
+        \b
+          hpctrain submit digits --nodes 3
+          hpctrain submit my_task.py --data shards --epochs 90 --nodes 8 --gpus-per-node 4 \\
+              --time 12:00:00 --partition gpu --account abc
+          hpctrain submit digits --nodes 2 --strategy ps --servers 2 --dry-run
+
+        \b
+        Options are those of `hpctrain train`, and any of sbatch by its own long name. The script,
+        the configuration, the environment and the state of git are kept in the run folder.
+
+        \b
+        Before the time limit the run saves a checkpoint and the job is started again; so it is when
+        a node fails. What a cluster needs is described once: see --site, and slurm/sites.
+        """
+        words, sbatch = split(arguments, known)
+        if stage_dir is not None:
+            words += ["--set", f"data.stage_dir={stage_dir}"]
+        config = config_of(train.make_context("hpctrain submit", list(words)).params)
+        asked = options.parse(sbatch)
+        if tasks_per_node is not None:
+            asked["ntasks-per-node"] = tasks_per_node
+        profile = load(site)
+        gpus = {**profile.sbatch(), **asked}.get("gpus-per-node", "").rpartition(":")[2]
+        if gpus and not {"ntasks-per-node", "ntasks"} & {**profile.sbatch(), **asked}.keys():
+            asked["ntasks-per-node"] = gpus
+        chosen = [
+            name
+            for name, is_it in (
+                ("elastic", elastic),
+                ("scaling", scaling),
+                ("stage", stage_dir is not None),
+                ("parameter-server", config.strategy == "ps"),
+            )
+            if is_it
+        ]
+        name = _name(config.task)
+        run = config.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        request = Request(
+            name, ["hpctrain", "train", *_without(words)], asked, profile,
+            chosen[0] if chosen else "train", run, launcher, max_requeues, signal_name,
+            {"batch": f"batch={config.train.batch_size}"} if chosen[:1] == ["scaling"] else {},
+        )  # fmt: skip
+        if signal_name != "USR1":
+            request.train += ["--set", f"interrupt.signal={signal_name}"]
+        made = command_line()
+        if dry_run:
+            click.echo(request.script(made), nl=False)
+            return
+        if test_only:
+            check_request(request)
+            with tempfile.TemporaryDirectory() as folder:
+                script = Path(folder) / SCRIPT
+                script.write_text(request.script(made))
+                click.echo(commands.would_start(script))
+            return
+        number = submit_request(request, made, config.to_toml())
+        click.echo(f"job {number}: {run}")
+        if waits:
+            sys.exit(jobs.wait(jobs.Submitted(run, number, name), click.echo))
+
+    return [submit, sweep]
+
+
+def _name(task: str) -> str:
+    return re.sub(r"\W+", "-", Path(task.rpartition(":")[2] or task).stem)
+
+
+def _without(words: list[str]) -> list[str]:
+    """The words of a training command without what the batch script gives itself."""
+    kept: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if word.partition("=")[0] in OURS:
+            if "=" not in word:
+                left.pop(0)
+        else:
+            kept.append(word)
+    return kept
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+@click.option("--run", "folder", required=True, metavar="DIR", help="The run folder.")
+@click.option(
+    "--max-requeues", default=20, show_default=True, help="How often to be started again."
+)
+@click.option(
+    "--relaunches", default=0, show_default=True, help="How often to go on here on the nodes left."
+)
+def job(command: tuple[str, ...], folder: str, max_requeues: int, relaunches: int) -> None:
+    """Look after a run from within its batch script; COMMAND is the launcher with all it starts.
+
+    \b
+      hpctrain job --run runs/a -- srun --mpi=pmix hpctrain train digits --out runs/a --resume auto
+
+    \b
+    - The signal that time is up is handed on to the run, which saves a checkpoint and ends;
+      then the job is put back into the queue (or another one is submitted), at most so many times.
+    - Success is proved by the run's result.json.
+    - With --relaunches, where a node is lost, the run is started again on the others.
+    - Else the first cause is the last line of the log, and in failure.json, and its exit code is
+      that of the job.
+    """
+    sys.exit(
+        Job(
+            list(command), Path(folder), max_requeues=max_requeues, relaunches=relaunches
+        ).supervise()
+    )
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("folder")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+@click.option("--space", default="space.toml", metavar="FILE", help="What to choose from.")
+def trial(folder: str, command: tuple[str, ...], space: str) -> None:
+    """Run a trial of a sweep.
+
+    COMMAND is a launcher and `hpctrain train TASK`; the values are added.
+    """
+    sys.exit(sweeps.run_trial(Path(folder), Path(space), command))
+
+
+@click.command()
+@click.argument("folder")
+def trials(folder: str) -> None:
+    """Show a sweep's trials, best first; write trials.csv, trials.png and best.toml."""
+    _trials(Path(folder))
+
+
+def _trials(folder: Path) -> None:
+    rows = sweeps.report(folder)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    _columns([names, *([_short(row.get(name)) for name in names] for row in rows)])
+
+
+def _short(value: Any) -> str:
+    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True)
+def compare(runs: tuple[str, ...]) -> None:
+    """Show runs side by side: ranks, speed, efficiency.
+
+    Efficiency is the speed of a rank, by that of a rank in the smallest of the runs.
+    """
+    rows = comparing.compare([Path(run) for run in runs])
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    table = [["RUN", "RANKS", "SAMPLES/S", "EFFICIENCY", *(name.upper() for name in names)]]
+    for row in rows:
+        shown = [_short(row.metrics.get(name)) for name in names]
+        speed = f"{row.samples_per_second:.1f}"
+        table.append([row.run, str(row.ranks), speed, f"{row.efficiency:.2f}", *shown])
+    _columns(table)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(f"{v:{w}}" for v, w in zip(row, widths, strict=True)).rstrip())
+
+
+@click.group(name="jobs", invoke_without_command=True)
+@click.option("--runs", "folder", default="runs", show_default=True, metavar="DIR",
+              help="Where the run folders are.")  # fmt: skip
+@click.pass_context
+def group(context: click.Context, folder: str) -> None:
+    """List submitted runs with their state and progress.
+
+    Each command takes a job's number or name, or a run folder.
+    """
+    context.obj = Path(folder)
+    if context.invoked_subcommand is None:
+        _table(jobs.find(Path(folder)))
+
+
+def _table(runs: list[jobs.Submitted]) -> None:
+    if not runs:
+        click.echo("no submitted runs here.")
+        return
+    try:
+        states = commands.states(run.job for run in runs)
+    except Error as error:
+        click.echo(f"{error}", err=True)
+        states = {}
+    rows = [("JOB", "NAME", "STATE", "STEP", "LOSS", "SAMPLES/S", "LEFT", "RESTARTS", "RUN")]
+    for run in runs:
+        far = jobs.progress(run.run)
+        state = states.get(run.job)
+        going = state is not None and not state.over
+        rows.append(
+            (
+                run.job,
+                run.name,
+                jobs.describe(run, state),
+                f"{far.step}/{far.steps}" if far.steps else "-",
+                f"{far.loss:.4g}" if far.loss is not None else "-",
+                f"{far.samples_per_second:.4g}" if far.samples_per_second is not None else "-",
+                _clock(far.seconds_left) if going and far.seconds_left is not None else "-",
+                str(far.restarts),
+                str(run.run),
+            )
+        )
+    _columns(rows)
+
+
+def _clock(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}"
+
+
+@group.command()
+@click.argument("which")
+@click.option("--follow", "-f", is_flag=True, help="Go on until the job is over.")
+@click.pass_obj
+def logs(folder: Path, which: str, follow: bool) -> None:
+    """Show a run's newest log."""
+    run = jobs.named(which, folder)
+    path = jobs.log(run)
+    if path is None and not follow:
+        raise Error(f"job {run.job} has no log yet.", hint="`hpctrain jobs` shows why it waits.")
+    shown, checked = 0, 0.0
+    while True:
+        path = path or jobs.log(run)
+        if path is not None:
+            with path.open("rb") as file:
+                file.seek(shown)
+                text = file.read()
+            shown += len(text)
+            click.echo(text.decode(errors="replace"), nl=False)
+        if not follow:
+            return
+        if time.monotonic() - checked > jobs.POLL_SECONDS:
+            checked = time.monotonic()
+            state = commands.states([run.job]).get(run.job)
+            follow = state is not None and not state.over
+        time.sleep(FOLLOW_SECONDS)
+
+
+@group.command()
+@click.argument("which")
+@click.pass_obj
+def cancel(folder: Path, which: str) -> None:
+    """End a job at once; a file `stop` in the run folder would end it with a checkpoint."""
+    run = jobs.named(which, folder)
+    commands.cancel(run.job)
+    click.echo(f"job {run.job}: cancelled; `hpctrain train --out {run.run} --resume auto` goes on")
+
+
+@group.command()
+@click.argument("which")
+@click.pass_obj
+def wait(folder: Path, which: str) -> None:
+    """Return when a run is over; the exit code is that of the training."""
+    sys.exit(jobs.wait(jobs.named(which, folder), click.echo))

@@ -1,0 +1,281 @@
+"""Looking after a run from within its job's batch script: ``hpctrain job``.
+
+It starts the launcher and passes on what that prints; hands on the signal by which Slurm says that
+time is up; proves success by the run's ``result.json``; puts the job back into the queue where the
+run was interrupted; and else names the root cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+from hpctrain.errors import Error
+from hpctrain.failure import FOLDER, Failure, read_notes
+from hpctrain.files import write_text
+from hpctrain.process import search_path
+from hpctrain.slurm import commands, hosts
+from hpctrain.slurm.cause import root_cause
+
+RESULT, INTERRUPTED, STOP = "result.json", "interrupted.json", "stop"
+FAILURE = "failure.json"
+INTERRUPTED_CODE = 75
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
+LOOK_SECONDS = 0.1
+TAIL_BYTES = 2**16
+GRACE_SECONDS = 15.0
+"""So long the launcher may take to end the other ranks when one has failed."""
+
+KILL_SECONDS = 5.0
+REQUEUE_SECONDS = 120.0
+PROBE_SECONDS = 15.0
+
+
+class Job:
+    """One job's run.
+
+    Args:
+        command: The launcher with all it starts.
+        run: The run folder.
+        max_requeues: How often the job may be put back into the queue.
+        relaunches: How often the run may be started again within this job, on the nodes left.
+
+    Raises:
+        Error: This is no job, or the folder cannot be made.
+    """
+
+    def __init__(
+        self, command: list[str], run: Path, *, max_requeues: int, relaunches: int
+    ) -> None:
+        self.number = commands.this_job()
+        self._command = command
+        self._run = run
+        self._notes = run / "ranks"
+        self._max_requeues = max_requeues
+        self._relaunches = relaunches
+        self._nodes = hosts.nodes()
+        self._told: signal.Signals | None = None
+        self._relaunched = False
+        self._tail = bytearray()
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Error(
+                f"cannot make {run}: {error.strerror}.", hint="choose another --run."
+            ) from error
+
+    def supervise(self) -> int:
+        """Run to the end; the exit code that tells the scheduler the truth."""
+        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        try:
+            while True:
+                returncode = self._launch()
+                if (self._run / RESULT).exists():
+                    if returncode != 0:
+                        self._say(
+                            f"the run is completed, though its launcher ended with {returncode}"
+                        )
+                    return 0
+                if (self._run / INTERRUPTED).exists():
+                    return self._requeue()
+                failure = self._why(returncode)
+                if not self._relaunch(failure):
+                    return self._fail(failure)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._told is None or number == signal.SIGTERM:
+            self._told = signal.Signals(number)
+        with contextlib.suppress(OSError):
+            (self._run / STOP).touch()
+
+    # The launch.
+
+    def _launch(self) -> int:
+        shutil.rmtree(self._notes, ignore_errors=True)
+        self._notes.mkdir(parents=True)
+        for name in (RESULT, INTERRUPTED, FAILURE):
+            (self._run / name).unlink(missing_ok=True)
+        if self._told is None:
+            (self._run / STOP).unlink(missing_ok=True)
+        self._tail.clear()
+        try:
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise Error(
+                f"cannot start {self._command[0]}: {error.strerror}.",
+                hint="load the module that brings it; see `hpctrain doctor`.",
+            ) from error
+        reader = threading.Thread(target=self._pass_on, args=(process,), daemon=True)
+        reader.start()
+        try:
+            self._wait(process)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        reader.join(KILL_SECONDS)
+        return process.returncode
+
+    def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        while block := os.read(process.stdout.fileno(), 2**16):
+            with contextlib.suppress(OSError):  # the log's disk is full
+                os.write(sys.stdout.fileno(), block)
+            self._tail += block
+            del self._tail[:-TAIL_BYTES]
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+        """Return when the launcher has ended; it is made to where it hangs on a rank's failure."""
+        ended = False
+        while process.poll() is None:
+            time.sleep(LOOK_SECONDS)
+            notes = [] if ended else read_notes(self._notes)
+            failed = [each for each in notes if not each.consequence]
+            if failed and time.time() - failed[0].time > GRACE_SECONDS:
+                self._say("a rank has failed, and its launcher does not end; ending it")
+                ended = True
+                os.killpg(process.pid, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(KILL_SECONDS)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, "PATH": search_path(), FOLDER: str(self._notes.resolve())}
+        names = [node.name for node in self._nodes]
+        counts = [str(node.tasks) for node in self._nodes]
+        ranks = str(sum(node.tasks for node in self._nodes))
+        # As they are now: a node may be lost.
+        for name, value in {
+            "SLURM_JOB_NODELIST": ",".join(names),
+            "SLURM_NODELIST": ",".join(names),
+            "SLURM_JOB_NUM_NODES": str(len(names)),
+            "SLURM_NNODES": str(len(names)),
+            "SLURM_NTASKS": ranks,
+            "SLURM_NPROCS": ranks,
+            "SLURM_TASKS_PER_NODE": ",".join(counts),
+            "HPCTRAIN__WORLD_SIZE": ranks,
+        }.items():
+            environment[name] = value
+        if self._relaunched:  # a step that has lost a node keeps the others' cores for a while
+            environment["SLURM_OVERLAP"] = "1"
+        defaults = {"PMIX_MCA_psec": "native"}  # what PMIx and Open MPI of any make have in common
+        if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
+            defaults["OMP_NUM_THREADS"] = cores
+        mine = os.environ.get("SLURMD_NODENAME")
+        wire = os.environ.get("HPCTRAIN_INTERFACE")
+        if wire is None and len(names) > 1:
+            wire = hosts.interface([name for name in names if name != mine])
+        if wire is not None:
+            defaults |= dict.fromkeys(
+                ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE"), wire
+            )
+        return {**defaults, **environment}
+
+    def _say(self, text: str) -> None:
+        """A line of the log, whatever the launcher's last one looked like."""
+        start = "" if not self._tail or self._tail.endswith(b"\n") else "\n"
+        with contextlib.suppress(OSError):
+            os.write(sys.stdout.fileno(), f"{start}hpctrain job: {text}\n".encode())
+        self._tail.clear()
+
+    # The end.
+
+    def _why(self, returncode: int) -> Failure:
+        output = self._tail.decode(errors="replace")
+        launcher = Path(self._command[0]).name
+        if self._told is signal.SIGTERM:
+            return Failure("SIGTERM", "Slurm ended the job: cancelled, preempted, or out of time",
+                           None, os.uname().nodename, 143)  # fmt: skip
+        return root_cause(self._notes, output, returncode, launcher)
+
+    def _fail(self, failure: Failure) -> int:
+        code = failure.exit_code or 1
+        with contextlib.suppress(OSError):
+            write_text(self._run / FAILURE, json.dumps(asdict(failure), indent=2) + "\n")
+        self._say(f"failed: {failure}")
+        return code
+
+    def _requeue(self) -> int:
+        done = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        done += int(os.environ.get("HPCTRAIN_RESTARTS", "0"))
+        where = json.loads((self._run / INTERRUPTED).read_text())
+        progress = f"interrupted at step {where['step']} of {where['steps']}"
+        if self._told is None:
+            self._say(f"{progress}, by nobody's signal; not started again")
+            return INTERRUPTED_CODE
+        if done >= self._max_requeues:
+            self._say(f"{progress}; not started again: it has been, {done} times")
+            return INTERRUPTED_CODE
+        self._say(f"{progress}; to be started again, for the {done + 1}. time")
+        self._told = None
+        try:
+            commands.requeue(self.number)
+        except Error as error:
+            self._say(f"{error.message} Submitting a job of its own instead")
+            return self._chain(done + 1)
+        # Slurm ends this script at once; to go first would look like an end of the job.
+        deadline = time.monotonic() + REQUEUE_SECONDS
+        while self._told is not signal.SIGTERM and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+        return INTERRUPTED_CODE
+
+    def _chain(self, restarts: int) -> int:
+        script = self._run / "job.sbatch"
+        try:
+            if not script.exists():
+                commands.call("scontrol", "write", "batch_script", self.number, str(script))
+            after = f"--dependency=afterany:{self.number}"
+            give = f"--export=ALL,HPCTRAIN_RESTARTS={restarts},HPCTRAIN_RUN={self._run}"
+            number = commands.call("sbatch", "--parsable", after, give, str(script)).strip()
+        except Error as error:
+            return self._fail(Failure("requeue", str(error), None, None, 1, False, time.time()))
+        self._say(f"goes on as job {number}")
+        return INTERRUPTED_CODE
+
+    def _relaunch(self, failure: Failure) -> bool:
+        """Whether the run can go on within this job: some of its nodes are left."""
+        if self._relaunches == 0 or self._told is not None:
+            return False
+        present = [node for node in self._nodes if _answers(node.name)]
+        gone = sorted({node.name for node in self._nodes} - {node.name for node in present})
+        lost = failure.consequence or failure.what in ("node lost", "rank lost", "SIGKILL")
+        if not present or not (gone or lost):
+            return False
+        self._relaunches -= 1
+        self._relaunched = True
+        self._say(f"{failure}; going on with {', '.join(node.name for node in present)}"
+             + (f", without {', '.join(gone)}" if gone else ""))  # fmt: skip
+        self._nodes = present
+        return True
+
+
+def _answers(node: str) -> bool:
+    """Whether a node of this job still starts processes."""
+    try:
+        commands.call(
+            "srun", "--overlap", "--mpi=none", "--nodes=1", "--ntasks=1", f"--nodelist={node}",
+            "--quiet", "true", timeout_seconds=PROBE_SECONDS,
+        )  # fmt: skip
+    except Error:
+        return False
+    return True

@@ -1,0 +1,337 @@
+"""Choosing hyperparameters: trials of a training command, by Optuna, on one machine or many.
+
+A sweep's folder holds all that its trials tell each other, so that they may run anywhere that sees
+it, at any time::
+
+    space.toml     what to choose from, and by what to judge
+    journal.log    Optuna's record of all trials (https://optuna.org, journal storage)
+    trial-0000/    a run folder each
+    trials.csv, trials.png, best.toml    the results
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import Field, ValidationError
+
+from hpctrain.config import Section, read_toml
+from hpctrain.errors import Error
+from hpctrain.files import write_text
+from hpctrain.process import search_path
+
+SPACE, JOURNAL = "space.toml", "journal.log"
+LOOK_SECONDS = 0.5
+STOP_SECONDS = 60.0
+"""So long a trial that is given up may take to save and end."""
+
+HINT = "see `hpctrain sweep --help`."
+
+
+class Choice(Section):
+    """What one key is chosen from: a list, or a range."""
+
+    choices: list[str | int | float | bool] | None = Field(None, description="One of these.")
+    low: int | float | None = Field(None, description="Least value.")
+    high: int | float | None = Field(None, description="Largest value.")
+    step: int | float | None = Field(None, description="Only these apart from `low`.")
+    log: bool = Field(False, description="By its logarithm.")
+
+    def suggest(self, trial: Any, key: str) -> Any:
+        """A trial's value.
+
+        Raises:
+            Error: It is neither a list nor a range.
+        """
+        if self.choices is not None:
+            return trial.suggest_categorical(key, self.choices)
+        if self.low is None or self.high is None:
+            raise Error(f"{key}: neither choices nor low and high.", hint=HINT)
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return trial.suggest_int(key, self.low, self.high, step=int(self.step or 1),
+                                     log=self.log)  # fmt: skip
+        return trial.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
+
+
+class Space(Section):
+    """What to choose from, and by what to judge."""
+
+    metric: str = Field("val_loss", description="A metric of validation: val_NAME.")
+    direction: Literal["minimize", "maximize"] = Field("minimize", description="What is better.")
+    seed: int | None = Field(None, description="Of the sampler.")
+    startup_trials: int = Field(
+        4, ge=0, description="Trials that are not ended early, whatever they show."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps in which none is.")
+    space: dict[str, Choice] = Field(description="By key, as of `hpctrain train --set`.")
+
+
+def read_space(path: Path) -> Space:
+    """What a file says.
+
+    Raises:
+        Error: It cannot be read, or is wrong.
+    """
+    try:
+        return Space.model_validate(read_toml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise Error(f"{path}: {key}: {first['msg']}.", hint=HINT) from error
+
+
+def study(folder: Path, space: Space) -> Any:
+    """The sweep's trials so far, and the choice of the next.
+
+    Raises:
+        Error: Optuna is not installed.
+    """
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise Error("sweeps need Optuna.", hint="`pip install 'hpctrain[sweep]'`.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+        study_name="sweep",
+        load_if_exists=True,
+        direction=space.direction,
+        sampler=_sampler(space.seed),
+        pruner=optuna.pruners.MedianPruner(space.startup_trials, space.warmup_steps),
+    )
+
+
+def _sampler(seed: int | None) -> Any:
+    import optuna
+
+    # Trials that run at the same time should not all choose the same.
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def prepare(folder: Path, space_file: Path) -> Space:
+    """A sweep's folder, with its own copy of the space.
+
+    Raises:
+        Error: It cannot be made, or belongs to a sweep over another space.
+    """
+    own = folder / SPACE
+    try:
+        if not own.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(own, space_file.read_text())
+        elif space_file.exists() and space_file.read_text() != own.read_text():
+            raise Error(f"{folder} is a sweep over another space than {space_file}.",
+                        hint="choose another folder, or drop --space.")  # fmt: skip
+    except OSError as error:
+        raise Error(
+            f"cannot copy {space_file} to {folder}: {error.strerror}.", hint=HINT
+        ) from error
+    return read_space(own)
+
+
+def run_trial(folder: Path, space_file: Path, command: Sequence[str]) -> int:
+    """Train with values that were not tried yet; the exit code.
+
+    Args:
+        folder: The sweep's.
+        space_file: What to choose from, where the folder has no copy yet.
+        command: A launcher, and ``hpctrain train TASK ...``.
+
+    Raises:
+        Error: The space is wrong, or Optuna is missing.
+    """
+    import optuna
+
+    space = prepare(folder, space_file)
+    sweep = study(folder, space)
+    trial = _mine(sweep) or sweep.ask()
+    if space.seed is not None:  # other trials are chosen by processes of their own
+        sweep.sampler = _sampler(space.seed + trial.number)
+    if (job := _job()) is not None:
+        trial.set_user_attr("job", job)
+    chosen = {key: choice.suggest(trial, key) for key, choice in space.space.items()}
+    run = folder / f"trial-{trial.number:04}"
+    run.mkdir(exist_ok=True)
+    settings = [
+        word for key, value in chosen.items() for word in ("--set", f"{key}={_toml(value)}")
+    ]
+    words = [*command, *settings, "--out", str(run), "--resume", "auto"]
+    print(f"trial {trial.number}: {json.dumps(chosen)}", flush=True)
+    pruned, code = _watch(words, trial, space, run)
+    result = run / "result.json"
+    states = optuna.trial.TrialState
+    if pruned:
+        sweep.tell(trial, state=states.PRUNED)
+        print(f"trial {trial.number}: ended early: worse than the median", flush=True)
+        return 0
+    if not result.exists():
+        sweep.tell(trial, state=states.FAIL)
+        print(f"trial {trial.number}: failed (exit code {code})", flush=True)
+        return code or 1
+    final = json.loads(result.read_text())["metrics"]["final"]
+    if space.metric not in final:
+        sweep.tell(trial, state=states.FAIL)
+        raise Error(f"{space.metric} is no metric of this task.", hint=", ".join(final) + " are.")
+    sweep.tell(trial, final[space.metric])
+    print(f"trial {trial.number}: {space.metric} {final[space.metric]:.6g}", flush=True)
+    return 0
+
+
+def _job() -> str | None:
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else None
+
+
+def _mine(sweep: Any) -> Any:
+    """The trial that this task of a job array was at before it was started again."""
+    import optuna
+
+    for frozen in sweep.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        if _job() is not None and frozen.user_attrs.get("job") == _job():
+            return optuna.trial.Trial(sweep, frozen._trial_id)
+    return None
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (str, bool)) else repr(value)
+
+
+def _watch(words: Sequence[str], trial: Any, space: Space, run: Path) -> tuple[bool, int]:
+    """Run a trial's command; whether it was given up, and its exit code."""
+    environment = {**os.environ, "PATH": search_path()}
+    try:
+        process = subprocess.Popen(list(words), env=environment, start_new_session=True)
+    except OSError as error:
+        raise Error(f"cannot start {words[0]}: {error.strerror}.", hint=HINT) from error
+    before = signal.signal(signal.SIGTERM, lambda number, frame: (run / "stop").touch())
+    given_up: float | None = None
+    told = -1
+    try:
+        while process.poll() is None:
+            time.sleep(LOOK_SECONDS)
+            for step, value in _values(run, space.metric):
+                if step > told:
+                    trial.report(value, step)
+                    told = step
+            if given_up is None and trial.should_prune():
+                given_up = time.monotonic()
+                (run / "stop").touch()
+            if given_up is not None and time.monotonic() - given_up > STOP_SECONDS:
+                os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return given_up is not None and not (run / "result.json").exists(), process.returncode
+
+
+def _values(run: Path, metric: str) -> list[tuple[int, float]]:
+    found = []
+    with contextlib.suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                value = record.get(metric.removeprefix("val_"))
+                if record.get("kind") == "validation" and value is not None:
+                    found.append((int(record["step"]), float(value)))
+    return found
+
+
+def run_here(folder: Path, space_file: Path, command: Sequence[str], trials: int, jobs: int) -> int:
+    """Run so many trials on this machine, some at a time; how many failed."""
+    from hpctrain.process import which
+
+    program = which("hpctrain")
+    assert program is not None
+    words = [str(program), "trial", str(folder), "--space", str(space_file), "--", *command]
+    left, failed = trials, 0
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        while left or running:
+            while left and len(running) < jobs:
+                running.append(subprocess.Popen(words))
+                left -= 1
+            time.sleep(LOOK_SECONDS)
+            failed += sum(each.poll() not in (None, 0) for each in running)
+            running = [each for each in running if each.poll() is None]
+    finally:
+        for each in running:
+            each.terminate()
+    return failed
+
+
+def report(folder: Path) -> list[dict[str, Any]]:
+    """All trials, best first; also as trials.csv, a plot, and the best one's configuration.
+
+    Raises:
+        Error: There is no sweep.
+    """
+    if not (folder / SPACE).exists():
+        raise Error(f"{folder} is no sweep.", hint=HINT)
+    space = read_space(folder / SPACE)
+    sign = 1 if space.direction == "minimize" else -1
+    rows = []
+    for trial in study(folder, space).get_trials(deepcopy=False):
+        value = trial.value if trial.value is not None else trial.intermediate_values.get(
+            trial.last_step)  # fmt: skip
+        rows.append({"trial": trial.number, "state": trial.state.name.lower(),
+                     space.metric: value, "step": trial.last_step, **trial.params})  # fmt: skip
+    done = {"complete": 0, "pruned": 1}
+    rows.sort(key=lambda row: (done.get(row["state"], 2), sign * (row[space.metric] or 0)))
+    with (folder / "trials.csv").open("w", newline="") as file:
+        names = ["trial", "state", space.metric, "step", *space.space]
+        writer = csv.DictWriter(file, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    if rows and rows[0]["state"] == "complete":
+        best = folder / f"trial-{rows[0]['trial']:04}" / "config.toml"
+        with contextlib.suppress(Error):
+            config = read_toml(best)
+            for name in ("out", "resume", "world_size"):
+                config.pop(name, None)
+            write_text(folder / "best.toml", tomli_w.dumps(config))
+    _plot(folder / "trials.png", space, rows)
+    return rows
+
+
+def _plot(path: Path, space: Space, rows: list[dict[str, Any]]) -> None:
+    """The metric over each key, and over trials."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    shown = [row for row in rows if row[space.metric] is not None]
+    keys = ["trial", *space.space]
+    figure, axes = pyplot.subplots(
+        1, len(keys), figsize=(3.2 * len(keys), 3.2), sharey=True, squeeze=False
+    )
+    for axis, key in zip(axes[0], keys, strict=True):
+        for state, colour in (("complete", "tab:blue"), ("pruned", "tab:gray")):
+            points = [row for row in shown if row["state"] == state and key in row]
+            values = [row[key] for row in points]
+            if any(isinstance(value, (str, bool)) for value in values):
+                values = [str(value) for value in values]
+            axis.scatter(values, [row[space.metric] for row in points], c=colour, label=state)
+        if key in space.space and space.space[key].log:
+            axis.set_xscale("log")
+        axis.set_xlabel(key)
+    axes[0][0].set_ylabel(space.metric)
+    axes[0][-1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

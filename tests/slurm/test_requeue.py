@@ -1,0 +1,86 @@
+"""Jobs that are told that time is up, are requeued, or lose a node: they end with the same bits."""
+
+import pytest
+
+from tests.e2e.conftest import result_of
+from tests.slurm.conftest import TASK
+
+EPOCHS = 8
+SLOW = (TASK, "--nodes", 2, "--epochs", EPOCHS, "--set", "options.pause=0.05",
+        "--set", "log.every_steps=5", "--set", "checkpoint.every_steps=20")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(session_cluster, tmp_path_factory):
+    """The parameters of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = [*map(str, SLOW), "--set", "options.pause=0", "--out", "run", "--wait"]
+    done = session_cluster.run("hpctrain", "submit", *arguments, cwd=folder, timeout_seconds=120)
+    assert done.returncode == 0, done.stdout
+    return result_of(folder / "run")["parameters_sha256"]
+
+
+def assert_same(run, whole, reasons):
+    result = result_of(run)
+    assert result["parameters_sha256"] == whole
+    assert result["steps"] == EPOCHS * 23
+    assert [change["reason"].partition(" at")[0] for change in result["world"]] == reasons
+
+
+def test_a_signal_that_time_is_up(site, whole):
+    """Once early, and again while it is being saved; then the job is started again."""
+    number, run = site.submit(*SLOW)
+    site.reached(30)
+    for _ in range(2):
+        site.cluster.call("scancel", "--signal=USR1", "--batch", number)
+    code, said = site.wait()
+    assert code == 0, said + site.log()
+    assert_same(run, whole, ["start", "resumed"])
+    assert "to be started again, for the 1. time" in site.log()
+    assert site.cluster.field(number, "Restarts") == "1"
+
+
+def test_a_signal_before_training_has_begun(site, whole):
+    number, run = site.submit(*SLOW)
+    site.until(lambda: (run / "ranks").exists())
+    site.cluster.call("scancel", "--signal=USR1", "--batch", number)
+    assert site.wait()[0] == 0, site.log()
+    assert result_of(run)["parameters_sha256"] == whole
+    assert "interrupted at step" in site.log()
+
+
+def test_no_more_requeues(site):
+    number, _ = site.submit(*SLOW, "--max-requeues", 0)
+    site.reached(10)
+    site.cluster.call("scancel", "--signal=USR1", "--batch", number)
+    code, said = site.wait()
+    assert code == 75, said
+    assert "not started again" in site.log()
+    assert site.cluster.field(number, "JobState") == "FAILED"
+    assert site.cluster.field(number, "ExitCode") == "75:0"
+
+
+def test_requeued_by_others(site, whole):
+    number, run = site.submit(*SLOW)
+    site.reached(45)
+    site.cluster.call("scontrol", "requeue", number)
+    site.until(lambda: site.cluster.field(number, "Restarts") == "1")
+    assert site.wait()[0] == 0, site.log()
+    assert_same(run, whole, ["start", "resumed"])
+
+
+def test_a_lost_node(site, whole):
+    """Slurm notices after SlurmdTimeout, and starts the job again on others."""
+    number, run = site.submit(*SLOW)
+    site.reached(45)
+    nodes = site.cluster.field(number, "NodeList")
+    site.cluster.kill("n2" if "2" in nodes else "n1")
+    site.until(lambda: (run / "result.json").exists(), seconds=120)
+    assert_same(run, whole, ["start", "resumed"])
+
+
+def test_not_after_success_or_an_error(site):
+    number, _ = site.submit(TASK, "--epochs", 1)
+    assert site.wait()[0] == 0
+    assert site.cluster.field(number, "JobState") == "COMPLETED"
+    assert site.cluster.field(number, "Restarts") == "0"
