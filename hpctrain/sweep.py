@@ -321,17 +321,18 @@ def _plot(path: Path, space: Space, rows: list[dict[str, Any]]) -> None:
         1, len(keys), figsize=(3.2 * len(keys), 3.2), sharey=True, squeeze=False
     )
     for axis, key in zip(axes[0], keys, strict=True):
+        text = key in space.space and space.space[key].choices is not None
         for state, colour in (("complete", "tab:blue"), ("pruned", "tab:gray")):
             points = [row for row in shown if row["state"] == state and key in row]
-            values = [row[key] for row in points]
-            if any(isinstance(value, (str, bool)) for value in values):
-                values = [str(value) for value in values]
-            axis.scatter(values, [row[space.metric] for row in points], c=colour, label=state)
-        if key in space.space and space.space[key].log:
+            values = [str(row[key]) if text else row[key] for row in points]
+            if points:
+                axis.scatter(values, [row[space.metric] for row in points], c=colour, label=state)
+        if shown and key in space.space and space.space[key].log:
             axis.set_xscale("log")
         axis.set_xlabel(key)
     axes[0][0].set_ylabel(space.metric)
-    axes[0][-1].legend()
+    if shown:
+        axes[0][-1].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

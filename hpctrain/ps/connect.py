@@ -315,7 +315,7 @@ class Ends:
         regions.lay_out(layout)
         own_weights, own_gradients = regions.flats(self.me)
         if self.server is not None:
-            self.server.store.regions = regions
+            self.server.share(regions)
         self.client.near = self._near()
         future: Future = self.client.open(
             layout, rule, own_weights, own_gradients,
@@ -410,7 +410,7 @@ class Ends:
         with torch.no_grad():
             while not (server.done and self._nobody_comes):
                 if self._sharing is not None and self._sharing.poll():
-                    server.store.regions = self._sharing.regions
+                    server.share(self._sharing.regions)
                 if self._recruiter is not None:
                     self._recruiter.poll()
                 waiter.wait(server.poll())

@@ -101,6 +101,7 @@ class Server:
         self._on_lost = on_lost
         self._begun: set[int] = set()  # workers that have asked for weights
         self._resting: set[int] = set()  # workers that push nothing more, lost ones too
+        self._regions: Regions | None = None
         self._opened = False
         self._completed = False  # whether a worker has done all of its steps
 
@@ -125,8 +126,16 @@ class Server:
             self._tell(wire.Abort(self.me, error.message, hint))
             raise
 
+    def share(self, regions: Regions) -> None:
+        """Reach the memory of this host's workers, from the next ``poll`` on."""
+        self._regions = regions
+
     def _poll(self) -> bool:
         moved = False
+        # Not while the slices are coming, to where they were to be without it.
+        if self._regions is not None and (self._opened or self.store.layout is None):
+            self.store.share(self._regions)
+            self._regions = None
         for peers in (self.workers, self.servers, self.newcomers):
             for peer, link in list(peers.items()):
                 if peers.get(peer) is not link:

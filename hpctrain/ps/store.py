@@ -84,6 +84,20 @@ class Store:
             buffers += [held.weights, *(held.state.values() if steps else ())]
         return buffers
 
+    def share(self, regions: Regions) -> None:
+        """Reach the memory of this host's workers from now on.
+
+        It may come late: a worker of another host may have told before what is trained.
+        """
+        self.regions = regions
+        if self.layout is None:
+            return
+        regions.lay_out(self.layout)
+        for held in self.held.values() if self.consistency.lockstep else ():
+            common = regions.common(held.piece) if self.primary(held.piece.number) else None
+            if common is not None:
+                held.weights = common.copy_(held.weights)
+
     def open_again(self, message: wire.Open) -> list[torch.Tensor]:
         """Memory for what is known already, and not needed."""
         sizes = [

@@ -147,7 +147,9 @@ def _squeue(jobs: set[str]) -> dict[str, State]:
     user = getpass.getuser()
     form = "--Format=JobID:|,ArrayJobID:|,ArrayTaskID:|,State:|,Reason:|,NodeList:|,TimeLeft:"
     found = {}
-    for line in call("squeue", "--noheader", "--states=all", f"--user={user}", form).splitlines():
+    for line in call(
+        "squeue", "--noheader", "--array", "--states=all", f"--user={user}", form
+    ).splitlines():
         fields = [field.strip() for field in line.split("|")]
         if len(fields) == 7:
             number, array, task, name, reason, nodes, left = fields

@@ -180,14 +180,16 @@ def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
         Error: Slurm does not answer.
     """
     before = ""
+    known: dict[str, State] = {}
     while True:
-        states = commands.states(numbers)
+        states = known | commands.states(numbers)
+        known = states  # Slurm forgets those that have been over for a while
         names = Counter(state.name.lower() for state in states.values())
         text = ", ".join(f"{count} {name}" for name, count in sorted(names.items()))
         if text != before:
             say(text)
             before = text
-        if all(state.over for state in states.values()):
+        if states and all(state.over for state in states.values()):
             return
         time.sleep(POLL_SECONDS)
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -39,6 +40,9 @@ GRACE_SECONDS = 15.0
 KILL_SECONDS = 5.0
 REQUEUE_SECONDS = 120.0
 PROBE_SECONDS = 15.0
+MOST_PROBES = 32
+LOSSES = ("node lost", "rank lost", "SIGKILL", "exit code")
+"""Failures that the loss of a node may look like."""
 
 
 class Job:
@@ -87,10 +91,14 @@ class Job:
                         )
                     return 0
                 if (self._run / INTERRUPTED).exists():
-                    return self._requeue()
+                    return self._interrupted()
                 failure = self._why(returncode)
-                if not self._relaunch(failure):
-                    return self._fail(failure)
+                present = self._present(failure)
+                if self._relaunch(failure, present):
+                    continue
+                if present != self._nodes and self._told is None:
+                    return self._requeue(f"{failure}; {_without(self._nodes, present)} lost")
+                return self._fail(failure)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -215,18 +223,21 @@ class Job:
         self._say(f"failed: {failure}")
         return code
 
-    def _requeue(self) -> int:
-        done = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        done += int(os.environ.get("HPCTRAIN_RESTARTS", "0"))
+    def _interrupted(self) -> int:
         where = json.loads((self._run / INTERRUPTED).read_text())
         progress = f"interrupted at step {where['step']} of {where['steps']}"
         if self._told is None:
             self._say(f"{progress}, by nobody's signal; not started again")
             return INTERRUPTED_CODE
+        return self._requeue(progress)
+
+    def _requeue(self, why: str) -> int:
+        done = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        done += int(os.environ.get("HPCTRAIN_RESTARTS", "0"))
         if done >= self._max_requeues:
-            self._say(f"{progress}; not started again: it has been, {done} times")
+            self._say(f"{why}; not started again: it has been, {done} times")
             return INTERRUPTED_CODE
-        self._say(f"{progress}; to be started again, for the {done + 1}. time")
+        self._say(f"{why}; to be started again, for the {done + 1}. time")
         self._told = None
         try:
             commands.requeue(self.number)
@@ -252,21 +263,30 @@ class Job:
         self._say(f"goes on as job {number}")
         return INTERRUPTED_CODE
 
-    def _relaunch(self, failure: Failure) -> bool:
+    def _present(self, failure: Failure) -> list[hosts.Node]:
+        """The nodes that are left, after a failure that may come from the loss of one."""
+        if self._told is not None or not (failure.consequence or failure.what in LOSSES):
+            return self._nodes
+        with ThreadPoolExecutor(MOST_PROBES) as pool:
+            answers = list(pool.map(_answers, [node.name for node in self._nodes]))
+        return [node for node, there in zip(self._nodes, answers, strict=True) if there]
+
+    def _relaunch(self, failure: Failure, present: list[hosts.Node]) -> bool:
         """Whether the run can go on within this job: some of its nodes are left."""
-        if self._relaunches == 0 or self._told is not None:
-            return False
-        present = [node for node in self._nodes if _answers(node.name)]
-        gone = sorted({node.name for node in self._nodes} - {node.name for node in present})
-        lost = failure.consequence or failure.what in ("node lost", "rank lost", "SIGKILL")
-        if not present or not (gone or lost):
+        lost = present != self._nodes or failure.consequence or failure.what in LOSSES
+        if self._relaunches == 0 or self._told is not None or not present or not lost:
             return False
         self._relaunches -= 1
         self._relaunched = True
-        self._say(f"{failure}; going on with {', '.join(node.name for node in present)}"
-             + (f", without {', '.join(gone)}" if gone else ""))  # fmt: skip
+        gone = _without(self._nodes, present)
+        names = ", ".join(node.name for node in present)
+        self._say(f"{failure}; going on with {names}" + (f", without {gone}" if gone else ""))
         self._nodes = present
         return True
+
+
+def _without(nodes: list[hosts.Node], present: list[hosts.Node]) -> str:
+    return ", ".join(node.name for node in nodes if node not in present)
 
 
 def _answers(node: str) -> bool:

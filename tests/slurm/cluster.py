@@ -26,7 +26,7 @@ from hpctrain.process import run, search_path
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 NETWORK = "10.78.0"
 START_SECONDS = 20
-CRED_SECONDS = 3  # a requeued job waits for so long
+CRED_SECONDS = 5  # a requeued job waits for so long; less counts as 120
 SPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 PMIX = Path("/usr/lib/x86_64-linux-gnu/pmix2/lib")
 
@@ -68,6 +68,7 @@ class Cluster:
             "PATH": search_path() + ":/usr/sbin:/sbin",
             # More ranks than cores, and one machine for all.
             "OMPI_MCA_mpi_yield_when_idle": "1",
+            "OMP_NUM_THREADS": "1",
             "OMPI_MCA_pml": "ob1",
             "OMPI_MCA_btl": "self,sm,tcp",
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
@@ -241,7 +242,7 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         if not self.hosts:
             return ()
         first = self._first(name)
-        return ("nsenter", "-t", str(first), *SPACES, f"--wd={Path.cwd()}", "--")
+        return ("nsenter", "-t", str(first), *SPACES, "--")
 
     def start(self, name):
         """Switch a host on, or on again."""
@@ -302,11 +303,11 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
 
     def run(self, *arguments, cwd=None, timeout_seconds=120, env=None):
         """Run a command there."""
-        command = self.command(*arguments)
-        if cwd is not None:
-            command = [part if not part.startswith("--wd=") else f"--wd={cwd}" for part in command]
+        # Into the folder as the host sees it: nsenter --wd would keep this one's mount of it.
+        go = ("sh", "-c", 'cd "$0" && exec "$@"', str(cwd or Path.cwd()))
+        command = self.command(*go, *arguments)
         return run(
-            command, timeout_seconds=timeout_seconds, cwd=cwd,
+            command, timeout_seconds=timeout_seconds,
             env={**self.environment, **(env or {})},
         )  # fmt: skip
 

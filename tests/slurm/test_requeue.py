@@ -5,7 +5,7 @@ import pytest
 from tests.e2e.conftest import result_of
 from tests.slurm.conftest import TASK
 
-EPOCHS = 8
+EPOCHS = 5
 SLOW = (TASK, "--nodes", 2, "--epochs", EPOCHS, "--set", "options.pause=0.05",
         "--set", "log.every_steps=5", "--set", "checkpoint.every_steps=20")  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_no_more_requeues(site):
 
 def test_requeued_by_others(site, whole):
     number, run = site.submit(*SLOW)
-    site.reached(45)
+    site.reached(40)
     site.cluster.call("scontrol", "requeue", number)
     site.until(lambda: site.cluster.field(number, "Restarts") == "1")
     assert site.wait()[0] == 0, site.log()
@@ -72,7 +72,7 @@ def test_requeued_by_others(site, whole):
 def test_a_lost_node(site, whole):
     """Slurm notices after SlurmdTimeout, and starts the job again on others."""
     number, run = site.submit(*SLOW)
-    site.reached(45)
+    site.reached(40)
     nodes = site.cluster.field(number, "NodeList")
     site.cluster.kill("n2" if "2" in nodes else "n1")
     site.until(lambda: (run / "result.json").exists(), seconds=120)

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 from tests.e2e.conftest import result_of
+from tests.slurm.conftest import TASK
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
 SPACE = """\
@@ -21,7 +22,8 @@ def test_an_array(site):
     """12 trials over 4 nodes, with pruning; the best one can be trained again."""
     (site.folder / "space.toml").write_text(SPACE)
     done = site(
-        "sweep", "digits", "--space", "space.toml", "--trials", 12, "--jobs", 4, "--submit",
+        "sweep", TASK, "--set", "options.pause=0.01", "--space", "space.toml",
+        "--trials", 12, "--jobs", 4, "--submit",
         "--epochs", 4, "--out", "sweep", "--time", "10:00", "--wait", seconds=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

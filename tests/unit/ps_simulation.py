@@ -190,8 +190,8 @@ class Simulation:
         return self
 
     def kill(self, number):
-        """From one moment to the next nothing comes or goes; a server that is done is not lost."""
-        if number in self.servers and self.servers[number].done:
+        """From one moment to the next nothing comes or goes; at the end no server is lost."""
+        if number in self.servers and any(server.done for server in self.servers.values()):
             return
         self.dead.add(number)
         for (a, b), pair in [*self.links.items(), *self.between.items()]:
