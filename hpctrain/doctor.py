@@ -208,6 +208,9 @@ def _slurm() -> list[Finding]:
     if shutil.which("sinfo") is None:
         return [Finding("ok", "Slurm", "not on this machine")]
     result = run(["sinfo", "--noheader", "--format=%P %D %t"], timeout_seconds=30)
+    if "configuration source" in result.stdout:
+        detail = "its commands are here, but no cluster is configured"
+        return [Finding("note", "Slurm", detail, "log in to a cluster to submit jobs.")]
     if result.returncode != 0:
         return [
             Finding(
