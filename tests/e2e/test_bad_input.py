@@ -218,3 +218,15 @@ def test_data_commands(hpctrain, arguments, message):
 def test_usage(hpctrain):
     result = hpctrain("train", "--no-such-flag")
     assert result.returncode == 2 and "No such option" in result.stdout
+
+
+def test_no_slurm(hpctrain, monkeypatch):
+    """A dry run needs none; all else says so in a line."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = hpctrain("submit", "digits", "--dry-run")
+    assert done.returncode == 0 and "hpctrain train digits" in done.stdout
+    for command in (["submit", "digits"], ["submit", "digits", "--test-only"]):
+        done = hpctrain(*command)
+        assert done.returncode == 2
+        (line,) = done.stdout.splitlines()
+        assert "sinfo is not on PATH: no Slurm here. HINT:" in line

@@ -1,7 +1,6 @@
 """`hpctrain submit` on a real cluster: launchers, what is refused before queueing, jobs."""
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -87,16 +86,6 @@ def test_test_only(site):
     done = site("submit", "digits", "--nodes", 2, "--test-only")
     assert done.returncode == 0
     assert "to start at" in done.stdout and "n[1-2]" in done.stdout
-
-
-def test_no_slurm(tmp_path):
-    """A dry run needs none; all else says so in a line."""
-    from hpctrain.process import run, search_path
-
-    environment = {"PATH": search_path().partition(":")[0], "HOME": str(tmp_path)}
-    done = run(["hpctrain", "submit", "digits"], timeout_seconds=60, env=environment, cwd=tmp_path)
-    if shutil.which("sinfo", path=environment["PATH"]) is None and "no Slurm" in done.stdout:
-        assert done.returncode == 2 and len(done.stdout.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["a100-nccl", "cpu-openmpi", "lumi-g"])
