@@ -89,7 +89,8 @@ def train(config_path: str | None, settings: tuple[str, ...], **flags: str | Non
     """
     from hpctrain.run import configure, run
 
-    sys.exit(run(configure(_layers(config_path, settings, flags)), say=click.echo))
+    if code := run(configure(_layers(config_path, settings, flags)), say=click.echo):
+        sys.exit(code)
 
 
 _FLAG_KEYS = {
