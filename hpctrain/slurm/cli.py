@@ -15,13 +15,8 @@ import click
 
 from hpctrain import compare as comparing
 from hpctrain import process
-from hpctrain import sweep as sweeps
 from hpctrain.errors import Error
 from hpctrain.slurm import commands, jobs, options
-from hpctrain.slurm.site import load
-from hpctrain.slurm.submit import SCRIPT, Request, command_line
-from hpctrain.slurm.submit import check as check_request
-from hpctrain.slurm.submit import submit as submit_request
 from hpctrain.slurm.supervise import Job
 
 FOLLOW_SECONDS = 0.5
@@ -106,6 +101,11 @@ def submission(
         others at a validation is ended. `hpctrain trials DIR` shows them, and keeps best.toml:
           hpctrain train --config DIR/best.toml --out runs/best
         """
+        from hpctrain import sweep as sweeps
+        from hpctrain.slurm.site import load
+        from hpctrain.slurm.submit import Request, command_line
+        from hpctrain.slurm.submit import submit as submit_request
+
         words, sbatch = split(arguments, known)
         config = config_of(train.make_context("hpctrain sweep", list(words)).params)
         asked = options.parse(sbatch)
@@ -183,6 +183,11 @@ def submission(
         Before the time limit the run saves a checkpoint and the job is started again; so it is when
         a node fails. What a cluster needs is described once: see --site, and slurm/sites.
         """
+        from hpctrain.slurm.site import load
+        from hpctrain.slurm.submit import SCRIPT, Request, command_line
+        from hpctrain.slurm.submit import check as check_request
+        from hpctrain.slurm.submit import submit as submit_request
+
         words, sbatch = split(arguments, known)
         if stage_dir is not None:
             words += ["--set", f"data.stage_dir={stage_dir}"]
@@ -289,6 +294,8 @@ def trial(folder: str, command: tuple[str, ...], space: str) -> None:
 
     COMMAND is a launcher and `hpctrain train TASK`; the values are added.
     """
+    from hpctrain import sweep as sweeps
+
     sys.exit(sweeps.run_trial(Path(folder), Path(space), command))
 
 
@@ -300,6 +307,8 @@ def trials(folder: str) -> None:
 
 
 def _trials(folder: Path) -> None:
+    from hpctrain import sweep as sweeps
+
     rows = sweeps.report(folder)
     names = list(dict.fromkeys(name for row in rows for name in row))
     _columns([names, *([_short(row.get(name)) for name in names] for row in rows)])

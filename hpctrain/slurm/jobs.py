@@ -14,8 +14,13 @@ from typing import Any
 from hpctrain.errors import Error, nearest
 from hpctrain.slurm import commands
 from hpctrain.slurm.commands import State
-from hpctrain.slurm.submit import SUBMISSION
-from hpctrain.slurm.supervise import FAILURE, INTERRUPTED, INTERRUPTED_CODE, RESULT
+from hpctrain.slurm.supervise import (
+    FAILURE,
+    INTERRUPTED,
+    INTERRUPTED_CODE,
+    RESULT,
+    SUBMISSION,
+)
 
 POLL_SECONDS = 2.0
 TAIL_BYTES = 2**16

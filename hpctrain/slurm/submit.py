@@ -21,8 +21,9 @@ from hpctrain.slurm import commands
 from hpctrain.slurm.options import Options, directive
 from hpctrain.slurm.render import render
 from hpctrain.slurm.site import Launcher, Site
+from hpctrain.slurm.supervise import SUBMISSION
 
-SCRIPT, SUBMISSION = "job.sbatch", "submission.json"
+SCRIPT = "job.sbatch"
 LEAD_SECONDS = 120
 RELAUNCHES = 10
 _KEPT = re.compile(

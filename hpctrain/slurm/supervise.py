@@ -29,7 +29,7 @@ from hpctrain.slurm import commands, hosts
 from hpctrain.slurm.cause import root_cause
 
 RESULT, INTERRUPTED, STOP = "result.json", "interrupted.json", "stop"
-FAILURE = "failure.json"
+FAILURE, SUBMISSION = "failure.json", "submission.json"
 INTERRUPTED_CODE = 75
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
 LOOK_SECONDS = 0.1
