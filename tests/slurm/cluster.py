@@ -82,7 +82,7 @@ class Cluster:
         """Start everything; returns when all nodes are idle."""
         for name in ("state", "spool", "log", "munge", "tmp"):
             (self.folder / name).mkdir()
-        (self.folder / "munge").chmod(0o700 if not self.hosts else 0o755)
+        (self.folder / "munge").chmod(0o755)
         key = self.folder / "munge" / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
