@@ -14,19 +14,10 @@ from types import FrameType
 import torch
 
 from hpctrain.errors import Error
+from hpctrain.run_folder import STOP
 from hpctrain.world import Communicator
 
 LOOK_SECONDS = 1.0
-
-STOP = "stop"
-"""In the run folder: asks the run to save a checkpoint and end."""
-
-INTERRUPTED = "interrupted.json"
-"""In the run folder: the run has done so, and can be gone on with."""
-
-
-EXIT_CODE = 75
-"""Of such a run: that of sysexits.h for "try again later"."""
 
 
 class Interruption:

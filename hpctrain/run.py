@@ -29,8 +29,9 @@ from hpctrain.data.stage import stage, unstage
 from hpctrain.errors import Dismissed, Error
 from hpctrain.failure import FOLDER
 from hpctrain.files import write_text
-from hpctrain.interruption import EXIT_CODE, INTERRUPTED, STOP, Interruption
+from hpctrain.interruption import Interruption
 from hpctrain.recorder import OnRankZero, Recorder, RunRecorder, plain
+from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT, STOP
 from hpctrain.state import parameters_sha256
 from hpctrain.strategies import strategy
 from hpctrain.strategies.base import Serving, Strategy
@@ -39,7 +40,6 @@ from hpctrain.task import Task, load_task, make_task
 from hpctrain.trainer import Trainer
 from hpctrain.world import World, init
 
-RESULT = "result.json"
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 
@@ -67,7 +67,7 @@ def run(config: RunConfig, say: Callable[[str], None]) -> int:
         say: Tells the person who watches.
 
     Returns:
-        The exit code: 0, or ``interruption.EXIT_CODE`` where the run was asked to stop.
+        The exit code: 0, or ``INTERRUPTED_CODE`` where the run was asked to stop.
 
     Raises:
         Error: The configuration does not fit this machine, data, or world.
@@ -154,7 +154,7 @@ def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], Non
     if trainer.interrupted:
         world.once(lambda: _interrupt(out, trainer, say))
         world.comm.close()
-        return EXIT_CODE
+        return INTERRUPTED_CODE
     world.once(lambda: _complete(out, trainer, say))
     if config.data.stage_dir is not None and world.local_rank == 0:
         for path in _shard_sets(config):

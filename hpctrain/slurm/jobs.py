@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import Error, nearest
+from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT
 from hpctrain.slurm import commands
 from hpctrain.slurm.commands import State
-from hpctrain.slurm.supervise import (
-    FAILURE,
-    INTERRUPTED,
-    INTERRUPTED_CODE,
-    RESULT,
-    SUBMISSION,
-)
+from hpctrain.slurm.supervise import FAILURE, SUBMISSION
 
 POLL_SECONDS = 2.0
 TAIL_BYTES = 2**16
@@ -186,6 +181,7 @@ def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
     """
     before = ""
     known: dict[str, State] = {}
+    begun = time.monotonic()
     while True:
         states = known | commands.states(numbers)
         known = states  # Slurm forgets those that have been over for a while
@@ -196,6 +192,8 @@ def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
             before = text
         if states and all(state.over for state in states.values()):
             return
+        if not states and time.monotonic() - begun > LOST_SECONDS:
+            raise Error(f"Slurm knows nothing of job {numbers[0]}.", hint="`squeue` may tell more.")
         time.sleep(POLL_SECONDS)
 
 

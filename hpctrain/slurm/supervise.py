@@ -25,12 +25,11 @@ from hpctrain.errors import Error
 from hpctrain.failure import FOLDER, Failure, read_notes
 from hpctrain.files import write_text
 from hpctrain.process import search_path
+from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT, STOP
 from hpctrain.slurm import commands, hosts
 from hpctrain.slurm.cause import root_cause
 
-RESULT, INTERRUPTED, STOP = "result.json", "interrupted.json", "stop"
 FAILURE, SUBMISSION = "failure.json", "submission.json"
-INTERRUPTED_CODE = 75
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
 LOOK_SECONDS = 0.1
 TAIL_BYTES = 2**16

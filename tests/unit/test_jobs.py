@@ -6,9 +6,10 @@ import pytest
 
 from hpctrain.compare import compare
 from hpctrain.errors import Error
+from hpctrain.run_folder import INTERRUPTED, RESULT
 from hpctrain.slurm import commands
 from hpctrain.slurm.jobs import Submitted, describe, find, named, outcome, progress, wait
-from hpctrain.slurm.supervise import FAILURE, INTERRUPTED, RESULT
+from hpctrain.slurm.supervise import FAILURE
 
 
 @pytest.fixture
