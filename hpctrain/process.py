@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -101,6 +102,15 @@ def mpirun(ranks: int) -> list[str]:
         if os.geteuid() == 0:
             command.append("--allow-run-as-root")
     return command
+
+
+def loaded(name: str) -> ctypes.CDLL | None:
+    """A shared library that this process has loaded, wherever it came from; None: it has not."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[5:]
+        if path and Path(path[0]).name.startswith(name):
+            return ctypes.CDLL(path[0])
+    return None
 
 
 def cores() -> int:

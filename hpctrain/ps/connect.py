@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from hpctrain import pmix
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.cipher import Cipher, read_key
@@ -188,6 +189,7 @@ class Ends:
 
     def _gather(self, world: MPI.Intracomm) -> None:
         """Find out where all ranks are."""
+        pmix.fence(self._timeout_seconds)
         self._meet(world, "all ranks")
         self._comm: MPI.Intracomm = world.Dup()
         self._node = cast(MPI.Intracomm, self._comm.Split_type(MPI.COMM_TYPE_SHARED, key=self.me))

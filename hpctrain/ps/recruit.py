@@ -7,7 +7,6 @@ on threads of their own.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import queue
@@ -16,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
 
+from hpctrain import pmix
 from hpctrain.errors import PeerLost
 from hpctrain.ps import wire
 from hpctrain.ps.server import Server
@@ -175,7 +174,7 @@ class Recruit:
         """Part from the servers, so that this process may end when it likes."""
         disconnect(list(self.comms.values()))
         if fault_tolerant():
-            leave_launcher()
+            pmix.leave()
 
 
 def spawned() -> bool:
@@ -221,18 +220,3 @@ def disconnect(comms: list[MPI.Intercomm]) -> None:
 def fault_tolerant() -> bool:
     """Whether MPI was started to outlive lost ranks."""
     return "OMPI_MCA_mpi_ft_enable" in os.environ
-
-
-def leave_launcher() -> None:
-    """Tell the launcher that this process ends in good order, though MPI is not ended.
-
-    With fault tolerance whoever ends first looks lost to the others, and ``MPI_Finalize`` of Open
-    MPI 5.0 may crash over that; ``mpirun`` in turn counts a spawned process that does not end its
-    part in PMIx (https://pmix.org) as failed.
-    """
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if "/libpmix.so" in line:
-            pmix = ctypes.CDLL(line.split(maxsplit=5)[5])
-            while pmix.PMIx_Initialized():
-                pmix.PMIx_Finalize(None, 0)
-            return

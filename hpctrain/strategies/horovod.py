@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -14,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpctrain import pmix
 from hpctrain.config import HorovodConfig
 from hpctrain.errors import Error, PeerLost
-from hpctrain.process import cores
+from hpctrain.process import cores, loaded
 from hpctrain.strategies.base import DistributedOptimizer, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.strategies.views import adopt, dense_view
@@ -24,6 +27,8 @@ from hpctrain.world import Part, World, equal_part
 
 # What Horovod can reduce. bfloat16 is not among them (horovod issue 4047) and goes as float32.
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)
+
+_THREAD_MULTIPLE = 3  # what all implementations call it
 
 YIELDING_SECONDS = 2e-3
 """How long a wait only yields its core; waking from a sleep would delay a short one too much."""
@@ -335,6 +340,8 @@ class Horovod:
         _set_defaults(world)
         try:
             with _given_up_after(timeout_seconds, world):
+                if os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi" and self._hvd.mpi_built():
+                    _start_mpi(timeout_seconds)
                 self._hvd.init()
         except Exception as error:
             raise Error(
@@ -395,6 +402,31 @@ def _given_up_after(seconds: float, world: World) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _start_mpi(timeout_seconds: float) -> None:
+    """Have MPI started, and all ranks know it, before Horovod sends anything.
+
+    By way of the library itself: neither Horovod nor mpi4py lets anything happen in between, and
+    mpi4py lets no other thread run meanwhile.
+    """
+    libmpi = loaded("libmpi.so")
+    started = ctypes.c_int(1)
+    if libmpi is not None:
+        libmpi.MPI_Initialized(ctypes.byref(started))
+    if libmpi is None or started.value:
+        return
+    provided = ctypes.c_int()
+    libmpi.MPI_Init_thread(None, None, _THREAD_MULTIPLE, ctypes.byref(provided))
+    atexit.register(_end_mpi, libmpi)
+    pmix.fence(timeout_seconds)
+
+
+def _end_mpi(libmpi: ctypes.CDLL) -> None:
+    ended = ctypes.c_int()
+    libmpi.MPI_Finalized(ctypes.byref(ended))
+    if not ended.value:
+        libmpi.MPI_Finalize()
 
 
 def _set_defaults(world: World) -> None:

@@ -1,0 +1,48 @@
+"""PMIx (https://pmix.org), by which a launcher and the processes of an MPI job know of each other.
+
+Only where MPI has loaded the library into this process; where not, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from hpctrain.errors import PeerLost
+from hpctrain.process import loaded
+
+
+def fence(timeout_seconds: float) -> None:
+    """Return when every process of this launch has come here; to be called right after MPI's start.
+
+    Open MPI 5 ends ``MPI_Init`` with a fence, and readies its world only after it: who leaves the
+    fence early and sends at once crashes who leaves it late (open-mpi/ompi issue 12495, pull
+    request 13559). After this fence, which sends nothing over MPI, all are ready.
+
+    Raises:
+        PeerLost: The time is up.
+    """
+    pmix = loaded("libpmix.so")
+    if pmix is None or not pmix.PMIx_Initialized():
+        return
+    thread = threading.Thread(target=pmix.PMIx_Fence, args=(None, 0, None, 0), daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
+    if thread.is_alive():
+        raise PeerLost(
+            f"a process on {os.uname().nodename} waited {timeout_seconds:.0f} s for the others of "
+            "its launch to meet.",
+            hint="did all of them start? Their own logs say more.",
+        )
+
+
+def leave() -> None:
+    """Tell the launcher that this process ends in good order, though MPI is not ended.
+
+    With fault tolerance whoever ends first looks lost to the others, and ``MPI_Finalize`` of Open
+    MPI 5.0 may crash over that; ``mpirun`` in turn counts a spawned process that does not end its
+    part in PMIx as failed.
+    """
+    pmix = loaded("libpmix.so")
+    while pmix is not None and pmix.PMIx_Initialized():
+        pmix.PMIx_Finalize(None, 0)
