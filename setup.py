@@ -16,6 +16,7 @@ setup(
     packages=find_packages(include=["hpctrain", "hpctrain.*"]),
     package_data={
         "hpctrain": ["py.typed"],
+        "hpctrain.elastic": ["notify.c"],
         "hpctrain.slurm": ["templates/*.sbatch", "templates/*.def", "templates/sites/*.toml"],
     },
     python_requires=">=3.10",

@@ -43,6 +43,12 @@ def cli() -> None:
 @click.option("--servers", metavar="N", help="With ps: ranks that hold parameters.")
 @click.option("--consistency", metavar="MODE", help="With ps: sync, async, ssp:S, or backup:B.")
 @click.option("--replicas", metavar="N", help="With ps: copies of each slice on other servers.")
+@click.option(
+    "--elastic", metavar="HOW", help="With horovod, when a rank is lost: off, auto, ulfm, restart."
+)
+@click.option(
+    "--trace-samples", is_flag=True, default=None, help="Write which samples each step consumed."
+)
 @click.option("--record-order", metavar="DIR", help="With ps: record the order of pushes.")
 @click.option("--replay", metavar="DIR", help="With ps: repeat a recorded run bit for bit.")
 @click.option(
@@ -64,7 +70,7 @@ def cli() -> None:
 )
 @click.option("--config", "config_path", metavar="FILE", help="TOML file of configuration keys.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key.")
-def train(config_path: str | None, settings: tuple[str, ...], **flags: str | None) -> None:
+def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> None:
     """Train TASK: a ready one, my_task.py[:Name], or package.module:Name.
 
     \b
@@ -104,24 +110,27 @@ _FLAG_KEYS = {
     "servers": "ps.servers",
     "consistency": "ps.consistency",
     "replicas": "ps.replicas",
+    "elastic": "elastic.mode",
+    "trace_samples": "log.trace_samples",
     "record_order": "ps.record_order",
     "replay": "ps.replay",
 }
 
 
 def _layers(
-    config_path: str | None, settings: tuple[str, ...], flags: dict[str, str | None]
+    config_path: str | None, settings: tuple[str, ...], flags: dict[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
     from hpctrain.config import put, read_environment, read_settings, read_toml, value_of
 
     given: dict[str, Any] = {}
     texts = (
         "data_path", "on_bad_shard", "out", "resume", "task", "strategy", "dtype", "consistency",
-        "record_order", "replay",
+        "record_order", "replay", "elastic",
     )  # fmt: skip
     for flag, value in flags.items():
         if value is not None:
-            put(given, _FLAG_KEYS.get(flag, flag), value if flag in texts else value_of(value))
+            plain = flag in texts or not isinstance(value, str)
+            put(given, _FLAG_KEYS.get(flag, flag), value if plain else value_of(value))
     return [
         *([(config_path, read_toml(Path(config_path)))] if config_path else []),
         ("environment", read_environment()),
@@ -343,6 +352,84 @@ def bench(
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+def trace(run: Path) -> None:
+    """Check that RUN, trained with --trace-samples, took every sample once an epoch."""
+    from hpctrain.elastic.ledger import check
+
+    verdict = check(run)
+    for line in verdict.wrong:
+        click.echo(line)
+    if verdict.wrong:
+        raise Error(f"{run}: samples were left out or taken twice.")
+    click.echo(
+        f"{run}: {verdict.steps} steps took {verdict.samples} samples, each once an epoch; "
+        f"{verdict.begun_again} steps were begun again."
+    )
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+@click.option("--out", "folder", required=True, type=click.Path(path_type=Path),
+              help="The run folder.")  # fmt: skip
+@click.option("--plan", default="", metavar="FAULTS", help="What goes wrong, and when.")
+@click.option("--mtbf-steps", type=float, metavar="N", help="Random faults, N steps apart.")
+@click.option("--seed", default=0, show_default=True, help="Of the random faults.")
+@click.option("--ranks", type=click.IntRange(1), default=4, show_default=True,
+              help="How many there are, for random faults.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), default=100, show_default=True,
+              help="Within how many steps random faults come.")  # fmt: skip
+@click.option("--kill-node", metavar="COMMAND", help="By which a node is lost; its name is added.")
+@click.option("--limit-seconds", type=float, default=600.0, show_default=True,
+              help="A run that takes longer hangs.")  # fmt: skip
+def chaos(
+    command: tuple[str, ...],
+    folder: Path,
+    plan: str,
+    mtbf_steps: float | None,
+    seed: int,
+    ranks: int,
+    steps: int,
+    kill_node: str | None,
+    limit_seconds: float,
+) -> None:
+    """Run COMMAND, a launcher and `hpctrain train TASK`, while things go wrong, and judge it.
+
+    \b
+      hpctrain chaos --out runs/a --plan "kill:rank=3@step=40 stop:rank=1@step=80" -- \\
+          mpirun --with-ft ulfm -np 4 hpctrain train digits --elastic auto
+
+    \b
+    Faults: kill:rank=3@step=40  stop:rank=1@step=80+0.01  slow:rank=2,x3  node:n2@time=5
+    By --mtbf-steps and --seed they are drawn at random. The run is good if it ends in time, and
+    every sample was taken once an epoch; what became of it is in chaos.json in the run folder.
+    """
+    import random
+    import shlex
+
+    from hpctrain.elastic.chaos import Chaos, save
+    from hpctrain.elastic.faults import draw, parse
+
+    faults = parse(plan)
+    if mtbf_steps is not None:
+        faults += draw(ranks, steps, mtbf_steps, random.Random(seed))  # noqa: S311
+    words = [*command, "--out", str(folder), "--trace-samples"]
+    outcome = Chaos(
+        words, folder, faults, kill_node=shlex.split(kill_node or ""), limit_seconds=limit_seconds
+    ).run()
+    for fault in outcome.faults:
+        click.echo(f"chaos: {fault}")
+    times = " ".join(f"{ms:.0f}" for ms in outcome.recovery_ms)
+    click.echo(f"chaos: recovered in {times or '-'} ms; a step takes {outcome.usual_ms:.1f} ms")
+    for line in outcome.wrong:
+        click.echo(f"chaos: {line}")
+    if folder.is_dir():
+        save(outcome, folder / "chaos.json")
+    click.echo(f"chaos: {outcome.verdict}")
+    sys.exit(outcome.verdict != "good")
+
+
+@cli.command()
 def doctor() -> None:
     """Check this machine: MPI, Horovod, cores, GPUs, HDF5, Slurm; and say what to do."""
     from hpctrain.doctor import examine
@@ -441,6 +528,8 @@ def _leave(code: int) -> NoReturn:
     """End this process; on failure at once, because tearing MPI down would wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
+    if code != 0 and process.abort is not None:
+        process.abort(code)
     if code != 0 or not process.mpi_is_whole:
         os._exit(code)
     sys.exit(0)

@@ -176,6 +176,11 @@ class LogConfig(Section):
 
     every_steps: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    trace_samples: bool = Field(
+        False,
+        description="Write which samples each step consumed; `hpctrain trace RUN` checks that "
+        "none was left out or taken twice.",
+    )
 
 
 class HorovodConfig(Section):
@@ -185,6 +190,31 @@ class HorovodConfig(Section):
         25 * 2**20,
         ge=1,
         description="Gradients are all-reduced in flat buckets of about this size.",
+    )
+
+
+class ElasticConfig(Section):
+    """Outliving the loss of processes and nodes."""
+
+    mode: Literal["off", "auto", "ulfm", "restart"] = Field(
+        "off",
+        description="With horovod. `ulfm`: the ranks that are left go on in the same processes, by "
+        "MPI's fault tolerance; `restart`: the run ends, and is to be started again from its last "
+        "checkpoint; `auto`: ulfm where the launcher allows it. (`ps` outlives losses by itself.)",
+    )
+    batch: Literal["keep-global", "keep-local"] = Field(
+        "keep-global",
+        description="When the world's size changes: the same global batch, in more passes; or the "
+        "same part a rank, with the learning rate scaled by the size.",
+    )
+    hang_seconds: float = Field(
+        2.0, gt=0, description="A rank that gives no sign of life for so long is lost."
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Ranks to have, under mpirun: where some were lost, new ones are started by "
+        "MPI spawn and join.",
     )
 
 
@@ -288,6 +318,7 @@ class RunConfig(Section):
     log: LogConfig = Field(default_factory=LogConfig)
     horovod: HorovodConfig = Field(default_factory=HorovodConfig)
     ps: PsConfig = Field(default_factory=PsConfig)
+    elastic: ElasticConfig = Field(default_factory=ElasticConfig)
     options: dict[str, Any] = Field(
         default_factory=dict, description="The task's own knobs (its dataclass fields)."
     )

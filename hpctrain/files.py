@@ -39,3 +39,10 @@ def sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """``HPCTRAIN_CACHE``, or the user's cache folder as the XDG specification has it."""
+    own = os.environ.get("HPCTRAIN_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(own) if own else Path(base) / "hpctrain"

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +20,18 @@ from hpctrain.run_folder import STOP
 from hpctrain.world import Communicator
 
 LOOK_SECONDS = 1.0
+
+
+class Look(NamedTuple):
+    """What all ranks have seen together.
+
+    Attributes:
+        stop: Whether to stop after this step.
+        waiting: Whether somebody waits to join.
+    """
+
+    stop: bool
+    waiting: bool
 
 
 class Interruption:
@@ -51,22 +65,30 @@ class Interruption:
         """Whether this rank knows of it."""
         return self._heard or self._file.exists()
 
-    def agreed(self, comm: Communicator, step: int) -> bool:
-        """Whether all ranks stop after this step; every rank asks, after every step.
+    def look(
+        self, comm: Communicator, step: int, waiting: Callable[[], bool] = lambda: False
+    ) -> Look:
+        """Look together, if it is time to; every rank asks, after every step.
 
         Args:
             comm: Of the ranks.
             step: Steps done, the same on all ranks.
+            waiting: Whether somebody waits to join, as far as this rank knows.
         """
         if step < self._next if self._every is None else step % self._every:
-            return False
+            return Look(False, False)
         now = time.monotonic()
         speed = (step - self._looked) / max(now - self._began, 1e-6)
-        told = torch.tensor([float(self.heard()), speed, 1.0], dtype=torch.float64)
+        seen = [float(self.heard()), float(waiting()), speed, 1.0]
+        told = torch.tensor(seen, dtype=torch.float64)
         comm.all_reduce(told)
         self._looked, self._began = step, now
-        self._next = step + max(1, int(LOOK_SECONDS * float(told[1] / told[2])))
-        return bool(told[0] > 0)
+        self._next = step + max(1, int(LOOK_SECONDS * float(told[2] / told[3])))
+        return Look(bool(told[0] > 0), bool(told[1] > 0))
+
+    def restart(self, step: int) -> None:
+        """Look again after this step, as do all ranks of a world that was formed anew."""
+        self._looked, self._began, self._next = step, time.monotonic(), step
 
     def noticed(self) -> bool:
         """Whether this rank knows of it, asked after each step; it looks now and then."""

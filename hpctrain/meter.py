@@ -18,6 +18,7 @@ class Meter:
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._samples: dict[str, int] = {}
+        self._read = False
         self.names: list[str] = []
 
     def add(self, means: dict[str, torch.Tensor], samples: int) -> None:
@@ -28,11 +29,14 @@ class Meter:
             self._samples[name] = self._samples.get(name, 0) + samples
 
     def read(self, comm: Communicator, *, lockstep: bool = True) -> dict[str, float]:
-        """The world's means since the last reading.
+        """The world's means.
 
         Every rank calls this. In lockstep every rank gets them; a rank that had no samples takes
         part: what the metrics are called it learns from the first rank that had some. That is
         rank 0, unless the shards it reads are lost. Otherwise rank 0 gets what has come together.
+
+        In lockstep what was read counts until :meth:`settle`: it is read again if a rank is lost
+        meanwhile.
         """
         if not lockstep:
             return self._read_pool(comm)
@@ -49,8 +53,7 @@ class Meter:
             dtype=torch.float64,
         )
         comm.all_reduce(totals)
-        self._sums.clear()
-        self._samples.clear()
+        self._read = True
         sums, samples = totals.tolist()
         return {
             name: total / count
@@ -58,11 +61,21 @@ class Meter:
             if count
         }
 
+    def settle(self) -> None:
+        """Begin anew, if what was added has been read."""
+        if self._read:
+            self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._sums.clear()
+        self._samples.clear()
+        self._read = False
+
     def _read_pool(self, comm: Communicator) -> dict[str, float]:
         given = {f"sum.{name}": float(value) for name, value in self._sums.items()}
         given |= {f"count.{name}": float(count) for name, count in self._samples.items()}
-        self._sums.clear()
-        self._samples.clear()
+        self.clear()
         totals = comm.give("metrics", given)
         names = sorted(key.removeprefix("sum.") for key in totals if key.startswith("sum."))
         counts = {name: totals[f"count.{name}"] for name in names}

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hpctrain.errors import Error
@@ -21,6 +21,9 @@ NO_MPI_HINT = (
 
 mpi_is_whole = True
 """False once a peer was lost: MPI cannot be ended in good order then, and may hang trying."""
+
+abort: Callable[[int], None] | None = None
+"""What ends all ranks with an exit code, where the launcher lets them live when one fails."""
 
 
 def search_path() -> str:

@@ -26,12 +26,15 @@ from typing import Any
 from hpctrain.checkpoint import CheckpointStore, load_verified
 from hpctrain.config import Layer, RunConfig, put, resolve
 from hpctrain.data.stage import stage, unstage
-from hpctrain.errors import Dismissed, Error
+from hpctrain.elastic.membership import Meeting, Progress
+from hpctrain.elastic.outlive import outlive
+from hpctrain.errors import Dismissed, Error, PeerLost
 from hpctrain.failure import FOLDER
 from hpctrain.files import write_text
 from hpctrain.interruption import Interruption
 from hpctrain.recorder import OnRankZero, Recorder, RunRecorder, plain
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT, STOP
+from hpctrain.slurm.orphan import end_job
 from hpctrain.state import parameters_sha256
 from hpctrain.strategies import strategy
 from hpctrain.strategies.base import Serving, Strategy
@@ -84,6 +87,7 @@ def run(config: RunConfig, say: Callable[[str], None]) -> int:
         world,
         horovod=config.horovod,
         ps=config.ps,
+        elastic=config.elastic,
         timeout_seconds=config.timeout_seconds,
     )
     try:
@@ -101,66 +105,135 @@ def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str]
         how.serve()
         return 0
     try:
-        return _work(config, task, how, say)
+        return _Run(config, task, how, say).work()
     except Dismissed:
         raise
     except BaseException as error:
-        how.world.comm.abort(f"rank {how.world.launch.rank}: {type(error).__name__}: {error}")
+        if how.elastic is None or not isinstance(error, PeerLost):
+            how.world.comm.abort(f"rank {how.world.launch.rank}: {type(error).__name__}: {error}")
         raise
 
 
-def _work(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]) -> int:
-    world = how.world
-    joined = how.joined
-    if joined is not None:
-        out = Path(joined["out"])
-    else:
-        out = Path(broadcast_json(world.comm, str(config.out or _default_out(config.task))))
-    store = CheckpointStore(out / CHECKPOINTS, config.checkpoint.keep)
-    if joined is not None:
-        trainer = Trainer(config, task, how, store)
-        trainer.join(joined)
-    else:
+class _Run:
+    """A rank's way through a run."""
+
+    def __init__(
+        self, config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]
+    ) -> None:
+        self._config = config
+        self._task = task
+        self._how = how
+        self._say = say
+        self._world = how.world
+        self._trainer: Trainer | None = None
+        self._recorder: Recorder | None = None
+        self._interruption: Interruption | None = None
+
+    def work(self) -> int:
+        """The exit code."""
+        how = self._how
+        joins = how.joined is not None
+        if how.joined is not None:
+            self._join(how.joined)
+        stages = [self._start, self._wrap, self._train, self._finish]
+        try:
+            outlive(how.elastic, stages, self._progress, begin=2 if joins else 0, joins=joins)
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
+            if how.elastic is not None and self._world.rank == 0:
+                end_job(how.elastic.membership.lost_hosts)
+        self._world.comm.close()
+        return INTERRUPTED_CODE if self._made().interrupted else 0
+
+    def _progress(self, stage: int) -> Progress:
+        return self._trainer.progress(stage) if self._trainer else Progress(stage, -1, -1)
+
+    def _made(self) -> Trainer:
+        assert self._trainer is not None
+        return self._trainer
+
+    def _make(self, out: Path) -> Trainer:
+        config = self._config
+        self._out = out
+        self._store = CheckpointStore(out / CHECKPOINTS, config.checkpoint.keep)
+        if self._trainer is None:
+            self._trainer = Trainer(config, self._task, self._how, self._store)
+        return self._trainer
+
+    def _join(self, joined: dict[str, Any]) -> None:
+        """Take part in a run that is under way."""
+        trainer = self._make(Path(joined["out"]))
+        if self._how.elastic is None:
+            trainer.join(joined)
+        else:
+            trainer.wrap()
+
+    def _start(self, meeting: Meeting | None) -> None:
+        """Take over rank 0's checkpoint, if there is one."""
+        config, world = self._config, self._world
+        mine = str(config.out or _default_out(config.task))
+        out = Path(broadcast_json(world.comm, mine))
+        store = CheckpointStore(out / CHECKPOINTS, config.checkpoint.keep)
         prepares = world.rank == 0
-        snapshot = _prepare(out, config, store, say) if prepares else None
-        trainer = Trainer(config, task, how, store)
+        snapshot = _prepare(out, config, store, self._say) if prepares else None
+        trainer = self._make(out)
         while not trainer.restore(snapshot, prepared=prepares):
             # Rank 0 was lost; it is another now.
             if world.rank == 0 and not prepares:
-                snapshot, prepares = _prepare(out, config, store, say), True
-    recorder: Recorder = OnRankZero(
-        world, lambda: RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard)
-    )
-    start = trainer.state.counters
-    recorder.say(
-        f"{config.task}: {how.name} on {_ranks(world)}, {world.device.type}, "
-        f"step {start.step} of {trainer.steps}, in {out}"
-    )
-    for change in start.world[-1:]:
-        values = {"size": change["size"], "reason": change["reason"], "steps": trainer.steps}
-        recorder.write("event", start.step, values)
-    every = config.log.every_steps if config.ps.workers is not None else None
-    interruption = Interruption(out, config.interrupt.signal, every)
-    try:
-        trainer.run(recorder, interruption)
-    except BaseException:
-        with contextlib.suppress(Error):
-            store.wait()  # whatever ended the run, what is being saved is worth having
-        raise
-    finally:
-        recorder.close()
-    # Nobody counts the run as done before everybody is.
-    world.comm.barrier()
-    if trainer.interrupted:
-        world.once(lambda: _interrupt(out, trainer, say))
-        world.comm.close()
-        return INTERRUPTED_CODE
-    world.once(lambda: _complete(out, trainer, say))
-    if config.data.stage_dir is not None and world.local_rank == 0:
-        for path in _shard_sets(config):
-            unstage(path, config.data.stage_dir)
-    world.comm.close()
-    return 0
+                snapshot, prepares = _prepare(out, config, store, self._say), True
+
+    def _wrap(self, meeting: Meeting | None) -> None:
+        self._made().wrap()
+
+    def _train(self, meeting: Meeting | None) -> None:
+        config, trainer, out = self._config, self._made(), self._out
+        if self._recorder is None or self._interruption is None:
+            self._recorder = OnRankZero(
+                self._world,
+                lambda: RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard),
+            )
+            every = config.log.every_steps if config.ps.workers is not None else None
+            self._interruption = Interruption(out, config.interrupt.signal, every)
+            elastic = self._how.elastic
+            if elastic is not None:
+                elastic.membership.begin(out, config.elastic.workers)
+            if self._how.joined is None:
+                self._announce(self._recorder)
+        try:
+            trainer.run(self._recorder, self._interruption, meeting)
+        except BaseException:
+            with contextlib.suppress(Error):
+                self._store.wait()  # whatever ended the run, what is being saved is worth having
+            raise
+
+    def _announce(self, recorder: Recorder) -> None:
+        trainer, how = self._made(), self._how
+        start = trainer.state.counters
+        recorder.say(
+            f"{self._config.task}: {how.name} on {_ranks(self._world)}, {self._world.device.type}, "
+            f"step {start.step} of {trainer.steps}, in {self._out}"
+        )
+        if how.outlives is not None and how.outlives.mode != "off":
+            recorder.say(f"elastic: {how.outlives.mode}: {how.outlives.why}")
+        for change in start.world[-1:]:
+            values = {"size": change["size"], "reason": change["reason"], "steps": trainer.steps}
+            recorder.write("event", start.step, values)
+
+    def _finish(self, meeting: Meeting | None) -> None:
+        """Nobody counts the run as done before everybody is."""
+        world, trainer, config = self._world, self._made(), self._config
+        if meeting is not None and self._recorder is not None:
+            trainer.note(meeting)
+            trainer.tell(self._recorder)
+        world.comm.barrier()
+        if trainer.interrupted:
+            world.once(lambda: _interrupt(self._out, trainer, self._say))
+            return
+        world.once(lambda: _complete(self._out, trainer, self._say))
+        if config.data.stage_dir is not None and world.local_rank == 0:
+            for path in _shard_sets(config):
+                unstage(path, config.data.stage_dir)
 
 
 def _complete(out: Path, trainer: Trainer, say: Callable[[str], None]) -> None:

@@ -19,6 +19,9 @@ from hpctrain.config import RunConfig
 from hpctrain.data.batch import Batch
 from hpctrain.data.loader import Loader
 from hpctrain.data.random import key
+from hpctrain.elastic.committed import Committed
+from hpctrain.elastic.ledger import Ledger, launches
+from hpctrain.elastic.membership import Meeting, Progress, Regroup
 from hpctrain.errors import Error, nearest
 from hpctrain.interruption import Interruption
 from hpctrain.launcher import ALONE
@@ -26,7 +29,13 @@ from hpctrain.meter import Meter, total
 from hpctrain.recorder import Recorder
 from hpctrain.schedule import factor, peak_scale
 from hpctrain.state import Counters, TrainState
-from hpctrain.strategies.base import DistributedOptimizer, Snapshot, Strategy
+from hpctrain.strategies.base import (
+    Change,
+    DistributedOptimizer,
+    ElasticOptimizer,
+    Snapshot,
+    Strategy,
+)
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.task import Task, TaskTransform
 from hpctrain.world import Even, World
@@ -100,6 +109,15 @@ class Trainer:
         self._leads = False  # whether rank 0 is this one, where it alone validates and saves
         self._lost = 0  # samples of all ranks whose shards cannot be read
         self.interrupted = False
+        self.optimizer: DistributedOptimizer | None = None
+        self._begun = False
+        self._attended = 0  # the last step after which all that was due is done
+        self._computed: list[tuple[dict[str, torch.Tensor], int]] = []  # means of a step
+        self._next_mark: _Mark | None = None
+        self._regroups = False
+        self._changes: list[Change] = []
+        self._launch = 0  # how often the run was started before
+        self._ledger: Ledger | None = None
         self.state = TrainState(model, optimizer, self._loader)
         if config.train.ema_decay is not None:
             self.state.ema = AveragedModel(
@@ -108,11 +126,20 @@ class Trainer:
                 use_buffers=True,
             )
         self.strategy = strategy
+        self._elastic = strategy.elastic
+        self._committed = Committed(self.state) if self._elastic is not None else None
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.config.train.steps or self.config.train.epochs * len(self._loader)
+        train, loader = self.config.train, self._loader
+        if train.steps is not None:
+            return train.steps
+        if loader.batch_size == train.batch_size:
+            return train.epochs * len(loader)
+        left = -(-(loader.samples - loader.cursor) // loader.batch_size)
+        left += (train.epochs - 1 - loader.epoch) * len(loader)
+        return self.state.counters.step + left
 
     @property
     def finished(self) -> bool:
@@ -136,11 +163,14 @@ class Trainer:
         Returns:
             Whether rank 0 has looked for one. If not, the one that had is lost.
         """
-        mine = {"snapshot": snapshot, "prepared": prepared}
+        launch = launches(self.store.folder.parent) if self.world.rank == 0 else 0
+        mine = {"snapshot": snapshot, "prepared": prepared, "launch": launch}
         told = broadcast_tree(self.world.comm, mine)
         if not told["prepared"]:
             return False
+        self._launch = told["launch"]
         found = told["snapshot"]
+        self.state.counters = Counters()
         if found is not None:
             self.state.load_state_dict(found)
             reason = f"resumed at step {self.state.counters.step}"
@@ -174,47 +204,57 @@ class Trainer:
         self.state.counters.step, self.state.counters.samples = start["step"], start["samples"]
         self._train_meter.names, self._validation_meter.names = start["metrics"]
 
-    def run(self, recorder: Recorder, interruption: Interruption | None = None) -> None:
+    def wrap(self) -> None:
+        """Start every rank from rank 0's model and optimizer, and wrap the optimizer."""
+        if self.optimizer is None:
+            self.optimizer = self.strategy.wrap(
+                self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
+            )
+        elif self._elastic is not None:
+            self._elastic.share(self.state.model, self.state.optimizer)
+
+    def progress(self, stage: int) -> Progress:
+        """How far this rank has come, in that stage of the run."""
+        step = self.state.counters.step
+        return Progress(stage, step, self._attended) if self._begun else Progress(stage, -1, -1)
+
+    def run(
+        self,
+        recorder: Recorder,
+        interruption: Interruption | None = None,
+        meeting: Meeting | None = None,
+    ) -> None:
         """Train from the present state to the end of the run, or until asked to stop.
+
+        Args:
+            recorder: Takes what happens.
+            interruption: How it is asked to stop.
+            meeting: Of the ranks that go on, after a loss.
 
         Raises:
             PeerLost: Another rank is gone.
+            Regroup: Somebody is to join.
             Error: Samples or checkpoints cannot be read or written.
         """
-        optimizer = self.strategy.wrap(
-            self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
-        )
+        if self.optimizer is None:
+            self.wrap()
+        optimizer = self.optimizer
+        assert optimizer is not None
         counters = self.state.counters
         lockstep = self.strategy.lockstep
-        self._skip(optimizer.missed)
-        self.state.model.train()
-        self._mark = self._now()
-        self._stepped = self._mark.seconds
-        self._leads = self.world.rank == 0
+        if not self._begun and (meeting is None or meeting.newest < 0):
+            self._begin(optimizer)
+            meeting = None
+        if meeting is not None:
+            self._catch_up(meeting, recorder, interruption)
+            counters = self.state.counters
         while not self.finished:
             for batch in self._loader:
                 self._step(optimizer, batch)
-                recorder.advance(counters.step)
-                self._note_changes(optimizer, recorder)
-                if interruption is not None:
-                    self._listen(interruption)
                 epoch_ended = batch.stop == self._loader.samples
-                last = counters.step >= self.steps
-                if last or counters.step % self.config.log.every_steps == 0:
-                    self._log(optimizer, recorder)
-                if last and not lockstep:
-                    break  # the others are not there yet
-                improved = False
-                validates = last or self._due(self.config.train.validate_every_steps, epoch_ended)
-                if validates:
-                    improved = self._validate(optimizer, recorder)
-                due = self._due(self.config.checkpoint.every_steps, epoch_ended)
-                if due or improved or self.finished:
-                    self._save(optimizer, best=improved)
+                self._attend(recorder, interruption, epoch_ended=epoch_ended)
                 if self.finished:
                     break
-                if validates or due:
-                    self._note_changes(optimizer, recorder)
         if not lockstep:
             optimizer.finish()
             heard = interruption is not None and interruption.heard()
@@ -222,11 +262,115 @@ class Trainer:
             self.world.comm.all_reduce(told)
             self.interrupted = bool((told > 0).all()) and not counters.stopped_early
             self.world.once(lambda: self._conclude(optimizer, recorder))
-        self._note_changes(optimizer, recorder)
+        self.tell(recorder)
         self.store.wait()
 
+    def _begin(self, optimizer: DistributedOptimizer) -> None:
+        self._skip(optimizer.missed)
+        self.state.model.train()
+        self._attended = self.state.counters.step
+        self._mark = self._now()
+        self._stepped = self._mark.seconds
+        self._leads = self.world.rank == 0
+        self._begun = True
+        self._resize()
+        if self._committed is not None:
+            self._committed.keep()
+        if self.config.log.trace_samples:
+            self._trace()
+
+    def _trace(self) -> None:
+        if not self.strategy.lockstep or self.config.data.weights is not None:
+            raise Error(
+                "samples cannot be traced where ranks do not go in lockstep, or where samples are "
+                "drawn by weight.",
+                hint="drop --trace-samples.",
+            )
+        number = self._elastic.membership.number if self._elastic else self.world.rank
+        self._ledger = Ledger(self.store.folder.parent, number, self._launch)
+
+    def _world(self) -> tuple[int, list[int]]:
+        """How often the world was formed anew, and who is in it."""
+        if self._elastic is None:
+            return 0, list(range(self.world.size))
+        membership = self._elastic.membership
+        return membership.generation, [member.number for member in membership.members]
+
+    def _attend(
+        self, recorder: Recorder, interruption: Interruption | None, *, epoch_ended: bool
+    ) -> None:
+        """After a step: do what is due. It may be done again, where a rank is lost meanwhile."""
+        optimizer, counters = self.optimizer, self.state.counters
+        assert optimizer is not None
+        lockstep = self.strategy.lockstep
+        recorder.advance(counters.step)
+        self.tell(recorder)
+        if interruption is not None:
+            self._listen(interruption)
+        last = counters.step >= self.steps
+        if last or counters.step % self.config.log.every_steps == 0:
+            self._log(optimizer, recorder)
+        if last and not lockstep:
+            return  # the others are not there yet
+        improved = False
+        validates = last or self._due(self.config.train.validate_every_steps, epoch_ended)
+        if validates:
+            improved = self._validate(optimizer, recorder)
+        due = self._due(self.config.checkpoint.every_steps, epoch_ended)
+        if due or improved or self.finished:
+            self._save(optimizer, best=improved)
+        if (validates or due) and not self.finished:
+            self.tell(recorder)
+        self._attended = counters.step
+        if self._committed is not None and (validates or due):
+            self._committed.keep_buffers()
+        if self._regroups and not self.finished:
+            self._regroups = False
+            raise Regroup
+
+    def _catch_up(
+        self, meeting: Meeting, recorder: Recorder, interruption: Interruption | None
+    ) -> None:
+        """Stand where the one stands that has come farthest; no step of his is lost.
+
+        A step ends for some ranks and fails for others, where one of them is lost in the midst of
+        it. It counts if it ended for one that is left: that one's state is everybody's.
+        """
+        optimizer, comm = self.optimizer, self.world.comm
+        assert isinstance(optimizer, ElasticOptimizer) and self._committed is not None
+        optimizer.restart()
+        newest = meeting.newest
+        again = any(0 <= each.attended < newest for each in meeting.progress)
+        mine = meeting.progress[self.world.rank]
+        if self._begun:
+            self._committed.undo(counters=again and mine.step == newest)
+        steps = [each.step for each in meeting.progress]
+        if min(steps) < newest:
+            root = steps.index(newest)
+            state = self.state.state_dict() if self.world.rank == root else None
+            told = broadcast_tree(comm, {"state": state, "launch": self._launch}, root)
+            self._launch = told["launch"]
+            if mine.step < newest:
+                if mine.step >= 0:  # this rank has done its part of the step
+                    self._count()
+                self.state.load_state_dict(told["state"])
+        if not self._begun:
+            self._begin(optimizer)
+        self._attended = min(newest, self._attended) if again else newest
+        self.interrupted = self.interrupted and not again
+        self._regroups = False
+        self._train_meter.names, self._validation_meter.names = [], []
+        if interruption is not None:
+            interruption.restart(newest)
+        self.note(meeting)
+        self._resize()
+        self._committed.keep()
+        if again:
+            cursor, samples = self._loader.cursor, self._loader.samples
+            self._attend(recorder, interruption, epoch_ended=cursor >= samples)
+
     def _conclude(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
-        self._note_changes(optimizer, recorder)
+        self.tell(recorder)
         self._save(optimizer, best=not self.interrupted and self._validate(optimizer, recorder))
         self.store.wait()
 
@@ -235,15 +379,23 @@ class Trainer:
         if not self.strategy.lockstep:
             if interruption.noticed():
                 self.world.comm.stop()
-        elif interruption.agreed(self.world.comm, step) and not self.finished:
+            return
+        look = interruption.look(self.world.comm, step, self._waiting)
+        self._regroups = look.waiting
+        if look.stop and not self.finished:
             self.interrupted = True
 
-    def _note_changes(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
+    def _waiting(self) -> bool:
+        return self._elastic is not None and self._elastic.membership.waiting()
+
+    def tell(self, recorder: Recorder) -> None:
         """After a step: record who was lost, and who joined."""
         counters, now = self.state.counters, time.monotonic()
         step_ms = round(1e3 * (now - self._stepped), 3)
         self._stepped = now
-        for change in optimizer.changes():
+        heard = self.optimizer.changes() if self.optimizer is not None else []
+        changes, self._changes = [*heard, *self._changes], []
+        for change in changes:
             size = {"size": self.world.size, "reason": str(change)}
             counters.world.append({"step": counters.step, **size})
             what = "joined" if change.lost is None else "lost"
@@ -266,7 +418,7 @@ class Trainer:
             self._remember()
         counters.metrics |= {f"train_{name}": value for name, value in metrics.items()}
         now, before = self._now(), self._mark
-        self._mark = now
+        self._next_mark = now
         seconds, steps = now.seconds - before.seconds, now.step - before.step
         sums = total(
             self.world.comm,
@@ -307,28 +459,78 @@ class Trainer:
             return epoch_ended
         return self.state.counters.step % every_steps == 0
 
+    def note(self, meeting: Meeting) -> None:
+        """Have it recorded who is no longer there, and who came."""
+        left = f"{self.world.size} ranks"
+        for member in meeting.lost:
+            self._changes.append(Change(member.number, "worker", member.host, "ended", left))
+        for member in meeting.joined:
+            self._changes.append(Change(member.number, "worker", member.host, None, left))
+
     def _step(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
         counters = self.state.counters
         self._seed(counters.step, self.world.rank)
-        multiplier = factor(self.config.schedule, counters.step, self.steps, len(self._loader))
+        multiplier = self._multiplier(batch)
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
         optimizer.zero_grad()
         optimizer.weight = batch.weight
-        parts = list(batch.split(self.config.train.accumulate))
+        self._computed = []
+        if self._ledger is not None:
+            self._ledger.begin(counters.step + 1, self._world()[0], self._loader.epoch, batch)
+        parts = list(batch.split(self._passes()))
         for number, part in enumerate(parts, start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
                 loss, means = self._loss(self.state.model, part)
                 (loss * part.weight).backward()
-            self._train_meter.add(means, part.samples)
+            self._computed.append((means, part.samples))
         # A rank without samples steps too: the others wait for its zeros.
         optimizer.step()
         if self.state.ema is not None:
             self.state.ema.update_parameters(self.state.model)
-        self._consumed += batch.samples
+        self._count()
         counters.step += 1
         counters.samples += batch.global_samples
+        if self._ledger is not None:
+            self._ledger.end(counters.step, *self._world())
         self._skip(optimizer.missed)
+        if self._committed is not None:
+            self._committed.keep()
+
+    def _count(self) -> None:
+        """A step is done: what was computed in it counts, and what was logged before is over."""
+        if self.strategy.lockstep and self.world.rank != 0:
+            self._untold.clear()  # rank 0 has told it, or would not have come to this step
+        self._train_meter.settle()
+        self._mark, self._next_mark = self._next_mark or self._mark, None
+        for means, samples in self._computed:
+            self._train_meter.add(means, samples)
+            self._consumed += samples
+
+    def _multiplier(self, batch: Batch) -> float:
+        """Of the peak learning rate, at a step."""
+        schedule, loader, train = self.config.schedule, self._loader, self.config.train
+        if loader.batch_size == train.batch_size:
+            return factor(schedule, self.state.counters.step, self.steps, len(loader))
+        # Batches have changed with the world: as far as the run is, with steps as at first.
+        epoch_steps = -(-loader.samples // train.batch_size)
+        step = round((loader.epoch + batch.start / loader.samples) * epoch_steps)
+        steps = train.steps or train.epochs * epoch_steps
+        return factor(schedule, step, steps, epoch_steps) * loader.batch_size / train.batch_size
+
+    def _resize(self) -> None:
+        """Have ranks keep their part of a batch, where that is asked for, in another world."""
+        if self.config.elastic.batch == "keep-local":
+            first = int(self.state.counters.world[0]["size"])
+            batch = self.config.train.batch_size * self.world.size / first
+            self._loader.batch_size = max(1, round(batch))
+
+    def _passes(self) -> int:
+        """In how many passes a rank takes its part of a batch: more on a world that has shrunk."""
+        passes = self.config.train.accumulate
+        if self._elastic is not None and self.config.elastic.batch == "keep-global":
+            passes *= -(-int(self.state.counters.world[0]["size"]) // self.world.size)
+        return passes
 
     def _skip(self, steps: int) -> None:
         """The others went on without this rank: take up the batch that they are at."""
@@ -373,6 +575,7 @@ class Trainer:
             workers=self.config.data.workers,
             timeout_seconds=self.config.timeout_seconds,
         )
+        self._validation_meter.clear()
         with torch.no_grad(), self._parameters_of(None if lockstep else optimizer.snapshot()):
             for batch in loader:
                 for part in batch.split(self.config.train.accumulate):

@@ -56,6 +56,11 @@ class Batch(dict[str, torch.Tensor]):
         return len(self.positions)
 
     @property
+    def indices(self) -> NDArray[np.int64]:
+        """The samples of this rank, as the source counts them; shape (samples,)."""
+        return self._order.indices(self.positions)
+
+    @property
     def global_samples(self) -> int:
         """Samples of the whole world in this batch."""
         return self.stop - self.start

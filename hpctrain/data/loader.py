@@ -102,6 +102,15 @@ class Loader:
         """Samples in an epoch."""
         return self._order().samples
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Where the next batch starts: epoch, cursor and lanes."""
+        return self.epoch, self.cursor, self._lanes
+
+    @place.setter
+    def place(self, place: tuple[int, int, int]) -> None:
+        self.epoch, self.cursor, self._lanes = place
+
     def _epoch(self) -> Epoch:
         return Epoch(self.seed, self.epoch, self.shuffle, self._lanes)
 

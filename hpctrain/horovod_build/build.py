@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,19 +16,13 @@ import click
 from filelock import FileLock, Timeout
 
 from hpctrain.errors import Error
+from hpctrain.files import cache_folder
 from hpctrain.horovod_build import patches, toolchain
 from hpctrain.horovod_build.toolchain import SDIST_SHA256, VERSION, Toolchain
 from hpctrain.process import mpirun, run
 
 BUILD_TIMEOUT_SECONDS = 3600
 BUILT_FROM = "built-from.json"
-
-
-def cache_folder() -> Path:
-    """``HPCTRAIN_CACHE``, or the user's cache folder as the XDG specification has it."""
-    own = os.environ.get("HPCTRAIN_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(own) if own else Path(base) / "hpctrain"
 
 
 def build(*, gpu: bool = False, rebuild: bool = False) -> None:

@@ -20,6 +20,10 @@ class Patch:
 
 
 _CXX17 = "torch's headers need C++17 since 2.1 (horovod issue 3996; mended upstream, not released)"
+_CHECKED = (
+    "rank 0 goes on where MPI says that an exchange with the others failed, as it does when one of "
+    "them is lost, and crashes over what was not received"
+)
 
 PATCHES = (
     Patch("cxx17", _CXX17, "CMakeLists.txt", "CMAKE_CXX_STANDARD 14", "CMAKE_CXX_STANDARD 17"),
@@ -71,6 +75,88 @@ PATCHES = (
         "horovod/common/gloo/gloo_controller.cc",
         "global_ranks_.reserve(size_);",
         "global_ranks_.resize(size_);",
+    ),
+    Patch(
+        "local-by-name",
+        "Open MPI 5 does not know that processes started by MPI spawn share a host with others: "
+        "MPI_COMM_TYPE_SHARED gives them and the others different groups, and Horovod's start "
+        "hangs; with HOROVOD_LOCAL_BY_NAME set, hosts are told apart by their names instead",
+        "horovod/common/mpi/mpi_context.cc",
+        """  MPI_Comm_split_type(mpi_comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL,
+                      &local_comm);
+""",
+        """  if (std::getenv("HOROVOD_LOCAL_BY_NAME") == nullptr) {
+    MPI_Comm_split_type(mpi_comm, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL,
+                        &local_comm);
+  } else {
+    const int length = MPI_MAX_PROCESSOR_NAME;
+    int me, size, used;
+    MPI_Comm_rank(mpi_comm, &me);
+    MPI_Comm_size(mpi_comm, &size);
+    std::vector<char> mine(length, 0), all(static_cast<size_t>(length) * size);
+    MPI_Get_processor_name(mine.data(), &used);
+    MPI_Allgather(mine.data(), length, MPI_CHAR, all.data(), length, MPI_CHAR,
+                  mpi_comm);
+    int first = 0;
+    while (first < me && std::strncmp(mine.data(),
+                                      &all[static_cast<size_t>(length) * first],
+                                      length) != 0) {
+      ++first;
+    }
+    MPI_Comm_split(mpi_comm, first, me, &local_comm);
+  }
+""",
+    ),
+    Patch(
+        "gather-errors",
+        _CHECKED,
+        "horovod/common/mpi/mpi_controller.cc",
+        """  MPI_Gather(MPI_IN_PLACE, 1, MPI_INT, recvcounts, 1, MPI_INT, RANK_ZERO,
+             mpi_ctx_.mpi_comm);
+""",
+        """  if (MPI_Gather(MPI_IN_PLACE, 1, MPI_INT, recvcounts, 1, MPI_INT, RANK_ZERO,
+                 mpi_ctx_.mpi_comm) != MPI_SUCCESS) {
+    throw std::runtime_error("MPI_Gather failed, see MPI output for details.");
+  }
+""",
+    ),
+    Patch(
+        "gatherv-errors",
+        _CHECKED,
+        "horovod/common/mpi/mpi_controller.cc",
+        """  MPI_Gatherv(nullptr, 0, MPI_BYTE, buffer, recvcounts, displcmnts, MPI_BYTE,
+              RANK_ZERO, mpi_ctx_.mpi_comm);
+""",
+        """  if (MPI_Gatherv(nullptr, 0, MPI_BYTE, buffer, recvcounts, displcmnts,
+                  MPI_BYTE, RANK_ZERO, mpi_ctx_.mpi_comm) != MPI_SUCCESS) {
+    throw std::runtime_error("MPI_Gather failed, see MPI output for details.");
+  }
+""",
+    ),
+    Patch(
+        "broadcast-errors",
+        _CHECKED,
+        "horovod/common/mpi/mpi_controller.cc",
+        """  MPI_Bcast(&encoded_response_length, 1, MPI_INT, RANK_ZERO, mpi_ctx_.mpi_comm);
+
+  MPI_Bcast((void*)encoded_response.c_str(), encoded_response_length, MPI_BYTE,
+            RANK_ZERO, mpi_ctx_.mpi_comm);
+""",
+        """  if (MPI_Bcast(&encoded_response_length, 1, MPI_INT, RANK_ZERO,
+                mpi_ctx_.mpi_comm) != MPI_SUCCESS ||
+      MPI_Bcast((void*)encoded_response.c_str(), encoded_response_length,
+                MPI_BYTE, RANK_ZERO, mpi_ctx_.mpi_comm) != MPI_SUCCESS) {
+    throw std::runtime_error(
+        "MPI_Broadcast failed, see MPI output for details.");
+  }
+""",
+    ),
+    Patch(
+        "local-by-name-headers",
+        "for the patch local-by-name",
+        "horovod/common/mpi/mpi_context.cc",
+        "#include <cassert>\n",
+        "#include <cassert>\n#include <cstdlib>\n#include <cstring>\n",
     ),
 )
 

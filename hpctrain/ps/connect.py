@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,19 +17,20 @@ from mpi4py import MPI
 from hpctrain import pmix
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
+from hpctrain.fence import IDENTITY_WORDS, Fence, identity
 from hpctrain.ps.cipher import Cipher, read_key
 from hpctrain.ps.client import Client, Future
 from hpctrain.ps.consistency import consistency_of
-from hpctrain.ps.fence import Fence
 from hpctrain.ps.layout import Layout
 from hpctrain.ps.link import Link, LocalLink, MPILink
 from hpctrain.ps.loop import Loop, Waiter
 from hpctrain.ps.order_log import Record, check_unused
-from hpctrain.ps.recruit import Recruit, Recruiter, fault_tolerant, spawned
+from hpctrain.ps.recruit import Recruit, Recruiter
 from hpctrain.ps.roles import Roles, assign
 from hpctrain.ps.rules import Rule
 from hpctrain.ps.server import Server
 from hpctrain.ps.shared import Regions, region_bytes
+from hpctrain.spawning import fault_tolerant, spawned
 
 # Tags of messages from workers to servers, back, and among servers; the next one is for payloads.
 TO_SERVER, TO_WORKER, AMONG_SERVERS = 10, 20, 30
@@ -48,18 +49,26 @@ class Sharing:
         node: The host's ranks.
         workers: Their numbers, and places among the host's ranks.
         lockstep: Whether they use one set of weights.
+        watch: What ends a rank of the host that is stopped, while the others block.
 
     Attributes:
         common: The worker whose weights all use, or None.
         regions: The memory, once ``done``; empty where there is to be none.
     """
 
-    def __init__(self, node: MPI.Intracomm, workers: dict[int, int], lockstep: bool) -> None:
+    def __init__(
+        self,
+        node: MPI.Intracomm,
+        workers: dict[int, int],
+        lockstep: bool,
+        watch: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
         self.common = min(workers) if lockstep else None
         self.regions = Regions()
         self.done = threading.Event()
         self._node = node
         self._workers = workers
+        self._watch = watch
         self._size: int | None = None
         self._request: MPI.Request | None = None
         self._window: MPI.Win | None = None
@@ -73,13 +82,22 @@ class Sharing:
         """True once, when the memory is there. Blocks only when every rank has come."""
         if self._size is None or self.done.is_set():
             return False
-        memory = {}
         try:
             if self._request is None:
                 self._request = self._node.Ibarrier()
             if not self._request.Test():
                 return False
-            window = self._window = MPI.Win.Allocate_shared(self._size, 1, comm=self._node)
+            with self._watch():
+                self._make(self._size)
+        except MPI.Exception:
+            self._agree(False)
+        self.done.set()
+        return True
+
+    def _make(self, size: int) -> None:
+        memory = {}
+        try:
+            window = self._window = MPI.Win.Allocate_shared(size, 1, comm=self._node)
             for worker, place in self._workers.items():
                 buffer, _ = window.Shared_query(place)
                 memory[worker] = torch.frombuffer(buffer, dtype=torch.uint8)
@@ -88,8 +106,6 @@ class Sharing:
             whole = self._agree(False)
         if whole:
             self.regions = Regions(memory, self.common)
-        self.done.set()
-        return True
 
     def _agree(self, whole: bool) -> bool:
         """Whether all live ranks of the host have the memory."""
@@ -202,7 +218,9 @@ class Ends:
         name = os.uname().nodename.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")
         self._comm.Allgather(np.frombuffer(name, np.uint8), names)
         self._names = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in names]
-        self._fence = Fence(self._comm, self._hosts)
+        identities = np.zeros((world.size, IDENTITY_WORDS), np.int64)
+        self._comm.Allgather(np.array(identity(), np.int64), identities)
+        self._fence = Fence(dict(enumerate(identities.tolist())))
 
     def host(self, rank: int) -> str:
         """The name of a rank's host; empty where that is not known: one of them came later."""
@@ -376,7 +394,9 @@ class Ends:
             return None
         if self._only_messages:
             return None
-        sharing = Sharing(self._node, workers, consistency_of(self.config).lockstep)
+        seconds = self.config.silence_seconds
+        lockstep = consistency_of(self.config).lockstep
+        sharing = Sharing(self._node, workers, lockstep, lambda: self._fence.watch(seconds))
         if self.client is None:
             sharing.offer(0)
         return sharing

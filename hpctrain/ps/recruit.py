@@ -7,7 +7,6 @@ on threads of their own.
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import sys
@@ -24,11 +23,16 @@ from hpctrain import pmix
 from hpctrain.errors import PeerLost
 from hpctrain.ps import wire
 from hpctrain.ps.server import Server
+from hpctrain.spawning import (
+    START_SECONDS,
+    disconnect,
+    fault_tolerant,
+    receive_json,
+    send_json,
+)
 
 # Tags of the few messages before there are links.
 WELCOME, PORT, NUMBER = 40, 41, 42
-START_SECONDS = 60.0
-DISCONNECT_SECONDS = 5.0
 
 
 class Welcome(NamedTuple):
@@ -175,48 +179,3 @@ class Recruit:
         disconnect(list(self.comms.values()))
         if fault_tolerant():
             pmix.leave()
-
-
-def spawned() -> bool:
-    """Whether this process was started by a running job."""
-    return bool(MPI.Comm.Get_parent() != MPI.COMM_NULL)
-
-
-def send_json(comm: MPI.Comm, value: object, tag: int) -> None:
-    """Send a plain value to the other side."""
-    comm.Send([json.dumps(value).encode(), MPI.BYTE], 0, tag)
-
-
-def receive_json(comm: MPI.Comm, tag: int) -> list[int] | str:
-    """What ``send_json`` sent.
-
-    Raises:
-        PeerLost: It does not come.
-    """
-    buffer = bytearray(4096)
-    request = comm.Irecv([buffer, MPI.BYTE], 0, tag)
-    deadline = time.monotonic() + START_SECONDS
-    status = MPI.Status()
-    while not request.Test(status):
-        if time.monotonic() > deadline:
-            raise PeerLost("a worker that was to join does not answer.", hint="see its own log.")
-        time.sleep(1e-3)
-    value: list[int] | str = json.loads(bytes(buffer[: status.Get_count(MPI.BYTE)]))
-    return value
-
-
-def disconnect(comms: list[MPI.Intercomm]) -> None:
-    """Disconnect from all, for a bounded time: the other side may be gone."""
-
-    def part() -> None:
-        for comm in comms:
-            comm.Disconnect()
-
-    thread = threading.Thread(target=part, daemon=True)
-    thread.start()
-    thread.join(DISCONNECT_SECONDS)
-
-
-def fault_tolerant() -> bool:
-    """Whether MPI was started to outlive lost ranks."""
-    return "OMPI_MCA_mpi_ft_enable" in os.environ

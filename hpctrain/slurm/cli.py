@@ -7,7 +7,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,13 @@ OURS = ("--out", "--resume", "--world-size")
 """Options of ``hpctrain train`` that the batch script gives."""
 
 
-def split(arguments: tuple[str, ...], known: frozenset[str]) -> tuple[list[str], list[str]]:
-    """What is for ``hpctrain train``, TASK first if there is one, and what is for sbatch."""
+def split(arguments: tuple[str, ...], known: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    """What is for ``hpctrain train``, TASK first if there is one, and what is for sbatch.
+
+    Args:
+        arguments: As they were given.
+        known: Options of ``hpctrain train``, and whether they take a value.
+    """
     task: list[str] = []
     train: list[str] = []
     sbatch: list[str] = []
@@ -40,7 +45,7 @@ def split(arguments: tuple[str, ...], known: frozenset[str]) -> tuple[list[str],
             task.append(word)
         elif name in known:
             train.append(word)
-            if not equals and left:
+            if known[name] and not equals and left:
                 train.append(left.pop(0))
         else:
             sbatch.append(word)
@@ -59,7 +64,11 @@ def submission(
         train: The command `hpctrain train`, whose options it takes too.
         config_of: The resolved configuration by that command's parameters.
     """
-    known = frozenset(name for parameter in train.params for name in parameter.opts)
+    known = {
+        name: not getattr(parameter, "is_flag", False)
+        for parameter in train.params
+        for name in parameter.opts
+    }
 
     @click.command(context_settings={"ignore_unknown_options": True})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -264,7 +273,12 @@ def _without(words: list[str]) -> list[str]:
 @click.option(
     "--relaunches", default=0, show_default=True, help="How often to go on here on the nodes left."
 )
-def job(command: tuple[str, ...], folder: str, max_requeues: int, relaunches: int) -> None:
+@click.option(
+    "--elastic", is_flag=True, help="Let ranks outlive the loss of others in place, if they can."
+)
+def job(
+    command: tuple[str, ...], folder: str, max_requeues: int, relaunches: int, elastic: bool
+) -> None:
     """Look after a run from within its batch script; COMMAND is the launcher with all it starts.
 
     \b
@@ -274,13 +288,19 @@ def job(command: tuple[str, ...], folder: str, max_requeues: int, relaunches: in
     - The signal that time is up is handed on to the run, which saves a checkpoint and ends;
       then the job is put back into the queue (or another one is submitted), at most so many times.
     - Success is proved by the run's result.json.
-    - With --relaunches, where a node is lost, the run is started again on the others.
+    - With --elastic, where a node is lost, the ranks on the others go on (srun --mpi=pmix; a
+      small launch shows first whether they can).
+    - With --relaunches, where they cannot, the run is started again on the nodes that are left.
     - Else the first cause is the last line of the log, and in failure.json, and its exit code is
       that of the job.
     """
     sys.exit(
         Job(
-            list(command), Path(folder), max_requeues=max_requeues, relaunches=relaunches
+            list(command),
+            Path(folder),
+            max_requeues=max_requeues,
+            relaunches=relaunches,
+            elastic=elastic,
         ).supervise()
     )
 

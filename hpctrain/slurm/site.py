@@ -64,10 +64,16 @@ class Site(Section):
             if value is not False
         }
 
-    def launch(self, launcher: Launcher | None = None) -> str:
-        """The words that start ranks, as the elements of a bash array."""
+    def launch(self, launcher: Launcher | None = None, *, elastic: bool = False) -> str:
+        """The words that start ranks, as the elements of a bash array.
+
+        Args:
+            launcher: Instead of the site's own.
+            elastic: Whether others may live when a rank fails; `hpctrain job` decides.
+        """
+        end = [] if elastic else ["--kill-on-bad-exit=1"]
         words = {
-            "srun": ["srun", f"--mpi={self.mpi}", "--kill-on-bad-exit=1"],
+            "srun": ["srun", f"--mpi={self.mpi}", *end],
             # Threads and GPUs are divided by hpctrain; a rank bound to one core would be slow.
             "mpirun": ["mpirun", "--bind-to", "none"],
             "horovodrun": ["hpctrain", "horovod", "run"],

@@ -99,18 +99,19 @@ class Request:
         first = {name: options.pop(name) for name in order if name in options}
         lines = [directive(name, value) for name, value in {**first, **options}.items()]
         made = " ".join(made.split())
+        launch = self.site.launch(self.launcher, elastic=self.template == "elastic")
         blocks = {
             "made": f"# Made by hpctrain {__version__}: {made}",
             "options": "\n".join(lines),
             "site": self.site.prepare() or ":",
             "run": f"run={shlex.quote(str(self.run))}",
-            "launch": f"launch=({self.site.launch(self.launcher)})",
+            "launch": f"launch=({launch})",
             "command": f"command=({shlex.join(self.train)})",
             **self.blocks,
         }
         if self.template not in ("array", "scaling"):
             job = f'hpctrain job --run "$run" --max-requeues {self.max_requeues}'
-            more = f" --relaunches {RELAUNCHES}" if self.template == "elastic" else ""
+            more = f" --elastic --relaunches {RELAUNCHES}" if self.template == "elastic" else ""
             blocks["job"] = f"job=({job}{more})"
         return render(self.template, blocks)
 

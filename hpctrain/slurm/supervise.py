@@ -8,6 +8,7 @@ run was interrupted; and else names the root cause.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
+from hpctrain.elastic import selftest
+from hpctrain.elastic.preload import library
 from hpctrain.errors import Error
 from hpctrain.failure import FOLDER, Failure, read_notes
 from hpctrain.files import write_text
@@ -28,6 +31,7 @@ from hpctrain.process import search_path
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT, STOP
 from hpctrain.slurm import commands, hosts
 from hpctrain.slurm.cause import root_cause
+from hpctrain.slurm.orphan import SUPERVISOR
 
 FAILURE, SUBMISSION = "failure.json", "submission.json"
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
@@ -40,6 +44,9 @@ KILL_SECONDS = 5.0
 REQUEUE_SECONDS = 120.0
 PROBE_SECONDS = 15.0
 MOST_PROBES = 32
+OUTLIVING = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"]
+"""By which srun lets a step go on without the processes and nodes that it loses."""
+
 LOSSES = ("node lost", "rank lost", "SIGKILL", "exit code")
 """Failures that the loss of a node may look like."""
 
@@ -52,13 +59,20 @@ class Job:
         run: The run folder.
         max_requeues: How often the job may be put back into the queue.
         relaunches: How often the run may be started again within this job, on the nodes left.
+        elastic: Whether ranks are to outlive others' loss in the same processes, where they can.
 
     Raises:
         Error: This is no job, or the folder cannot be made.
     """
 
     def __init__(
-        self, command: list[str], run: Path, *, max_requeues: int, relaunches: int
+        self,
+        command: list[str],
+        run: Path,
+        *,
+        max_requeues: int,
+        relaunches: int,
+        elastic: bool = False,
     ) -> None:
         self.number = commands.this_job()
         self._command = command
@@ -69,6 +83,8 @@ class Job:
         self._nodes = hosts.nodes()
         self._told: signal.Signals | None = None
         self._relaunched = False
+        self._elastic = elastic
+        self._outlives = False
         self._tail = bytearray()
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -79,8 +95,13 @@ class Job:
 
     def supervise(self) -> int:
         """Run to the end; the exit code that tells the scheduler the truth."""
+        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) and (self._run / RESULT).exists():
+            self._say("the run is completed")  # by ranks that outlived the node of this script
+            return 0
         before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         try:
+            if self._elastic:
+                self._outlives = self._try()
             while True:
                 returncode = self._launch()
                 if (self._run / RESULT).exists():
@@ -110,6 +131,21 @@ class Job:
 
     # The launch.
 
+    def _try(self) -> bool:
+        """Whether ranks that srun starts here outlive one another: by a small launch."""
+        launcher = list(itertools.takewhile(lambda word: word != "hpctrain", self._command))
+        ranks = sum(node.tasks for node in self._nodes)
+        if Path(launcher[0]).name != "srun" or ranks < 2:
+            return False
+        launcher += [*OUTLIVING, f"--nodes={min(2, len(self._nodes))}", "--ntasks=2"]
+        try:
+            environment = {**self._environment(), **_preload()}
+            outlives, seen = selftest.works(launcher, environment)
+        except Error as error:
+            outlives, seen = False, str(error)
+        self._say(f"elastic: {'ulfm' if outlives else 'restart'}: {seen}")
+        return outlives
+
     def _launch(self) -> int:
         shutil.rmtree(self._notes, ignore_errors=True)
         self._notes.mkdir(parents=True)
@@ -120,7 +156,7 @@ class Job:
         self._tail.clear()
         try:
             process = subprocess.Popen(
-                self._command,
+                self._command[:1] + OUTLIVING * self._outlives + self._command[1:],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -155,16 +191,22 @@ class Job:
         ended = False
         while process.poll() is None:
             time.sleep(LOOK_SECONDS)
-            notes = [] if ended else read_notes(self._notes)
-            failed = [each for each in notes if not each.consequence]
-            if failed and time.time() - failed[0].time > GRACE_SECONDS:
-                self._say("a rank has failed, and its launcher does not end; ending it")
+            over = [] if ended else self._over()
+            if over and time.time() - over[0] > GRACE_SECONDS:
+                self._say("the run is over, and its launcher does not end; ending it")
                 ended = True
                 os.killpg(process.pid, signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(KILL_SECONDS)
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+
+    def _over(self) -> list[float]:
+        """Since when the launcher should be about to end."""
+        found = [each.time for each in read_notes(self._notes) if not each.consequence]
+        with contextlib.suppress(OSError):
+            found.append((self._run / RESULT).stat().st_mtime)
+        return sorted(found)
 
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ, "PATH": search_path(), FOLDER: str(self._notes.resolve())}
@@ -183,6 +225,13 @@ class Job:
             "HPCTRAIN__WORLD_SIZE": ranks,
         }.items():
             environment[name] = value
+        environment[SUPERVISOR] = os.uname().nodename
+        if self._elastic:
+            environment.setdefault("HPCTRAIN__ELASTIC__MODE", "auto")
+        if self._outlives:
+            environment |= _preload()
+        else:
+            environment.setdefault("SLURM_KILL_BAD_EXIT", "1")
         if self._relaunched:  # a step that has lost a node keeps the others' cores for a while
             environment["SLURM_OVERLAP"] = "1"
         defaults = {"PMIX_MCA_psec": "native"}  # what PMIx and Open MPI of any make have in common
@@ -282,6 +331,14 @@ class Job:
         self._say(f"{failure}; going on with {names}" + (f", without {gone}" if gone else ""))
         self._nodes = present
         return True
+
+
+def _preload() -> dict[str, str]:
+    """What keeps ranks from having Slurm cancel their step when they lose another one."""
+    before = os.environ.get("LD_PRELOAD", "")
+    return {
+        "LD_PRELOAD": f"{library()} {before}".strip(),
+    }
 
 
 def _without(nodes: list[hosts.Node], present: list[hosts.Node]) -> str:

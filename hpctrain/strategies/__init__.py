@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpctrain.config import HorovodConfig, PsConfig
+from hpctrain.config import ElasticConfig, HorovodConfig, PsConfig
 from hpctrain.errors import Error, nearest
 from hpctrain.strategies.base import Strategy
 from hpctrain.world import World
@@ -16,6 +16,7 @@ def strategy(
     *,
     horovod: HorovodConfig | None = None,
     ps: PsConfig | None = None,
+    elastic: ElasticConfig | None = None,
     timeout_seconds: float = 600.0,
 ) -> Strategy:
     """Connect the world by the strategy of that name.
@@ -25,6 +26,7 @@ def strategy(
         world: From :func:`hpctrain.init`.
         horovod: Knobs of the Horovod strategy.
         ps: Knobs of the parameter server.
+        elastic: Whether to outlive losses, with horovod.
         timeout_seconds: Longest wait for another rank.
 
     Raises:
@@ -39,7 +41,7 @@ def strategy(
     if name == "horovod":
         from hpctrain.strategies.horovod import Horovod
 
-        return Horovod(world, horovod, timeout_seconds)
+        return Horovod(world, horovod, timeout_seconds, elastic)
     if name == "ps":
         from hpctrain.strategies.parameter_server import ParameterServer
 

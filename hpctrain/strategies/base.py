@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from hpctrain.elastic.choose import Choice
+from hpctrain.elastic.membership import Meeting, Membership, Progress
 from hpctrain.errors import Error
 from hpctrain.world import World
 
@@ -165,6 +167,14 @@ class Strategy(Protocol):
     lockstep: bool
 
     @property
+    def outlives(self) -> Choice | None:
+        """How losses are outlived, where that was to be chosen."""
+
+    @property
+    def elastic(self) -> Elastic | None:
+        """This strategy, if it outlives losses by forming the world anew."""
+
+    @property
     def stopped(self) -> bool:
         """Whether another rank ended the training early."""
 
@@ -180,6 +190,31 @@ class Strategy(Protocol):
         clip_norm: float | None = None,
     ) -> DistributedOptimizer:
         """Start every replica from rank 0's model and optimizer state, and wrap the optimizer."""
+
+
+class ElasticOptimizer(DistributedOptimizer):
+    """An optimizer that can begin a step anew, in another world."""
+
+    def restart(self) -> None:
+        """Forget the step that failed."""
+
+
+class Elastic(Protocol):
+    """A strategy whose world can be formed anew when a rank is lost, or wants to join."""
+
+    @property
+    def membership(self) -> Membership:
+        """Who takes part."""
+
+    def meet(self, progress: Progress) -> Meeting:
+        """Form a new world; every rank calls this.
+
+        Raises:
+            PeerLost: This rank cannot go on.
+        """
+
+    def share(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Start every replica from rank 0's, once more."""
 
 
 @runtime_checkable

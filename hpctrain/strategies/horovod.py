@@ -11,19 +11,24 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from hpctrain import pmix
-from hpctrain.config import HorovodConfig
+from hpctrain import pmix, process
+from hpctrain.config import ElasticConfig, HorovodConfig
+from hpctrain.elastic.choose import choose, set_parameters
+from hpctrain.elastic.membership import Meeting, Progress
 from hpctrain.errors import Error, PeerLost
 from hpctrain.process import cores, loaded
-from hpctrain.strategies.base import DistributedOptimizer, check_trainable
+from hpctrain.strategies.base import ElasticOptimizer, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.strategies.views import adopt, dense_view
 from hpctrain.world import Part, World, equal_part
+
+if TYPE_CHECKING:
+    from hpctrain.elastic.ulfm import Ulfm
 
 # What Horovod can reduce. bfloat16 is not among them (horovod issue 4047) and goes as float32.
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)
@@ -51,8 +56,9 @@ def _import() -> Any:
 class HorovodCommunicator:
     """The world as Horovod sees it."""
 
-    def __init__(self, hvd: Any, timeout_seconds: float) -> None:
+    def __init__(self, hvd: Any, timeout_seconds: float, ulfm: Ulfm | None = None) -> None:
         self._hvd = hvd
+        self._ulfm = ulfm
         self.timeout_seconds = timeout_seconds
 
     @property
@@ -113,6 +119,8 @@ class HorovodCommunicator:
             if waited < YIELDING_SECONDS:
                 os.sched_yield()
                 continue
+            if self._ulfm is not None:
+                self._ulfm.watch()
             if waited > self.timeout_seconds:
                 others = ", ".join(str(r) for r in range(self.size) if r != self.rank)
                 raise PeerLost(
@@ -137,12 +145,22 @@ class HorovodCommunicator:
         raise NotImplementedError
 
     def abort(self, reason: str) -> None:
-        """Nothing: the launcher ends the others."""
+        """End the others, too, where the launcher would not."""
+        if self._ulfm is not None:
+            process.abort = self._ulfm.comm.Abort
 
     def close(self) -> None:
         """Leave the world: every rank has to, and none before all have come."""
-        self.barrier()
-        self._hvd.shutdown()
+        if self._ulfm is None:
+            self.barrier()
+        else:
+            try:
+                self.barrier()
+            except PeerLost:
+                process.mpi_is_whole = False
+            self._ulfm.leave()
+        if process.mpi_is_whole:
+            self._hvd.shutdown()
 
 
 @contextlib.contextmanager
@@ -176,7 +194,7 @@ class _Bucket:
     wire: torch.Tensor | None = None
 
 
-class HorovodOptimizer(DistributedOptimizer):
+class HorovodOptimizer(ElasticOptimizer):
     """Averages gradients in flat buckets while ``backward()`` still computes earlier layers.
 
     Buckets follow the reverse order of the parameters, about the order in which their gradients
@@ -273,6 +291,13 @@ class HorovodOptimizer(DistributedOptimizer):
         self._synchronized = False
         return result
 
+    def restart(self) -> None:
+        """Forget the step that failed, and the exchanges that were under way."""
+        for bucket in self._buckets:
+            bucket.handle = bucket.wire = None
+            bucket.pending = set(bucket.views)
+        self.zero_grad()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the next ones are put into their buckets as they come."""
         self._synchronized = False
@@ -317,6 +342,10 @@ class Horovod:
         world: Who takes part; its communicator is replaced.
         config: Bucket size.
         timeout_seconds: Longest wait for another rank.
+        elastic: Whether, and how, to outlive losses.
+
+    Attributes:
+        outlives: How losses are outlived, and why so.
 
     Raises:
         Error: Horovod is not there, or its world is not the one that was launched.
@@ -325,37 +354,91 @@ class Horovod:
     name = "horovod"
     lockstep = True
     stopped = False
-    joined = None
 
     def __init__(
         self,
         world: World,
         config: HorovodConfig | None = None,
         timeout_seconds: float = 600.0,
+        elastic: ElasticConfig | None = None,
     ) -> None:
         self.config = config or HorovodConfig()
         self.world = world
+        self._timeout_seconds = timeout_seconds
+        self._ulfm: Ulfm | None = None
+        elastic = elastic or ElasticConfig()
+        self.outlives = choose(elastic.mode)
+        if self.outlives.mode == "ulfm":
+            os.environ |= {"HOROVOD_CONTROLLER": "mpi", "HOROVOD_CPU_OPERATIONS": "mpi"}
+            os.environ["HOROVOD_LOCAL_BY_NAME"] = "1"  # hpctrain's patch, for ranks that join
+            os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # a loss is no error here
+            set_parameters(os.environ, elastic.hang_seconds)
         self._hvd = _import()
-        launched = world.launch.size
         _set_defaults(world)
         try:
             with _given_up_after(timeout_seconds, world):
                 if os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi" and self._hvd.mpi_built():
                     _start_mpi(timeout_seconds)
-                self._hvd.init()
+                if self.outlives.mode == "ulfm":
+                    from hpctrain.elastic.ulfm import Ulfm
+
+                    self._ulfm = Ulfm(elastic.hang_seconds)
+                if self.joined is None:
+                    self._hvd.init(comm=None if self._ulfm is None else self._ulfm.comm)
+        except Error:
+            raise
         except Exception as error:
             raise Error(
                 f"Horovod could not start under {world.launch.name}: {error}.",
                 hint="`hpctrain doctor` tries a small launch and says what is wrong.",
             ) from error
-        comm = HorovodCommunicator(self._hvd, timeout_seconds)
-        if comm.size != launched:
+        self._comm = HorovodCommunicator(self._hvd, timeout_seconds, self._ulfm)
+        if self.joined is not None:
+            return  # the others are met later
+        launched = world.launch.size
+        if self._comm.size != launched:
             raise Error(
-                f"{world.launch.name} started {launched} ranks, but Horovod sees {comm.size}.",
+                f"{world.launch.name} started {launched} ranks, but Horovod sees "
+                f"{self._comm.size}.",
                 hint="under srun use --mpi=pmix (Open MPI) or pmi2 (MPICH); else Horovod was built "
                 "on another MPI than the launcher's: run `hpctrain horovod build`.",
             )
-        world.comm = comm
+        world.comm = self._comm
+
+    @property
+    def joined(self) -> Any:
+        """What a process that joins a run under way has to know; None: it began with it."""
+        welcome = self._ulfm.welcome if self._ulfm is not None else None
+        return welcome._asdict() if welcome is not None else None
+
+    @property
+    def elastic(self) -> Horovod | None:
+        """This strategy, if it outlives losses."""
+        return self if self._ulfm is not None else None
+
+    @property
+    def membership(self) -> Ulfm:
+        """Who takes part, where losses are outlived."""
+        assert self._ulfm is not None
+        return self._ulfm
+
+    def meet(self, progress: Progress) -> Meeting:
+        """Form a new world of the ranks that are left, and start Horovod on it."""
+        meeting = self.membership.meet(progress)
+        process.mpi_is_whole = False
+        with _given_up_after(self._timeout_seconds, self.world):
+            self._hvd.shutdown()
+            self._hvd.init(comm=self.membership.comm)
+        self.world.comm = self._comm
+        return meeting
+
+    def share(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Start every rank from rank 0's model and optimizer state."""
+        start = broadcast_tree(
+            self.world.comm, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        )
+        model.load_state_dict(start["model"])
+        optimizer.load_state_dict(start["optimizer"])
 
     def wrap(
         self,
@@ -369,15 +452,9 @@ class Horovod:
         Wrap once: the hooks this puts on the parameters live as long as they do.
         """
         check_trainable(optimizer)
-        comm = self.world.comm
-        assert isinstance(comm, HorovodCommunicator)
-        start = broadcast_tree(
-            comm, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        )
-        model.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
+        self.share(model, optimizer)
         return HorovodOptimizer(
-            model, optimizer, comm, self._hvd.Average, self.config.bucket_bytes, clip_norm
+            model, optimizer, self._comm, self._hvd.Average, self.config.bucket_bytes, clip_norm
         )
 
 

@@ -472,6 +472,8 @@ class ParameterServer:
     """
 
     name = "ps"
+    outlives = None
+    elastic = None  # servers forget lost workers by themselves
 
     def __init__(
         self, world: World, config: PsConfig | None = None, timeout_seconds: float = 600.0

@@ -21,6 +21,8 @@ class Single:
     lockstep = True
     stopped = False
     joined = None
+    outlives = None
+    elastic = None
 
     def __init__(self, world: World) -> None:
         if world.size != 1:

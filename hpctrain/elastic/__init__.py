@@ -1,0 +1,1 @@
+"""Outliving the loss of a process or node: who is alive, and how the world is formed anew."""

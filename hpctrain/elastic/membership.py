@@ -1,0 +1,105 @@
+"""Membership: who takes part in a run, how a loss is found out, and how the world is formed anew.
+
+An engine of this kind is one class behind :class:`Membership`. What happens after a loss is the
+same with all of them, and stands in :mod:`hpctrain.elastic.outlive`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+
+class Member(NamedTuple):
+    """A process of the run.
+
+    Attributes:
+        number: Its own, for good: its first rank, or the next free number if it came later.
+        host: Its host's name.
+    """
+
+    number: int
+    host: str
+
+
+class Progress(NamedTuple):
+    """How far a rank has come; what ranks tell each other when they meet anew.
+
+    Attributes:
+        stage: The stage of the run it is in.
+        step: Steps that it has taken; -1: it has nothing yet.
+        attended: The last step after which it did all that was due (validating, saving, ...).
+    """
+
+    stage: int
+    step: int
+    attended: int
+
+
+class Meeting(NamedTuple):
+    """How the world was formed anew.
+
+    Attributes:
+        generation: How often that has happened in this run; the same on every rank.
+        progress: Of each rank, by its new number.
+        lost: Who is no longer there.
+        joined: Who came.
+        seconds: How long this took here.
+    """
+
+    generation: int
+    progress: list[Progress]
+    lost: list[Member]
+    joined: list[Member]
+    seconds: float
+
+    @property
+    def newest(self) -> int:
+        """The step that the farthest has taken; -1: nobody has begun."""
+        return max(each.step for each in self.progress)
+
+
+class Membership(Protocol):
+    """Who takes part, by one engine.
+
+    Attributes:
+        name: Of the engine.
+        number: Of this process, for good.
+        generation: How often the world was formed anew.
+        members: Who takes part, by rank.
+        lost_hosts: Where processes were lost.
+    """
+
+    name: str
+    number: int
+    generation: int
+    members: list[Member]
+    lost_hosts: set[str]
+
+    def meet(self, progress: Progress) -> Meeting:
+        """Form a new world of those that are alive, and of who wants to join.
+
+        Every rank calls this: after a loss, or when all have agreed that somebody may join.
+
+        Raises:
+            PeerLost: This rank cannot go on: it was cut off from most of the others, or nobody
+                could be reached in time.
+        """
+
+    def begin(self, out: Path, wanted: int | None) -> None:
+        """Training begins.
+
+        Args:
+            out: The run folder.
+            wanted: How many ranks to have: new ones are started where there are fewer.
+        """
+
+    def waiting(self) -> bool:
+        """Whether somebody wants to join, as far as this rank knows."""
+
+    def leave(self) -> None:
+        """End this rank's part in good order."""
+
+
+class Regroup(Exception):  # noqa: N818 - an event, not a mistake
+    """All ranks have agreed to form the world anew, because somebody wants to join."""

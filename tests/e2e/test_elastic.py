@@ -1,0 +1,83 @@
+"""Ranks are killed and stopped under mpirun, and the others go on in the same processes."""
+
+import json
+import os
+
+import pytest
+
+from hpctrain.process import mpirun, run
+from tests.e2e.conftest import result_of
+from tests.slurm.conftest import TASK
+
+FAULT_TOLERANT = (*mpirun(1), "--with-ft", "ulfm")
+WORKS = run([*FAULT_TOLERANT, "true"], timeout_seconds=60).returncode == 0
+pytestmark = pytest.mark.skipif(not WORKS, reason="an MPI without --with-ft")
+LAUNCH = {"OMP_NUM_THREADS": "1"}
+
+
+def trained(hpctrain, ranks, plan, *arguments, epochs=8):
+    """The result of a run under a plan of faults, and what became of it."""
+    launcher = [*mpirun(ranks), "--with-ft", "ulfm"]
+    command = (
+        *launcher, "hpctrain", "train", *arguments, "--elastic", "auto", "--epochs", epochs,
+        "--set", "log.every_steps=10", "--set", "log.tensorboard=false",
+    )  # fmt: skip
+    done = hpctrain("chaos", "--out", "run", "--plan", plan, "--", *command, env=LAUNCH)
+    assert done.returncode == 0, done.stdout
+    outcome = json.loads((hpctrain.folder / "run" / "chaos.json").read_text())
+    assert outcome["verdict"] == "good" and outcome["returncode"] == 0
+    return result_of(hpctrain.folder / "run"), outcome
+
+
+def sizes(result):
+    return [change["size"] for change in result["world"]]
+
+
+@pytest.mark.parametrize(
+    ("plan", "left"),
+    [
+        ("kill:rank=0@step=40", 3),
+        ("stop:rank=1@step=40", 3),
+        ("kill:rank=0@step=40 kill:rank=2@step=40+0.02", 2),  # the second while it recovers
+        ("kill:rank=3@step=10 kill:rank=1@step=50 stop:rank=0@step=90", 1),
+    ],
+)
+def test_losses(hpctrain, plan, left):
+    result, outcome = trained(hpctrain, 4, plan, "digits")
+    assert sizes(result)[-1] == left
+    assert result["steps"] == 8 * 23
+    assert result["metrics"]["final"]["val_accuracy"] > 0.97
+    assert len(outcome["faults"]) == plan.count("rank") == len(outcome["recovery_ms"])
+
+
+def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain):
+    pause = ("--set", "options.pause=0.02", "--set", "elastic.workers=2")
+    result, _ = trained(hpctrain, 2, "kill:rank=0@step=20", TASK, *pause, epochs=30)
+    assert sizes(result) == [2, 1, 2]
+
+
+def test_ranks_keep_their_part_of_a_batch(hpctrain):
+    keep = ("--set", "elastic.batch=keep-local")
+    result, _ = trained(hpctrain, 2, "kill:rank=1@step=60", "digits", *keep)
+    assert result["steps"] > 8 * 23 + 50
+    assert result["samples"] == 8 * 1438
+
+
+def test_an_error_on_one_rank_ends_all(hpctrain):
+    """An error is not a loss: the others would meet it, too."""
+    launcher = [*mpirun(2), "--with-ft", "ulfm"]
+    done = run(
+        [*launcher, "hpctrain", "train", str(TASK), "--elastic", "ulfm", "--epochs", "50",
+         "--set", "options.fault=error", "--set", "options.pause=0.01"],
+        timeout_seconds=60, cwd=hpctrain.folder, env={**os.environ, **LAUNCH},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "ValueError: a bad sample" in done.stdout
+
+
+def test_where_nobody_would_live(hpctrain):
+    done = hpctrain("train", "digits", "--elastic", "ulfm", ranks=2)
+    assert done.returncode == 2
+    assert "mpirun ends all ranks when one dies. HINT:" in done.stdout
+    done = hpctrain.train("digits", "--elastic", "auto", "--epochs", 1, ranks=2)
+    assert "elastic: restart: mpirun ends all ranks when one dies" in done.stdout
