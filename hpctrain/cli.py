@@ -438,6 +438,41 @@ def doctor() -> None:
     sys.exit(report(examine()))
 
 
+@cli.command()
+@click.argument(
+    "inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_BENCH..."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page.",
+)
+@click.option(
+    "--plots",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for the same plots as PNG and SVG.",
+)
+def report(inputs: tuple[Path, ...], out: Path, plots: Path | None) -> None:
+    """Show runs and benchmarks on one HTML page that needs no network, also on a phone.
+
+    \b
+    RUN_OR_BENCH is a run folder of `hpctrain train`, completed or not, or a JSON file that a
+    benchmark wrote:
+      hpctrain report runs/digits-20260101-120000
+      hpctrain report runs/one runs/two runs/four --out scaling.html --plots figures/
+      hpctrain report results/ps.json
+
+    Several runs are compared: what differs in their configurations, their curves side by side and,
+    where they differ in their number of ranks, throughput and efficiency.
+    """
+    from hpctrain.report.page import report as write
+
+    count = write(inputs, out, plots)
+    click.echo(f"{out}: {count} plots" + (f", also in {plots}" if plots else ""))
+
+
 @cli.group()
 def horovod() -> None:
     """Build Horovod for the torch and MPI installed here, and check it."""

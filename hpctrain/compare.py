@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpctrain.errors import Error
+
+Record = dict[str, Any]
 
 
 class Row(NamedTuple):
     """A run.
 
     Attributes:
-        run: Its folder.
+        run: Its folder, or what else it was called.
         ranks: How many computed.
         samples_per_second: Of all together: the median over its lines, but for the first.
-        efficiency: Speed of a rank, by that of a rank of the smallest run.
+        efficiency: Speed of a rank, by that of a rank of the smallest run, or by the median of
+            these where several are as small.
         metrics: The last ones.
     """
 
@@ -36,10 +39,18 @@ def compare(runs: Sequence[Path]) -> list[Row]:
     Raises:
         Error: One has no metrics.
     """
+    return side_by_side({str(run): records_of(run) for run in runs})
+
+
+def side_by_side(runs: Mapping[str, Sequence[Record]]) -> list[Row]:
+    """The same of what ``metrics.jsonl`` of each run holds.
+
+    Raises:
+        Error: One has no metrics.
+    """
     found = []
-    for run in runs:
-        records = _read(run / "metrics.jsonl")
-        speeds = [r["samples_per_second"] for r in records if r.get("kind") == "train"]
+    for run, records in runs.items():
+        speeds = speeds_of(records)
         sizes = [r["size"] for r in records if r.get("kind") == "event" and "size" in r]
         if not speeds or not sizes:
             raise Error(f"{run} has no metrics.", hint="name run folders of `hpctrain train`.")
@@ -48,14 +59,25 @@ def compare(runs: Sequence[Path]) -> list[Row]:
         speed = statistics.median(speeds[1:] or speeds)
         found.append(Row(str(run), int(sizes[-1]), float(speed), 1.0, metrics))
     found.sort(key=lambda row: row.ranks)
-    alone = found[0].samples_per_second / found[0].ranks
+    alone = statistics.median(
+        row.samples_per_second / row.ranks for row in found if row.ranks == found[0].ranks
+    )
     return [row._replace(efficiency=row.samples_per_second / row.ranks / alone) for row in found]
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def speeds_of(records: Sequence[Record]) -> list[float]:
+    """Samples per second, of each line of training that says it."""
+    speeds = [r.get("samples_per_second") for r in records if r.get("kind") == "train"]
+    return [float(speed) for speed in speeds if isinstance(speed, (int, float)) and speed > 0]
+
+
+def records_of(run: Path) -> list[Record]:
+    """The lines of a run's ``metrics.jsonl``, but for those that were cut when it was killed."""
     records = []
     with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
+        for line in (run / "metrics.jsonl").read_bytes().splitlines():
             with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    records.append(record)
     return records

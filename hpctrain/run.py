@@ -218,6 +218,9 @@ class _Run:
             recorder.say(f"elastic: {how.outlives.mode}: {how.outlives.why}")
         for change in start.world[-1:]:
             values = {"size": change["size"], "reason": change["reason"], "steps": trainer.steps}
+            # All processes of this host count, servers too. A rank may be bound to some cores.
+            local = self._world.launch.local_size
+            values["oversubscribed"] = local > (os.cpu_count() or 1)
             recorder.write("event", start.step, values)
 
     def _finish(self, meeting: Meeting | None) -> None:

@@ -1,0 +1,144 @@
+"""Throughput and efficiency over ranks, of runs that differ in nothing else that decides speed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from hpctrain.compare import Row, side_by_side, speeds_of
+from hpctrain.report.comparison import differences
+from hpctrain.report.figures import Plot, Section, Series, Table, file_name, short, spread
+from hpctrain.report.runs import Run
+
+WITHOUT_WEIGHT = (
+    "out", "resume", "seed", "world_size", "timeout_seconds", "train.epochs", "train.steps",
+    "train.patience", "train.batch_size", "optimizer.lr",
+)  # fmt: skip
+"""Keys of the configuration that do not decide the speed of a rank, or that scaling changes."""
+SECTIONS_WITHOUT_WEIGHT = ("schedule.", "checkpoint.", "interrupt.", "log.")
+
+
+def families(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that differ in their number of ranks, and in nothing else that decides speed.
+
+    A run whose world changed has no speed of one number of ranks, and is in none.
+    """
+    found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        if len({size for _, size in run.sizes}) == 1 and speeds_of(run.records):
+            key = tuple(
+                (name, str(value)) for name, value in sorted(run.config.items()) if _weighs(name)
+            )
+            found.setdefault(key, []).append(run)
+    return [family for family in found.values() if len({run.ranks for run in family}) > 1]
+
+
+def kind_of(family: Sequence[Run]) -> str:
+    """Weak or strong scaling, as the global batches say."""
+    batches = [(run.config.get("train.batch_size"), int(run.ranks)) for run in family]
+    if len({batch for batch, _ in batches}) == 1:
+        return f"strong scaling, global batch {short(batches[0][0])}"
+    if len({batch / ranks for batch, ranks in batches if isinstance(batch, int)}) == 1:
+        return "weak scaling, the same batch a rank"
+    return "global batches differ"
+
+
+def section(runs: Sequence[Run]) -> Section | None:
+    """Of every task; None where no runs scale."""
+    found = Section("Scaling")
+    tasks: dict[str, list[list[Run]]] = {}
+    for family in families(runs):
+        tasks.setdefault(str(family[0].config.get("task")), []).append(family)
+    for task, members in tasks.items():
+        _add(found, task, members)
+    left_out = [run.label for run in runs if len({size for _, size in run.sizes}) > 1]
+    if left_out and tasks:
+        found.text.append(f"Left out, because their ranks changed: {', '.join(left_out)}.")
+    return found if tasks else None
+
+
+def _add(found: Section, task: str, members: Sequence[Sequence[Run]]) -> None:
+    table, speed, efficiency, ideal = [], [], [], []
+    for look, (name, family) in enumerate(zip(_names(members), members, strict=True)):
+        rows = side_by_side({str(place): run.records for place, run in enumerate(family)})
+        starred = {int(run.ranks) for run in family if run.oversubscribed}
+        speed.append(_series(name, rows, "samples_per_second", look, starred))
+        efficiency.append(_series(name, rows, "efficiency", look, starred))
+        ideal.append((rows[0].ranks, speed[-1].y[0], max(row.ranks for row in rows)))
+        for place, ranks in enumerate(speed[-1].x):
+            cells = [
+                spread(each.y[place], each.low[place], each.high[place])
+                for each in (speed[-1], efficiency[-1])
+            ]
+            star = "*" * (int(ranks) in starred)
+            count = sum(row.ranks == ranks for row in rows)
+            table.append([name, short(ranks) + star, *cells, str(count)])
+    stars = any(any(each.hollow) for each in speed)
+    note = "* more ranks than cores" if stars else ""
+    caption = "Hollow points: more ranks than cores." if stars else ""
+    found.tables.append(
+        Table(
+            f"{task}: efficiency is the speed of a rank, by that of a rank of the smallest run",
+            ["runs", "ranks", "samples/s", "efficiency", "how many"],
+            table,
+            note,
+        )
+    )
+    ranks, alone, most = max(ideal, key=lambda each: each[2])
+    found.figures.append(
+        Plot(
+            file_name("scaling", task, "throughput"),
+            f"{task}: throughput over ranks",
+            "ranks",
+            "samples/s",
+            speed,
+            f"Dashed: as fast a rank as in the smallest run. {caption}".strip(),
+            ideal=[(ranks, alone), (most, alone / ranks * most)],
+            from_zero=True,
+        )
+    )
+    found.figures.append(
+        Plot(
+            file_name("scaling", task, "efficiency"),
+            f"{task}: efficiency over ranks",
+            "ranks",
+            "efficiency",
+            efficiency,
+            f"Dashed: 1. {caption}".strip(),
+            ideal=[(ranks, 1.0), (most, 1.0)],
+            from_zero=True,
+        )
+    )
+
+
+def _names(members: Sequence[Sequence[Run]]) -> list[str]:
+    """Strategy and kind of scaling, and what else tells families from each other."""
+    largest = [max(family, key=lambda run: int(run.ranks)) for family in members]
+    rows = [
+        row
+        for row in differences(largest)
+        if _weighs(row[0]) and row[0] not in ("strategy", "ps.consistency")
+    ]
+    return [
+        ", ".join([run.strategy, kind_of(family), *(f"{row[0]} {row[1 + place]}" for row in rows)])
+        for place, (run, family) in enumerate(zip(largest, members, strict=True))
+    ]
+
+
+def _weighs(key: str) -> bool:
+    return key not in WITHOUT_WEIGHT and not key.startswith(SECTIONS_WITHOUT_WEIGHT)
+
+
+def _series(name: str, rows: Sequence[Row], field: str, look: int, starred: set[int]) -> Series:
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        values.setdefault(row.ranks, []).append(getattr(row, field))
+    return Series(
+        name,
+        x=list(map(float, values)),
+        y=[statistics.median(each) for each in values.values()],
+        low=[min(each) for each in values.values()],
+        high=[max(each) for each in values.values()],
+        look=look,
+        hollow=[ranks in starred for ranks in values],
+    )
