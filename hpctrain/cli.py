@@ -470,7 +470,8 @@ def report(inputs: tuple[Path, ...], out: Path, plots: Path | None) -> None:
     from hpctrain.report.page import report as write
 
     count = write(inputs, out, plots)
-    click.echo(f"{out}: {count} plots" + (f", also in {plots}" if plots else ""))
+    many = f"{count} plot{'s' * (count != 1)}"
+    click.echo(f"{out}: {many}" + (f", also in {plots}" if plots else ""))
 
 
 @cli.group()

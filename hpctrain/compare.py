@@ -51,18 +51,22 @@ def side_by_side(runs: Mapping[str, Sequence[Record]]) -> list[Row]:
     found = []
     for run, records in runs.items():
         speeds = speeds_of(records)
-        sizes = [r["size"] for r in records if r.get("kind") == "event" and "size" in r]
+        sizes = [r["size"] for r in records if r.get("kind") == "event" and _is_size(r.get("size"))]
         if not speeds or not sizes:
             raise Error(f"{run} has no metrics.", hint="name run folders of `hpctrain train`.")
         last = next((r for r in reversed(records) if r.get("kind") == "validation"), records[-1])
         metrics = {k: v for k, v in last.items() if k in ("loss", "accuracy")}
         speed = statistics.median(speeds[1:] or speeds)
-        found.append(Row(str(run), int(sizes[-1]), float(speed), 1.0, metrics))
+        found.append(Row(str(run), sizes[-1], float(speed), 1.0, metrics))
     found.sort(key=lambda row: row.ranks)
     alone = statistics.median(
         row.samples_per_second / row.ranks for row in found if row.ranks == found[0].ranks
     )
     return [row._replace(efficiency=row.samples_per_second / row.ranks / alone) for row in found]
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def speeds_of(records: Sequence[Record]) -> list[float]:

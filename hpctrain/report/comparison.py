@@ -63,14 +63,15 @@ def results(runs: Sequence[Run]) -> Table:
 
 
 def _metrics(run: Run, which: str) -> dict[str, Any]:
-    metrics = run.result.get("metrics")
-    found = metrics.get(which) if isinstance(metrics, dict) else None
-    return found if isinstance(found, dict) else {}
+    return _dict(_dict(run.result.get("metrics")).get(which))
 
 
 def _best(run: Run) -> dict[str, Any]:
-    found = _metrics(run, "best").get("metrics")
-    return found if isinstance(found, dict) else {}
+    return _dict(_metrics(run, "best").get("metrics"))
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def differences(runs: Sequence[Run]) -> list[list[str]]:
@@ -83,7 +84,7 @@ def differences(runs: Sequence[Run]) -> list[list[str]]:
 def versions_of(runs: Sequence[Run]) -> list[list[str]]:
     """A row a package, and the host, over runs that are completed."""
     found = [
-        {**run.result.get("versions", {}), "host": run.result.get("host")}
+        {**_dict(run.result.get("versions")), "host": run.result.get("host")}
         for run in runs
         if run.result
     ]

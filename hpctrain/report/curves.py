@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from hpctrain.compare import Record
@@ -22,6 +23,7 @@ from hpctrain.report.figures import (
 from hpctrain.report.runs import Run, metrics_of
 
 LOG_LOSS = 200
+MOST_GAPS = 100  # values of a histogram up to which those that never came are shown as 0
 Value = Callable[[Record], Any]
 
 
@@ -99,7 +101,7 @@ def exchange(runs: Sequence[Run]) -> Section:
             from_zero=True,
         )  # fmt: skip
         found.figures += _plot(
-            runs, "exchange", lambda r, name=name: _largest(r, f"{name}_histogram"),
+            runs, "exchange", partial(_largest, key=f"{name}_histogram"),
             f"largest {name}", f"{name} ({unit})", from_zero=True,
         )  # fmt: skip
         found.figures += _histogram(runs, name, unit)
@@ -117,7 +119,7 @@ def _counts(record: Record, key: str) -> dict[int, float]:
     histogram = record.get(key)
     if not isinstance(histogram, dict):
         return {}
-    return {int(k): n for k, v in histogram.items() if k.isdigit() and (n := number(v))}
+    return {int(k): n for k, v in histogram.items() if k.isdecimal() and (n := number(v))}
 
 
 def _largest(record: Record, key: str) -> int | None:
@@ -129,9 +131,9 @@ def _histogram(runs: Sequence[Run], name: str, unit: str) -> list[Plot]:
     for look, run in enumerate(runs):
         counts: Counter[int] = Counter()
         for record in run.of("exchange"):
-            counts.update(_counts(record, f"{name}_histogram"))  # type: ignore[arg-type]
+            counts.update(_counts(record, f"{name}_histogram"))
         if total := sum(counts.values()):
-            x = range(max(counts) + 1)
+            x = sorted(counts.keys() | range(min(max(counts), MOST_GAPS)))
             y = [counts[value] / total for value in x]
             series.append(Series(run.label, *thin([float(v) for v in x], y), look=look))
     title = f"distribution of {name}"

@@ -51,7 +51,7 @@ class Run:
         return [
             (float(record["step"]), int(record["size"]))
             for record in self.of("event")
-            if number(record.get("size"))
+            if isinstance(record.get("size"), int) and record["size"] > 0
         ]
 
     @property

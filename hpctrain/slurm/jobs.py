@@ -125,7 +125,7 @@ def outcome(run: Path) -> tuple[str, int] | None:
     if (run / RESULT).exists():
         return "completed", 0
     if (run / FAILURE).exists():
-        with contextlib.suppress(OSError, ValueError, KeyError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             failure = json.loads((run / FAILURE).read_text())
             where = f"rank {failure['rank']}: " if failure["rank"] is not None else ""
             text = f"{where}{failure['what']}: {failure['message']}"

@@ -15,11 +15,16 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_help_is_quick_and_loads_no_torch():
-    for command in (["--help"], ["train", "--help"], ["data", "import", "--help"]):
+    for command in (
+        ["--help"],
+        ["train", "--help"],
+        ["data", "import", "--help"],
+        ["report", "-h"],
+    ):
         code = (
             "import sys\nfrom hpctrain.cli import cli\n"
             f"cli.main({command!r}, standalone_mode=False)\n"
-            "assert not {'torch', 'pydantic', 'h5py', 'numpy'} & set(sys.modules)"
+            "assert not {'torch', 'pydantic', 'h5py', 'numpy', 'matplotlib'} & set(sys.modules)"
         )
         result = run([sys.executable, "-c", code], timeout_seconds=30)
         assert result.returncode == 0, result.stdout
