@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 INK, LINE, PAPER = "#1b1f24", "#c9ced6", "#fefefe"
-PAGE_COLOURS = {INK: "currentColor", LINE: "var(--grid)", PAPER: "var(--paper)"}
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
+BLUE = "#0072b2"
+PAGE_COLOURS = {
+    INK: "currentColor", LINE: "var(--grid)", PAPER: "var(--paper)", BLUE: "var(--blue)"
+}  # fmt: skip
+"""What stands for these in a page, where it is bright or dark."""
+COLOURS = (BLUE, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 """Those of Okabe and Ito, "Color Universal Design" (2008), without yellow, which white hides."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 DASHES = ((), (5, 1.5), (1.5, 1.2), (6, 1.5, 1.5, 1.5))
@@ -214,22 +218,29 @@ def _bars(bars: Bars) -> Canvas:
     ends = zip(bars.values, bars.low, bars.high, strict=True)
     errors = list(zip(*((value - low, high - value) for value, low, high in ends), strict=True))
     places = range(len(bars.labels))
-    drawn = axes.barh(
-        places, bars.values, 0.62, xerr=errors, color=COLOURS[5], edgecolor=COLOURS[0],
-        error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2.5},
+    axes.errorbar(
+        bars.values, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5,
+        zorder=3,
     )  # fmt: skip
-    for bar, hatched in zip(drawn, bars.hatched, strict=True):
-        if hatched:
-            bar.set(hatch="////", facecolor="none")
+    if bars.log_x:  # the length of a bar would depend on where the axis begins
+        faces = [PAPER if hatched else COLOURS[0] for hatched in bars.hatched]
+        axes.scatter(bars.values, places, 30, color=faces, edgecolors=COLOURS[0], zorder=4)
+        axes.set_xlim(min(bars.low) / 2, max(bars.high) * 4)
+    else:
+        drawn = axes.barh(places, bars.values, 0.62, color=COLOURS[5], edgecolor=COLOURS[0])
+        for bar, hatched in zip(drawn, bars.hatched, strict=True):
+            if hatched:
+                bar.set(hatch="////", facecolor="none")
+        axes.margins(x=0.18)
+    for place, value, high in zip(places, bars.values, bars.high, strict=True):
+        axes.annotate(
+            short(float(f"{value:.3g}")), (max(value, high), place), (5, 0),
+            textcoords="offset points", va="center", fontsize=9,
+        )  # fmt: skip
     axes.set_yticks(places, [_label(label) for label in bars.labels])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     _axis(axes, "x", bars.log_x, bars.values)
-    if bars.log_x:
-        axes.set_xlim(min(bars.low) / 2, max(bars.high) * 4)
-    else:
-        axes.margins(x=0.18)
-    axes.bar_label(drawn, [short(float(f"{v:.3g}")) for v in bars.values], padding=4, fontsize=9)
     axes.set_xlabel(_label(bars.x_label))
     return canvas
 

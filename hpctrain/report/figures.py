@@ -87,7 +87,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar for each case.
+    """A bar for each case; a point, where the axis is logarithmic.
 
     Attributes:
         name: Of its files, without a suffix.

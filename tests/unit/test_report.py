@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hpctrain.compare import compare
 from hpctrain.errors import Error
-from hpctrain.report import cases, curves, scaling
+from hpctrain.report import cases, curves, scaling, variables
 from hpctrain.report.benchmarks import read_benchmark
 from hpctrain.report.figures import Bars, Plot, Series, number, spread, thin, words
 from hpctrain.report.page import read, render, report, sections_of
@@ -248,11 +248,11 @@ def test_lines_over_the_variable_with_the_most_values():
         for ranks in (2, 4)
         for size in (8, 64, 4096)
     ]
-    variables = cases.variables_of(records)
-    assert variables == ["engine", "bytes", "ranks"]
-    assert cases.measures_of(records, variables) == ["time_us"]
-    assert cases.axis(records, variables) == ("bytes", ["engine", "ranks"])
-    (plot,) = cases.figures("all-reduce", records, variables)
+    keys = variables.variables_of(records)
+    assert keys == ["engine", "bytes", "ranks"]
+    assert variables.measures_of(records, keys) == ["time_us"]
+    assert variables.axis(records, keys) == ("bytes", ["engine", "ranks"])
+    (plot,) = cases.figures("all-reduce", records, keys)
     assert plot.log_x and plot.log_y and plot.y_label == "time (us)"
     assert {line.label: list(line.hollow) for line in plot.series} == {
         "mpi, ranks 2": [False] * 3, "mpi, ranks 4": [True] * 3,
@@ -265,16 +265,16 @@ def test_lines_over_the_variable_with_the_most_values():
 
 def test_a_name_that_follows_from_the_axis_makes_no_lines():
     records = [timed(float(n), case=f"hosts_{n}", servers=n, hosts=n + 4) for n in (1, 2, 4)]
-    assert cases.axis(records, cases.variables_of(records)) == ("servers", [])
+    assert variables.axis(records, variables.variables_of(records)) == ("servers", [])
 
 
 def test_bars_where_there_are_no_lines():
     records = [timed(float(n), case=f"c{n}", workers=1, vector_MB=n // 3) for n in range(1, 5)]
-    variables = cases.variables_of(records)
-    assert cases.axis(records, variables) is None
-    (bars,) = cases.figures("b", records, variables)
+    keys = variables.variables_of(records)
+    assert variables.axis(records, keys) is None
+    (bars,) = cases.figures("b", records, keys)
     assert isinstance(bars, Bars) and list(bars.labels) == ["c1", "c2", "c3", "c4"]
-    table = cases.table("b", records, variables)
+    table = cases.table("b", records, keys)
     assert table.rows[0] == ["c1", "0", "1 (0..3)"] and "workers 1" in table.note
 
 
@@ -291,14 +291,14 @@ def test_records_that_differ_in_nothing_are_repeats():
      ({"a_median": 2.0, "a_quartiles": [1, 4]}, "a_median"), ({"a": 2.0, "spread": [1, 4]}, "a")],
 )  # fmt: skip
 def test_forms_of_spread(record, key):
-    assert cases.measured([record], key) == (2.0, 1.0, 4.0)
-    assert cases.measures_of([record], []) == [key]
+    assert variables.measured([record], key) == (2.0, 1.0, 4.0)
+    assert variables.measures_of([record], []) == [key]
 
 
 def test_failed_cases_are_told():
     records = [timed(1.0, case="good"), {"case": "bad", "failed": ["no such library"]}]
-    variables = cases.variables_of(records)
-    assert cases.table("b", records, variables).rows == [
+    keys = variables.variables_of(records)
+    assert cases.table("b", records, keys).rows == [
         ["good", "1 (0..3)", ""], ["bad", "", "no such library"]
     ]  # fmt: skip
 
