@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,8 @@ def _is_size(value: object) -> bool:
 def speeds_of(records: Sequence[Record]) -> list[float]:
     """Samples per second, of each line of training that says it."""
     speeds = [r.get("samples_per_second") for r in records if r.get("kind") == "train"]
-    return [float(speed) for speed in speeds if isinstance(speed, (int, float)) and speed > 0]
+    most = sys.float_info.max
+    return [float(s) for s in speeds if isinstance(s, (int, float)) and 0 < s <= most]
 
 
 def records_of(run: Path) -> list[Record]:

@@ -30,7 +30,7 @@ DASHES = ((), (5, 1.5), (1.5, 1.2), (6, 1.5, 1.5, 1.5))
 WIDTH, HEIGHT, DPI = 4.2, 2.9, 300  # inches: text is 10 px where a phone shows it 360 px wide
 ROW, BAR = 0.2, 0.24
 MOST_MARKERS = 12
-LONGEST = 42
+LONGEST = 32  # letters of a label: more would leave no room for a plot on a phone
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -136,7 +136,7 @@ def _save(figure: Figure, file: Any, style: Any = None) -> None:
     import matplotlib
 
     with matplotlib.rc_context({**STYLE, **(style or {})}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        warnings.simplefilter("ignore", UserWarning)  # a name may have letters that no font has
         canvas = _bars(figure) if isinstance(figure, Bars) else _lines(figure)
         if style is None:
             canvas.savefig(file, format="png", dpi=DPI)

@@ -196,7 +196,7 @@ def short(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if not isinstance(value, float):
+    if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 10_000:
         return str(int(value))

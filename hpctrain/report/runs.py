@@ -51,7 +51,7 @@ class Run:
         return [
             (float(record["step"]), int(record["size"]))
             for record in self.of("event")
-            if isinstance(record.get("size"), int) and record["size"] > 0
+            if isinstance(record.get("size"), int) and (number(record["size"]) or 0) > 0
         ]
 
     @property

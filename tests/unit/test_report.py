@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.compare import compare
@@ -121,6 +121,30 @@ def test_what_was_undone_by_a_resume_counts_once_and_standstills_take_no_time():
     assert [r["reason"] for r in kept if r["kind"] == "event"] == [
         "start", "worker 1 was lost", "resumed at step 2"
     ]  # fmt: skip
+
+
+KEYS = ("size", "time", "loss", "lost", "reason", "oversubscribed", "samples_per_second", "epoch",
+        "staleness_mean", "staleness_histogram", "step_ms", "moved_bytes")  # fmt: skip
+TEXT = st.text(max_size=3)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=4,
+)
+KINDS = st.fixed_dictionaries(
+    {"kind": st.sampled_from(["train", "validation", "exchange", "event"])}
+)
+LINES = st.tuples(KINDS, st.dictionaries(st.sampled_from(KEYS), JSON))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(LINES, max_size=5))
+def test_whatever_lines_hold_there_is_a_report(tmp_path_factory, lines):
+    loss = {"kind": "train", "step": 0, "loss": 1.0}
+    records = [loss, *({**kind, "step": n, **values} for n, (kind, values) in enumerate(lines))]
+    run = write_run(tmp_path_factory.mktemp("any") / "run", records=records)
+    titles = [section.title for section in sections_of(*read([run]))]
+    assert titles[:3] == ["Run", "Learning", "Speed"]
 
 
 def test_labels_are_as_short_as_they_can_be(tmp_path):
