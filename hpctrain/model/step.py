@@ -1,0 +1,176 @@
+"""What a training step takes: computing, waiting for others, and what of the exchange shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from statistics import NormalDist
+from typing import NamedTuple
+
+from hpctrain.errors import Error
+from hpctrain.model.collectives import ALGORITHMS, Cost, parameter_server, place
+from hpctrain.model.inputs import Job, Machine, Network
+from hpctrain.model.strategies import Strategy
+
+
+class Breakdown(NamedTuple):
+    """Of a mean step, in seconds.
+
+    ``step_seconds`` is the sum of ``compute``, ``wait``, ``exposed`` and ``update``.
+
+    Attributes:
+        compute: Forward and backward, of a rank.
+        wait: For the slowest rank.
+        exchange: All of it, hidden or not.
+        exposed: What of it the step is longer for.
+        update: By the optimizer, where the worker does it.
+        step_seconds: The whole.
+        workers: Ranks that compute.
+        samples_per_second: Of all of them.
+        efficiency: Of that, by as many ranks as there are, each as fast as one alone.
+        bound: What takes the largest part besides computing.
+    """
+
+    compute: float
+    wait: float
+    exchange: float
+    exposed: float
+    update: float
+    step_seconds: float
+    workers: int
+    samples_per_second: float
+    efficiency: float
+    bound: str
+
+
+def predict(job: Job, strategy: Strategy, network: Network, machine: Machine) -> Breakdown:
+    """The mean step of a job.
+
+    Raises:
+        Error: The strategy needs other ranks than there are.
+    """
+    workers = strategy.workers(job.ranks)
+    if (strategy.kind == "single") != (job.ranks == 1) or workers < 1 + strategy.backups:
+        raise Error(
+            f"{strategy.label} on {job.ranks} ranks: nobody to train with, or nobody to train.",
+            hint="a single rank needs the strategy single, servers and backups need workers.",
+        )
+    whole_update = machine.update_seconds_per_byte * job.parameter_bytes
+    update = 0.0 if strategy.kind == "ps" else whole_update
+    compute = job.compute_seconds
+    wait = compute * job.jitter * waiting(workers, strategy)
+    total, exposed = Cost(), 0.0
+    if strategy.kind == "averaging":
+        once = exchange(job.parameter_bytes, job, strategy, network, machine)
+        total = Cost(*(part / strategy.every for part in once))
+        exposed = total.seconds
+    elif strategy.kind != "single":
+        total, exposed = overlapped(job, strategy, network, machine)
+    step = compute + wait + exposed + update
+    speed = workers * job.samples / step
+    alone = job.samples / (compute + whole_update)
+    bound = _bound(total, exposed, wait, compute)
+    return Breakdown(
+        compute, wait, total.seconds, exposed, update, step, workers, speed,
+        speed / alone / job.ranks, bound,
+    )  # fmt: skip
+
+
+def exchange(
+    size: float, job: Job, strategy: Strategy, network: Network, machine: Machine
+) -> Cost:
+    """Of so many bytes of gradients, from every worker to every other."""
+    if job.ranks == 1:
+        return Cost()
+    nodes, local = job.nodes, min(job.ranks, job.ranks_per_node)
+    codec = strategy.compression
+    coding = size * codec.encode_seconds_per_byte
+    if strategy.kind == "ps":
+        placement = place(nodes, local, strategy.servers, strategy.colocated)
+        decoding = sum(placement.workers) / strategy.servers * size * codec.decode_seconds_per_byte
+        cost = parameter_server(
+            size, placement, network, machine, ratio=codec.ratio, each_applied=strategy.ahead > 0
+        )
+    else:
+        decoding = size * codec.decode_seconds_per_byte
+        cost = ALGORITHMS[strategy.algorithm](size * codec.ratio, nodes, local, network, machine)
+    return cost._replace(work=cost.work + coding + decoding)
+
+
+class Timeline(NamedTuple):
+    """Exchanges beside a backward pass, in seconds.
+
+    Attributes:
+        exposed: From the end of backward to the end of the last exchange.
+        hidden: Of exchange before the end of backward.
+        slack: So much later backward could end without the exchange ending later.
+    """
+
+    exposed: float
+    hidden: float
+    slack: float
+
+
+def timeline(ready: Iterable[tuple[float, float]], backward: float) -> Timeline:
+    """Exchanges one after the other, none before its gradients are ready.
+
+    Args:
+        ready: Of each: when its gradients are, from the start of backward, and how long it takes.
+        backward: Its end.
+    """
+    end = hidden = slack = 0.0
+    for moment, seconds in ready:
+        start = max(end, moment)
+        end = start + seconds
+        slack = start - moment
+        hidden += max(0.0, min(end, backward) - min(start, backward))
+    return Timeline(max(0.0, end - backward), hidden, slack)
+
+
+def lengthened(line: Timeline, contention: float) -> float:
+    """By how much a step is longer for its exchange.
+
+    Beside an exchange, computing loses ``contention`` seconds for each of the exchange's: backward
+    ends later. The exchange of the last bucket begins later by that only as far as it had not to
+    wait for the one before anyway.
+    """
+    return line.exposed + max(0.0, contention * line.hidden - line.slack)
+
+
+def overlapped(
+    job: Job, strategy: Strategy, network: Network, machine: Machine
+) -> tuple[Cost, float]:
+    """The exchange of all buckets, and by how much the step is longer for it."""
+    total = Cost()
+    ready = []
+    for done, share in job.buckets:
+        cost = exchange(share * job.parameter_bytes, job, strategy, network, machine)
+        total = Cost(*map(sum, zip(total, cost, strict=True)))
+        ready.append((done * job.backward_seconds, cost.seconds))
+    return total, lengthened(timeline(ready, job.backward_seconds), machine.contention)
+
+
+def waiting(workers: int, strategy: Strategy) -> float:
+    """How long a step waits for the slowest, in standard deviations of a worker's time.
+
+    Times are taken as normal and independent. The slowest of n takes some Phi^-1((n - 3/8) / (n +
+    1/4)) deviations more than the mean (Blom, "Statistical estimates and transformed
+    beta-variables", 1958); without waiting for b of them it is n - b in the first n. Where all
+    meet only every m steps, the deviation of a mean of m counts, which is smaller by sqrt(m). Bounded
+    staleness of s waits no longer than meeting every s + 1 steps would: this is its upper bound.
+    """
+    if workers == 1 or math.isinf(strategy.ahead):
+        return 0.0
+    rank = workers - strategy.backups
+    deviations = NormalDist().inv_cdf((rank - 0.375) / (workers + 0.25))
+    return max(0.0, deviations) / math.sqrt(max(strategy.ahead + 1, strategy.every))
+
+
+def _bound(total: Cost, exposed: float, wait: float, compute: float) -> str:
+    if max(exposed, wait) < 0.02 * compute:
+        return "computing"
+    if wait > exposed:
+        return "slowest rank"
+    return {total.latency: "latency", total.work: "arithmetic", total.transfer: "bandwidth"}[
+        max(total)
+    ]
