@@ -14,6 +14,7 @@ import click
 from hpctrain import __version__, failure, process
 from hpctrain.errors import Error
 from hpctrain.launcher import detect
+from hpctrain.model import cli as model
 from hpctrain.slurm import cli as slurm
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -29,6 +30,7 @@ def cli() -> None:
     Two, over Horovod:   horovodrun -np 2 hpctrain train digits
     Two, under MPI:      mpirun -np 2 hpctrain train my_task.py --data shards/
     As a Slurm job:      hpctrain submit digits --nodes 3
+    Which strategy?      hpctrain advise digits --nodes 8 --network 10Gbit
     Is all well here?    hpctrain doctor
     """
 
@@ -522,7 +524,7 @@ def _config_of(parameters: dict[str, Any]) -> Any:
 
 for command in (
     *slurm.submission(train, _config_of), slurm.job, slurm.group, slurm.trial, slurm.trials,
-    slurm.compare,
+    slurm.compare, model.command(_config_of),
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -67,18 +67,15 @@ def predict(job: Job, strategy: Strategy, network: Network, machine: Machine) ->
     elif strategy.kind != "single":
         total, exposed = overlapped(job, strategy, network, machine)
     step = compute + wait + exposed + update
-    speed = workers * job.samples / step
-    alone = job.samples / (compute + whole_update)
-    bound = _bound(total, exposed, wait, compute)
     return Breakdown(
-        compute, wait, total.seconds, exposed, update, step, workers, speed,
-        speed / alone / job.ranks, bound,
+        compute, wait, total.seconds, exposed, update, step, workers,
+        samples_per_second=workers * job.samples / step,
+        efficiency=workers / job.ranks * (compute + whole_update) / step,
+        bound=_bound(total, exposed, wait, compute),
     )  # fmt: skip
 
 
-def exchange(
-    size: float, job: Job, strategy: Strategy, network: Network, machine: Machine
-) -> Cost:
+def exchange(size: float, job: Job, strategy: Strategy, network: Network, machine: Machine) -> Cost:
     """Of so many bytes of gradients, from every worker to every other."""
     if job.ranks == 1:
         return Cost()

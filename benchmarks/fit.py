@@ -1,0 +1,111 @@
+"""The cost model fitted to measurements: parameters, intervals, and errors where it was not fitted.
+
+    python -m benchmarks.fit RECORDS.json --out results
+
+RECORDS.json is a list of measurements (keys: docs/model.md). Each strategy has software of its own,
+and so is fitted for itself; --together fits one set to all. The error of a prediction is that for a
+place (ranks, nodes, rate of the links) of which the fit saw nothing.
+
+Prints tables; --out gets fit.json, which `hpctrain advise --fit` takes, and fit.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.output import table, write
+from hpctrain.errors import Error
+from hpctrain.model.fit import Record, fit, held_out, read_records
+
+
+def groups_of(records: Sequence[Record], together: bool) -> dict[str, list[Record]]:
+    """Records by strategy, without its number of servers."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        strategy = record.known_strategy
+        name = "all" if together else strategy.kind
+        groups.setdefault(name, []).append(record)
+    return groups
+
+
+def record_of(
+    name: str, records: Sequence[Record], known: dict[str, float], confidence: float
+) -> dict[str, Any]:
+    """Of a fit."""
+    found = fit(records, known, confidence)
+    errors = held_out(records, known)
+    sizes = [abs(error) for error in errors]
+    intervals = {key: each._asdict() for key, each in found.intervals().items()}
+    return {
+        "strategy": name,
+        "measurements": len(records),
+        "places": len({record.place for record in records}),
+        "scatter": found.scatter,
+        "held_out_median_error": statistics.median(sizes),
+        "held_out_largest_error": max(sizes),
+        "parameters": intervals,
+        "known": found.known,
+    }
+
+
+def known_of(texts: Sequence[str]) -> dict[str, float]:
+    """Parameters as they are given: NAME=VALUE.
+
+    Raises:
+        Error: One is not so.
+    """
+    known = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            known[name] = float(value)
+        except ValueError as error:
+            hint = "for example --known contention=0."
+            raise Error(f"--known {text} is not NAME=VALUE.", hint=hint) from error
+    return known
+
+
+def shown(records: Sequence[dict[str, Any]], confidence: float) -> str:
+    """The tables."""
+    rows = [["strategy", "parameter", "estimate", f"{confidence:.0%} interval"]]
+    for each in records:
+        for name, interval in each["parameters"].items():
+            span = f"{interval['low']:.3g}..{interval['high']:.3g}"
+            rows.append([each["strategy"], name, f"{interval['value']:.3g}", span])
+    errors = [["strategy", "measurements", "places", "median error, held out", "largest"]]
+    for each in records:
+        sizes = [f"{each[f'held_out_{which}_error']:.1%}" for which in ("median", "largest")]
+        errors.append([each["strategy"], str(each["measurements"]), str(each["places"]), *sizes])
+    return f"{table(rows)}\n\n{table(errors)}"
+
+
+def main(command: Sequence[str] | None = None) -> None:
+    """Fit what is asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("records", type=Path, help="JSON file of measurements")
+    parser.add_argument("--together", action="store_true", help="one fit for all strategies")
+    parser.add_argument("--known", action="append", default=[], help="NAME=VALUE, not fitted")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    parser.add_argument("--out", type=Path, help="folder for JSON and CSV")
+    arguments = parser.parse_args(command)
+    if not 0 < arguments.confidence < 1:
+        parser.error("--confidence must be between 0 and 1")
+    try:
+        known = known_of(arguments.known)
+        groups = groups_of(read_records(arguments.records), arguments.together)
+        records = [
+            record_of(name, group, known, arguments.confidence) for name, group in groups.items()
+        ]
+    except Error as error:
+        parser.error(str(error))
+    print(shown(records, arguments.confidence))
+    if arguments.out:
+        write(arguments.out, "fit", records, confidence=arguments.confidence)
+
+
+if __name__ == "__main__":
+    main()
