@@ -29,6 +29,7 @@ setup(
         "cramjam>=2.8",  # decompressing chunks on several threads at once
         "threadpoolctl>=3.1",  # one core for a thread that makes batches
         "mpi4py>=4.0",  # the parameter server's messages, and the MPI library's identity
+        "scipy>=1.10",  # fitting the cost model to measurements
         "msgspec>=0.18",  # typed messages of the parameter server, without pickle
         "cryptography>=47",  # encrypting them on networks that others share
         "safetensors>=0.4",  # tensor files that cannot execute code

@@ -2,22 +2,22 @@
 
     python -m benchmarks.published --out results
 
-The measurements: servers of 4 P100 GPUs on 25 Gbit/s RoCE, tf_cnn_benchmarks, batches of 64. With 16
-GPUs: the table of Horovod's README until its pull request 44 (2017-10); with 128: the README since
-then, and Sergeev & Del Balso, arXiv:1802.05799; with 512: Horovod's docs/benchmarks.
+The measurements: servers of 4 P100 GPUs on 25 Gbit/s RoCE, tf_cnn_benchmarks, batches of 64. With
+16 GPUs: the table of Horovod's README until its pull request 44 (2017-10); with 128: the README
+since then (see Sergeev & Del Balso, arXiv:1802.05799); with 512: Horovod's docs/benchmarks.
 
 What goes in, all published and none of it fitted to an efficiency:
 
 - One GPU's images a second, on these servers: the README's table.
 - Parameters and multiplications of each layer, from the networks' papers; see networks.py.
 - Backward is 2/3 of a step: two products of matrices for each one of forward.
-- 25 Gbit/s less the headers of RoCE v2 with 1024 bytes a packet, the most that fits into an Ethernet
-  frame of 1500: 1024 of 1106 bytes (InfiniBand specification, annex A17; IEEE 802.3).
-- Latency of a hop in NCCL's ring: 9.6 us between nodes, 5.7 us over PCIe (NCCL's src/graph/tuning.cc
-  of 2020, protocol Simple).
-- PCIe 3.0 x16 within a server: 15.75 GB/s. Being five times the network's, it never is the bound.
-- Horovod looks for gradients every 5 ms, and fuses up to 64 MB (its docs/tensor-fusion; the defaults
-  until 0.21).
+- 25 Gbit/s less the headers of RoCE v2 with 1024 bytes a packet, the most that fits into an
+  Ethernet frame of 1500: 1024 of 1106 bytes (InfiniBand specification, annex A17; IEEE 802.3).
+- Latency of a hop in NCCL's ring: 9.6 us between nodes, 5.7 us over PCIe (its file
+  src/graph/tuning.cc of 2020, protocol Simple).
+- PCIe 3.0 x16 within a server: 15.75 GB/s. Five times the network's, it never is the bound.
+- Horovod looks for gradients every 5 ms, and fuses up to 64 MB (its docs/tensor-fusion; these were
+  the defaults before 0.21).
 
 `alone` is what these give. Published figures do not say how much computing slows down beside NCCL's
 kernels. `with contention` takes that from the measurements with 16 GPUs, and from these alone: the
@@ -191,8 +191,8 @@ def main(command: Sequence[str] | None = None) -> None:
         rows.append([*cells[:-1], "(fitted)" if each["fitted_to"] else cells[-1]])
     print(f"{table(rows)}\ncontention, from 16 GPUs: {contention:.2f}\n")
     others = sensitivity()
-    print(table([["512 GPUs, alone", *NETWORKS],
-                 *([e["variant"], *(f"{e[n]:.1%}" for n in NETWORKS)] for e in others)]))  # fmt: skip
+    shown = [[each["variant"], *(f"{each[name]:.1%}" for name in NETWORKS)] for each in others]
+    print(table([["512 GPUs, alone", *NETWORKS], *shown]))
     if arguments.out:
         write(arguments.out, "published", records, contention=contention, sensitivity=others)
 

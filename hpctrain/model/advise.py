@@ -233,8 +233,8 @@ class Adviser:
         ratio = fastest.step.samples_per_second / best.step.samples_per_second
         if ratio > WORTH_TELLING:
             lines.append(
-                f"{fastest.strategy.label} would see {ratio:.2f} times as many samples a second, but "
-                "does not take the same steps: what they are worth, only training tells."
+                f"{fastest.strategy.label} would see {ratio:.2f} times as many samples a second, "
+                "but does not take the same steps: what they are worth, only training tells."
             )
         return "\n".join(lines)
 

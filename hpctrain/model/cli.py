@@ -36,9 +36,7 @@ def command(config_of: Callable[[dict[str, Any]], Any]) -> click.Command:
         "--strategy", "specs", multiple=True, metavar="NAME",
         help="Instead of those that hpctrain has; repeatable. ps:4+ssp:3, horovod+fp16, ...",
     )  # fmt: skip
-    @click.option(
-        "--batch-size", metavar="N", help="Samples of a rank's step. Default: the task's."
-    )
+    @click.option("--batch-size", metavar="N", help="Of a rank. Default: the task's.")
     @click.option("--data", "data_path", metavar="DIR", help="Shard set, as for training.")
     @click.option(
         "--speedup", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
@@ -132,6 +130,8 @@ def command(config_of: Callable[[dict[str, Any]], Any]) -> click.Command:
 
 def _introduce(adviser: Adviser, task: str) -> None:
     """What was measured, and what is assumed."""
+    from hpctrain.process import cores
+
     measured, network = adviser.measured, adviser.network
     times = {
         "forward": measured.forward_seconds,
@@ -144,6 +144,11 @@ def _introduce(adviser: Adviser, task: str) -> None:
         f"{measured.steps} steps of {measured.samples} samples: {shown}; "
         f"{measured.parameter_bytes / 1e6:.4g} MB of gradients"
     )
+    if measured.load > cores():
+        click.echo(
+            f"beware          others compute here (load {measured.load:.1f} on {cores()} cores): "
+            "times are too long"
+        )
     if adviser.speedup != 1:
         click.echo(f"given           a rank there computes {adviser.speedup:g} times as fast")
     for name, span in adviser.assumed.items():
@@ -152,7 +157,7 @@ def _introduce(adviser: Adviser, task: str) -> None:
             click.echo(f"assumed         {name} {span.value:.3g}{ends}")
     click.echo(
         f"assumed         within a node {network.local_bytes_per_second / 1e9:.3g} GB/s, "
-        f"{1e6 * network.local_latency_seconds:.3g} us; input keeps up; nothing else is on the network"
+        f"{1e6 * network.local_latency_seconds:.3g} us; input keeps up; the network is idle"
     )
     for kind, fit in adviser.fits.items():
         fitted = ", ".join(f"{name} {span.value:.3g}" for name, span in fit.items())

@@ -145,18 +145,19 @@ def parameter_server(
     """Every worker pushes its gradients and pulls all parameters; the worst link is the bound.
 
     With k servers of S/k bytes, n workers, all on nodes of their own and full duplex, a worker's
-    link carries S each way and a server's n S/k: max(1, n/k) S beta (Li et al., "Scaling distributed
-    machine learning with the parameter server", OSDI 2014; Jiang et al., "A unified architecture for
-    accelerating distributed DNN training", OSDI 2020, who also count co-located ones). Here the bytes
-    of each node are counted, so that any placement is covered; with one worker and one server on
-    each of n nodes, it is the ring's 2(n-1)/n S beta. What a server does goes on while bytes travel.
+    link carries S each way and a server's n S/k: max(1, n/k) S beta (Li et al., "Scaling
+    distributed machine learning with the parameter server", OSDI 2014; Jiang et al., "A unified
+    architecture for accelerating distributed DNN training", OSDI 2020, who also count co-located
+    servers). Here the bytes of each node are counted, so that any placement is covered; with one
+    worker and one server on each of n nodes, it is the ring's 2(n-1)/n S beta. What a server does
+    goes on while bytes travel.
 
     Args:
         size: S, bytes.
         placement: Of workers and servers.
         network: Alpha and beta.
         machine: Gamma, and the update's cost, which is the servers'.
-        ratio: Of a compressed gradient's bytes to those of the plain one; weights come uncompressed.
+        ratio: Of a compressed gradient's bytes to the plain one's; weights come uncompressed.
         each_applied: Servers update for each push, as in async, not for their sum.
     """
     workers, servers = sum(placement.workers), sum(placement.servers)

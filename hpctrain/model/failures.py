@@ -134,6 +134,6 @@ def daly(checkpoint_seconds: float, mtbf_seconds: float) -> float:
 def expected_goodput(
     interval: float, checkpoint_seconds: float, restart_seconds: float, mtbf_seconds: float
 ) -> float:
-    """Of restarts from checkpoints: tau / (M e^(R/M) (e^((tau + C)/M) - 1)), exactly (Daly, 2006)."""
+    """Of restarts: tau / (M e^(R/M) (e^((tau + C)/M) - 1)), which is exact (Daly, 2006)."""
     grown = math.expm1((interval + checkpoint_seconds) / mtbf_seconds)
     return interval / (mtbf_seconds * math.exp(restart_seconds / mtbf_seconds) * grown)

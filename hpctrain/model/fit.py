@@ -32,8 +32,10 @@ from hpctrain.model.strategies import Compression, Strategy, strategy_of
 Vector = NDArray[np.float64]
 SOFT = 0.1
 """Relative errors far above this count by their size, not its square."""
-ALIKE = 1e6
+ALIKE = 1e5
 """A condition number from which on two parameters do the same."""
+WIDE = 1e-3
+"""Part of a parameter over which the search looks for a slope: the model has bends."""
 
 
 class Record(BaseModel):
@@ -236,6 +238,7 @@ def fit(
     found = optimize.least_squares(
         residuals,
         _start(names),
+        jac=lambda point: _slopes(residuals, point, names, over=WIDE),
         bounds=tuple(zip(*ends, strict=True)),
         x_scale=_start(names),
         loss="soft_l1",
@@ -246,7 +249,7 @@ def fit(
     freedom = len(records) - len(names)
     left = np.abs(residuals(found.x))
     scatter = 1.4826 * float(np.median(left)) * math.sqrt(len(records) / freedom)
-    covariance = scatter**2 * np.linalg.inv(slopes.T @ slopes)
+    covariance: Vector = scatter**2 * np.asarray(np.linalg.inv(slopes.T @ slopes), np.float64)
     return Fit({**known, **given}, names, found.x, covariance, scatter, freedom, confidence)
 
 
@@ -296,11 +299,16 @@ def _values(names: Sequence[str], point: Vector) -> dict[str, float]:
     return {n: float(1 / x if i else x) for n, x, i in zip(names, point, inverse, strict=True)}
 
 
-def _slopes(function: Callable[[Vector], Vector], point: Vector, names: Sequence[str]) -> Vector:
-    """By finite differences, which stay within the bounds."""
+def _slopes(
+    function: Callable[[Vector], Vector],
+    point: Vector,
+    names: Sequence[str],
+    over: float = 1e-7,
+) -> Vector:
+    """By finite differences over a part of each parameter, within the bounds."""
     columns = []
     for index, name in enumerate(names):
-        step = 1e-4 * max(abs(point[index]), _start([name])[0])
+        step = over * max(abs(point[index]), _start([name])[0])
         if point[index] + step > _ends(PARAMETERS[name])[1]:
             step = -step
         moved = point.copy()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hpctrain.errors import Error, nearest
 
 Buckets = tuple[tuple[float, float], ...]
-"""Of each bucket, in order: how far backward is when it is ready (0 to 1), and its share of bytes."""
+"""Of each, in order: how far backward is when it is ready (0 to 1), and its share of bytes."""
 
 
 @dataclass(frozen=True)

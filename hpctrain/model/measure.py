@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +44,7 @@ class Measured(NamedTuple):
         high_seconds: The upper one.
         jitter: Standard deviation by mean, as the quartiles have it.
         buckets: When gradients were ready, in buckets as the strategy horovod fills them.
+        load: Processes that wanted a core before.
         copy_bytes_per_second: From memory to memory.
         reduce_seconds_per_byte: Adding one vector to another.
     """
@@ -58,6 +61,7 @@ class Measured(NamedTuple):
     high_seconds: float
     jitter: float
     buckets: Buckets
+    load: float
     copy_bytes_per_second: float
     reduce_seconds_per_byte: float
 
@@ -79,6 +83,7 @@ def measure(config: RunConfig, seconds: float, ranks_per_node: int) -> Measured:
     Raises:
         Error: The task or its data cannot be loaded, or this is not the only process.
     """
+    load = os.getloadavg()[0]
     world = init()
     if world.size > 1:
         raise Error(
@@ -120,7 +125,7 @@ def measure(config: RunConfig, seconds: float, ranks_per_node: int) -> Measured:
         optimizer.step()
         marks.append(_now(world))
         if number >= WARM_UP:
-            steps.append(_Step(*(b - a for a, b in zip(marks, marks[1:], strict=False))))
+            steps.append(_Step(*(b - a for a, b in itertools.pairwise(marks))))
         over = time.perf_counter() - begun > seconds
         if (over and len(steps) >= LEAST) or len(steps) >= MOST:
             break
@@ -144,6 +149,7 @@ def measure(config: RunConfig, seconds: float, ranks_per_node: int) -> Measured:
         high_seconds=high,
         jitter=(high - low) / 1.349 / middle,
         buckets=ready.buckets(config.horovod.bucket_bytes),
+        load=load,
         copy_bytes_per_second=size / copying,
         reduce_seconds_per_byte=adding / size,
     )

@@ -152,9 +152,10 @@ def waiting(workers: int, strategy: Strategy) -> float:
 
     Times are taken as normal and independent. The slowest of n takes some Phi^-1((n - 3/8) / (n +
     1/4)) deviations more than the mean (Blom, "Statistical estimates and transformed
-    beta-variables", 1958); without waiting for b of them it is n - b in the first n. Where all
-    meet only every m steps, the deviation of a mean of m counts, which is smaller by sqrt(m). Bounded
-    staleness of s waits no longer than meeting every s + 1 steps would: this is its upper bound.
+    beta-variables", 1958); where b of them are not waited for, n - b takes the place of n above
+    the line. Where all meet only every m steps, the deviation of a mean of m counts, which is
+    smaller by sqrt(m). Bounded staleness of s waits no longer than meeting every s + 1 steps would:
+    an upper bound.
     """
     if workers == 1 or math.isinf(strategy.ahead):
         return 0.0

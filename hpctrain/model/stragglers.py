@@ -37,7 +37,7 @@ class Steps(NamedTuple):
 
     Attributes:
         step_seconds: Mean, between a rank's steps.
-        error_seconds: Standard error of that, as far as steps are independent.
+        error_seconds: Standard error of that, as far as steps (or rounds of them) are independent.
         efficiency: Samples that counted, by those of as many ranks that never wait.
     """
 
@@ -64,10 +64,12 @@ def simulate(
         seed: Of the times.
 
     Raises:
-        Error: There are as many backups as ranks.
+        Error: There are as many backups as ranks, or too few steps for a spread.
     """
     if strategy.backups >= ranks.count:
         raise Error(f"{strategy.backups} backups of {ranks.count} ranks.", hint="leave one.")
+    if steps < 2 * strategy.every:
+        raise Error(f"{steps} steps show no spread.", hint=f"take {2 * strategy.every} or more.")
     rng = np.random.default_rng(seed)
     variance = math.log1p(ranks.jitter**2)
     mean = np.full(ranks.count, ranks.compute_seconds)
@@ -92,10 +94,10 @@ def simulate(
         all_ended.append(float(ended.max()))
         means.append(float(ended.mean()))
     rate = float((steps / ended).mean())  # of steps, by the mean rank
-    each: NDArray[np.float64] = np.diff(means)
+    each: NDArray[np.float64] = np.diff(means[:: strategy.every]) / strategy.every
     useful = 1 - strategy.backups / ranks.count
     return Steps(
         1 / rate,
-        float(each.std(ddof=1)) / math.sqrt(steps),
+        float(each.std(ddof=1)) / math.sqrt(len(each)),
         useful * ranks.compute_seconds * rate,
     )
