@@ -6,13 +6,15 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpctrain.errors import Error
 from hpctrain.model.inputs import Job, Machine, Network
-from hpctrain.model.measure import Measured
 from hpctrain.model.step import Breakdown, predict
 from hpctrain.model.strategies import Compression, Strategy, strategy_of
+
+if TYPE_CHECKING:
+    from hpctrain.model.measure import Measured
 
 SPANS = {
     "link_share": (0.8, 0.97),
