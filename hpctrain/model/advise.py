@@ -155,10 +155,7 @@ class Adviser:
             Error: It needs more ranks.
         """
         value, good, bad = (self._step(nodes, strategy, end) for end in Span._fields)
-        return Prediction(nodes, self._ranks(nodes, strategy), strategy, value, good, bad)
-
-    def _ranks(self, nodes: int, strategy: Strategy) -> int:
-        return 1 if strategy.kind == "single" else nodes * self.ranks_per_node
+        return Prediction(nodes, nodes * self.ranks_per_node, strategy, value, good, bad)
 
     def _step(self, nodes: int, strategy: Strategy, end: str) -> Breakdown:
         known = self.fits.get(strategy.kind, self.fits.get("all", {}))
@@ -177,7 +174,7 @@ class Adviser:
             measured.parameter_bytes,
             measured.forward_seconds * scale,
             measured.backward_seconds * scale,
-            self._ranks(nodes, strategy),
+            nodes * self.ranks_per_node,
             self.ranks_per_node,
             measured.samples,
             measured.buckets,
@@ -191,9 +188,7 @@ class Adviser:
         """Strategies as they are typed, those that so many nodes have ranks for."""
         strategies = [strategy_of(spec, codec) for spec in specs]
         ranks = nodes * self.ranks_per_node
-        fitting = [each for each in strategies if each.workers(ranks) > each.backups]
-        alone = ranks == 1
-        return [self.predict(nodes, s) for s in fitting if (s.kind == "single") == alone]
+        return [self.predict(nodes, each) for each in strategies if each.fits(ranks)]
 
     def usual(self, nodes: int, codec: Callable[[str], Compression]) -> list[Prediction]:
         """What hpctrain has for so many nodes, with the best number of servers."""
@@ -221,7 +216,7 @@ class Adviser:
         others = [each for each in exact if each is not best]
         lines = [
             f"best on {_count(best.nodes, 'node')}: {best.strategy.label}, "
-            f"{best.step.efficiency:.0%} efficient; {_reason(best)}"
+            f"{percent(best.step.efficiency)} efficient; {_reason(best)}"
         ]
         close = [each for each in others if each.good.step_seconds < best.bad.step_seconds]
         near = ", ".join(
@@ -245,6 +240,11 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def percent(share: float) -> str:
+    """Two digits, more or less."""
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
 def _reason(best: Prediction) -> str:
     step = best.step
     if step.bound == "computing":
@@ -257,21 +257,16 @@ def _reason(best: Prediction) -> str:
 
 def row_of(prediction: Prediction) -> dict[str, Any]:
     """For JSON: independent variables first."""
-    step = prediction.step._asdict()
-    ends = {
-        f"{name}_{end}": getattr(getattr(prediction, how), name)
-        for name in ("step_seconds", "samples_per_second", "efficiency")
-        for end, how in (("low", "bad"), ("high", "good"))
-    }
-    # The fewest samples a second go with the longest step.
-    ends["step_seconds_low"], ends["step_seconds_high"] = (
-        ends["step_seconds_high"], ends["step_seconds_low"],
-    )  # fmt: skip
+    ends = {}
+    for name in ("step_seconds", "samples_per_second", "efficiency"):
+        # Not in order: where computing takes longer, less of the exchange shows.
+        each = [getattr(step, name) for step in (prediction.step, prediction.good, prediction.bad)]
+        ends |= {f"{name}_low": min(each), f"{name}_high": max(each)}
     return {
         "nodes": prediction.nodes,
         "ranks": prediction.ranks,
         "strategy": prediction.strategy.label,
         "exact": prediction.strategy.exact,
-        **step,
+        **prediction.step._asdict(),
         **ends,
     }

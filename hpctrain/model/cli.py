@@ -166,17 +166,19 @@ def _introduce(adviser: Adviser, task: str) -> None:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> None:
+    from hpctrain.model.advise import percent
+
     lines = [
         ["NODES", "RANKS", "STRATEGY", "STEP MS", "", "EFFICIENCY", "", "SAMPLES/S", "BOUND BY"]
     ]
     for row in rows:
         step = f"({1e3 * row['step_seconds_low']:.3g}..{1e3 * row['step_seconds_high']:.3g})"
-        share = f"({row['efficiency_low']:.0%}..{row['efficiency_high']:.0%})"
+        share = f"({percent(row['efficiency_low'])}..{percent(row['efficiency_high'])})"
         lines.append(
             [
                 str(row["nodes"]), str(row["ranks"]), row["strategy"] + "~" * (not row["exact"]),
-                f"{1e3 * row['step_seconds']:.3g}", step, f"{row['efficiency']:.0%}", share,
-                f"{row['samples_per_second']:,.0f}", row["bound"],
+                f"{1e3 * row['step_seconds']:.3g}", step, percent(row["efficiency"]), share,
+                f"{row['samples_per_second']:.4g}", row["bound"],
             ]
         )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -134,13 +134,7 @@ def place(nodes: int, local: int, servers: int, colocated: bool) -> Placement:
 
 
 def parameter_server(
-    size: float,
-    placement: Placement,
-    network: Network,
-    machine: Machine,
-    *,
-    ratio: float = 1.0,
-    each_applied: bool = False,
+    size: float, placement: Placement, network: Network, ratio: float = 1.0
 ) -> Cost:
     """Every worker pushes its gradients and pulls all parameters; the worst link is the bound.
 
@@ -149,29 +143,22 @@ def parameter_server(
     distributed machine learning with the parameter server", OSDI 2014; Jiang et al., "A unified
     architecture for accelerating distributed DNN training", OSDI 2020, who also count co-located
     servers). Here the bytes of each node are counted, so that any placement is covered; with one
-    worker and one server on each of n nodes, it is the ring's 2(n-1)/n S beta. What a server does
-    goes on while bytes travel.
+    worker and one server on each of n nodes, it is the ring's 2(n-1)/n S beta.
 
     Args:
         size: S, bytes.
         placement: Of workers and servers.
         network: Alpha and beta.
-        machine: Gamma, and the update's cost, which is the servers'.
         ratio: Of a compressed gradient's bytes to the plain one's; weights come uncompressed.
-        each_applied: Servers update for each push, as in async, not for their sum.
     """
     workers, servers = sum(placement.workers), sum(placement.servers)
-    link = memory = work = 0.0
-    per_push = machine.reduce_seconds_per_byte + each_applied * machine.update_seconds_per_byte
+    link = memory = 0.0
     for here, serving in zip(placement.workers, placement.servers, strict=True):
         away = here * (servers - serving) / servers * size
         served = serving * (workers - here) / servers * size
         # Out go pushes of workers and answers of servers; in come weights, and others' pushes.
         link = max(link, ratio * away + served, away + ratio * served)
         memory = max(memory, (ratio + 1) * here * serving / servers * size)
-        if serving:
-            sums = workers * per_push + (not each_applied) * machine.update_seconds_per_byte
-            work = max(work, size / servers * sums)
     transfer = max(link * network.beta, memory * network.local_beta)
     alpha = network.latency_seconds if len(placement.workers) > 1 else network.local_latency_seconds
-    return Cost(2 * alpha, transfer, max(0.0, work - transfer))
+    return Cost(2 * alpha, transfer)

@@ -23,7 +23,7 @@ class Breakdown(NamedTuple):
         wait: For the slowest rank.
         exchange: All of it, hidden or not.
         exposed: What of it the step is longer for.
-        update: By the optimizer, where the worker does it.
+        update: By the optimizer, and of a co-located server, where a worker's cores do it.
         step_seconds: The whole.
         workers: Ranks that compute.
         samples_per_second: Of all of them.
@@ -49,14 +49,17 @@ def predict(job: Job, strategy: Strategy, network: Network, machine: Machine) ->
     Raises:
         Error: The strategy needs other ranks than there are.
     """
-    workers = strategy.workers(job.ranks)
-    if (strategy.kind == "single") != (job.ranks == 1) or workers < 1 + strategy.backups:
+    if not strategy.fits(job.ranks):
         raise Error(
-            f"{strategy.label} on {job.ranks} ranks: nobody to train with, or nobody to train.",
-            hint="a single rank needs the strategy single, servers and backups need workers.",
+            f"{strategy.label} does not fit on {job.ranks} ranks.",
+            hint="a rank alone is single; servers and backups need workers besides.",
         )
+    workers = strategy.workers(job.ranks)
     whole_update = machine.update_seconds_per_byte * job.parameter_bytes
-    update = 0.0 if strategy.kind == "ps" else whole_update
+    update = whole_update
+    if strategy.kind == "ps":
+        # What dedicated servers do is part of the exchange; what threads of a worker do, its own.
+        update = serving(job, strategy, machine) if strategy.colocated else 0.0
     compute = job.compute_seconds
     wait = compute * job.jitter * waiting(workers, strategy)
     total, exposed = Cost(), 0.0
@@ -84,14 +87,27 @@ def exchange(size: float, job: Job, strategy: Strategy, network: Network, machin
     coding = size * codec.encode_seconds_per_byte
     if strategy.kind == "ps":
         placement = place(nodes, local, strategy.servers, strategy.colocated)
-        decoding = sum(placement.workers) / strategy.servers * size * codec.decode_seconds_per_byte
-        cost = parameter_server(
-            size, placement, network, machine, ratio=codec.ratio, each_applied=strategy.ahead > 0
-        )
-    else:
-        decoding = size * codec.decode_seconds_per_byte
-        cost = ALGORITHMS[strategy.algorithm](size * codec.ratio, nodes, local, network, machine)
+        cost = parameter_server(size, placement, network, codec.ratio)
+        if not strategy.colocated:  # servers work while bytes travel
+            share = size / job.parameter_bytes
+            work = share * serving(job, strategy, machine)
+            cost = cost._replace(work=max(0.0, work - cost.transfer))
+        return cost._replace(work=cost.work + coding)
+    decoding = size * codec.decode_seconds_per_byte
+    cost = ALGORITHMS[strategy.algorithm](size * codec.ratio, nodes, local, network, machine)
     return cost._replace(work=cost.work + coding + decoding)
+
+
+def serving(job: Job, strategy: Strategy, machine: Machine) -> float:
+    """A server's arithmetic in a step, in seconds: n gradients of S/k bytes, and the update.
+
+    In async and ssp it updates for every push; else once, for their mean.
+    """
+    workers = strategy.workers(job.ranks)
+    updates = workers if strategy.ahead > 0 else 1
+    each = machine.reduce_seconds_per_byte + strategy.compression.decode_seconds_per_byte
+    sums = workers * each + updates * machine.update_seconds_per_byte
+    return job.parameter_bytes / strategy.servers * sums
 
 
 class Timeline(NamedTuple):

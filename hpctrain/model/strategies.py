@@ -69,6 +69,13 @@ class Strategy:
         """Of so many ranks, those that compute."""
         return ranks - (self.servers if self.kind == "ps" and not self.colocated else 0)
 
+    def fits(self, ranks: int) -> bool:
+        """Whether so many ranks are enough: some to compute, and for each co-located server one."""
+        if self.kind == "single":
+            return ranks == 1
+        enough = self.workers(ranks) > self.backups and ranks > 1
+        return enough and (not self.colocated or self.servers <= ranks)
+
 
 HINT = (
     "single, horovod[+ring|hierarchical|halving|binomial], ps:K or ps:K+colocated with "

@@ -56,7 +56,7 @@ def test_fit_then_advise(hpctrain):
     compute = advice["measured"]["forward_seconds"] + advice["measured"]["backward_seconds"]
     for row in rows:
         assert row["step_seconds_low"] <= row["step_seconds"] <= row["step_seconds_high"]
-        assert row["efficiency"] <= 1 and row["compute"] == pytest.approx(compute / 2)
+        assert row["compute"] == pytest.approx(compute / 2)
     # By the fit, a message of the ring takes 1 ms: 6 ranks pass 4 links between nodes.
     ring = next(row for row in rows if row["strategy"] == "horovod" and row["nodes"] == 3)
     assert ring["exchange"] > 4e-3
