@@ -164,6 +164,7 @@ class Adviser:
             values.pop("reduce_seconds_per_byte") / self.speedup,
             self.measured.update_seconds / self.measured.parameter_bytes / self.speedup,
             values.pop("contention"),
+            self.measured.flat_update_seconds / self.measured.parameter_bytes / self.speedup,
         )
         network = dataclasses.replace(self.network, **values)
         measured = self.measured
@@ -257,7 +258,7 @@ def _reason(best: Prediction) -> str:
 
 def row_of(prediction: Prediction) -> dict[str, Any]:
     """For JSON: independent variables first."""
-    ends = {}
+    ends: dict[str, float] = {}
     for name in ("step_seconds", "samples_per_second", "efficiency"):
         # Not in order: where computing takes longer, less of the exchange shows.
         each = [getattr(step, name) for step in (prediction.step, prediction.good, prediction.bad)]

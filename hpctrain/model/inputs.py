@@ -51,6 +51,8 @@ class Machine:
     Attributes:
         reduce_seconds_per_byte: Gamma: adding a received byte to one of one's own.
         update_seconds_per_byte: Optimizer's update, for a byte of parameters.
+        served_update_seconds_per_byte: The same on a server, whose parameters lie end to end, where
+            that is known: without what each of many small tensors costs.
         contention: Seconds of computing that are lost for each second of exchange beside it. 0: the
             exchange is done by hardware of its own, all of it can be hidden; 1: nothing can.
     """
@@ -58,6 +60,13 @@ class Machine:
     reduce_seconds_per_byte: float = 0.0
     update_seconds_per_byte: float = 0.0
     contention: float = 0.0
+    served_update_seconds_per_byte: float | None = None
+
+    @property
+    def served_update(self) -> float:
+        """For a byte of a server's parameters."""
+        known = self.served_update_seconds_per_byte
+        return self.update_seconds_per_byte if known is None else known
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from hpctrain.data.batch import Batch
 from hpctrain.data.loader import Loader
 from hpctrain.data.random import key
 from hpctrain.errors import Error
+from hpctrain.lamb import Lamb
 from hpctrain.model.inputs import Buckets
 from hpctrain.model.strategies import Compression
 from hpctrain.process import cores
@@ -40,6 +41,7 @@ class Measured(NamedTuple):
         forward_seconds: Of a step.
         backward_seconds: The same.
         update_seconds: The same, by the optimizer.
+        flat_update_seconds: The same, had all parameters been one tensor, as servers have them.
         low_seconds: Lower quartile of forward and backward together.
         high_seconds: The upper one.
         jitter: Standard deviation by mean, as the quartiles have it.
@@ -57,6 +59,7 @@ class Measured(NamedTuple):
     forward_seconds: float
     backward_seconds: float
     update_seconds: float
+    flat_update_seconds: float
     low_seconds: float
     high_seconds: float
     jitter: float
@@ -145,6 +148,7 @@ def measure(config: RunConfig, seconds: float, ranks_per_node: int) -> Measured:
         forward_seconds=statistics.median(s.forward for s in steps),
         backward_seconds=statistics.median(s.backward for s in steps),
         update_seconds=statistics.median(s.update for s in steps),
+        flat_update_seconds=_flat_update(optimizer, vector, world),
         low_seconds=low,
         high_seconds=high,
         jitter=(high - low) / 1.349 / middle,
@@ -169,6 +173,19 @@ def codec(name: str, parameter_bytes: float) -> Compression:
     encode = _median_seconds(lambda: made.encode(gradient, encoded), None)
     decode = _median_seconds(lambda: made.decode(encoded, gradient), None)
     return Compression(name, encoded.numel() / size, encode / size, decode / size)
+
+
+def _flat_update(optimizer: torch.optim.Optimizer, vector: torch.Tensor, world: World) -> float:
+    """Of one tensor as long as all parameters, by an optimizer of that kind."""
+    flat = torch.zeros_like(vector, requires_grad=True)
+    flat.grad = torch.zeros_like(vector)
+    momentum = optimizer.defaults.get("momentum", 0.0)
+    single: torch.optim.Optimizer = torch.optim.AdamW([flat])
+    if isinstance(optimizer, torch.optim.SGD):
+        single = torch.optim.SGD([flat], lr=1.0, momentum=momentum)
+    elif isinstance(optimizer, Lamb):
+        single = Lamb([flat])
+    return _median_seconds(lambda: single.step(), world)
 
 
 class _Ready:

@@ -106,7 +106,7 @@ def serving(job: Job, strategy: Strategy, machine: Machine) -> float:
     workers = strategy.workers(job.ranks)
     updates = workers if strategy.ahead > 0 else 1
     each = machine.reduce_seconds_per_byte + strategy.compression.decode_seconds_per_byte
-    sums = workers * each + updates * machine.update_seconds_per_byte
+    sums = workers * each + updates * machine.served_update
     return job.parameter_bytes / strategy.servers * sums
 
 

@@ -12,7 +12,8 @@ from hpctrain.model.strategies import Compression
 
 MEASURED = Measured(
     device="cpu", threads=2, samples=64, steps=20, parameter_bytes=1e8, forward_seconds=0.1,
-    backward_seconds=0.2, update_seconds=0.01, low_seconds=0.28, high_seconds=0.33, jitter=0.02,
+    backward_seconds=0.2, update_seconds=0.01, flat_update_seconds=0.01, low_seconds=0.28,
+    high_seconds=0.33, jitter=0.02,
     buckets=even_buckets(4), load=0.0, copy_bytes_per_second=1e10, reduce_seconds_per_byte=1e-10,
 )  # fmt: skip
 

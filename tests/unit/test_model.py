@@ -233,6 +233,9 @@ def test_a_servers_arithmetic_by_hand():
     assert predict(JOB, named("ps:2"), quick, MACHINE).exchange == pytest.approx(0.03 + 0.01, 1e-3)
     each = predict(JOB, named("ps:2+async"), quick, MACHINE)
     assert each.exchange == pytest.approx(0.03 + 0.06, rel=1e-3) and each.update == 0
+    # Where all parameters of a server lie end to end, it may be quicker.
+    flat = Machine(1e-10, 2e-10, 0.0, 1e-10)
+    assert predict(JOB, named("ps:2"), quick, flat).exchange == pytest.approx(0.035, 1e-3)
     # A thread of a worker takes the worker's time.
     beside = predict(JOB, named("ps:8+colocated"), quick, MACHINE)
     assert beside.update == pytest.approx(0.01 + 0.0025) and beside.exchange < 1e-5
