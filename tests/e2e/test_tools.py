@@ -20,6 +20,7 @@ def test_help_is_quick_and_loads_no_torch():
         ["train", "--help"],
         ["data", "import", "--help"],
         ["report", "-h"],
+        ["advise", "--help"],
     ):
         code = (
             "import sys\nfrom hpctrain.cli import cli\n"
