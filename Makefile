@@ -20,7 +20,7 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test check mpi-test unit-test horovod format clean
+.PHONY: help train test check mpi-test unit-test horovod chaos format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ unit-test: horovod  ## tests that start their own worlds, or need none
 mpi-test: horovod  ## tests that run inside a world, of 2 ranks and of 3
 	mpirun -np 3 pytest tests/mpi
 	mpirun -np 2 pytest tests/mpi
+
+chaos: horovod  ## ranks killed and stopped at random, 200 times (about half an hour)
+	$(BIN)/python -m benchmarks.elastic_kills --runs 200
 
 horovod: $(VENV)/.horovod
 

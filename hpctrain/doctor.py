@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from hpctrain.elastic import selftest
 from hpctrain.errors import Error
 from hpctrain.finding import Finding
 from hpctrain.horovod_build.check import check as check_horovod
@@ -29,6 +30,7 @@ def examine() -> list[Finding]:
         check_horovod,
         _launch_mpi,
         _launch_horovod,
+        _elastic,
         _gpus,
         _hdf5,
         _shared_memory,
@@ -144,6 +146,18 @@ def _launch_horovod() -> list[Finding]:
                 )
             )
     return findings
+
+
+def _elastic() -> list[Finding]:
+    """What `--elastic auto` would choose here, under mpirun."""
+    works, seen = selftest.works([*mpirun(2), "--with-ft", "ulfm"], os.environ)
+    if works:
+        return [Finding("ok", "elastic", f"ulfm, with mpirun --with-ft ulfm: {seen}")]
+    return [
+        Finding(
+            "note", "elastic", f"restart: {seen}", "outliving lost ranks in place needs Open MPI 5."
+        )
+    ]
 
 
 def _gpus() -> list[Finding]:

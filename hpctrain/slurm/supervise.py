@@ -44,6 +44,7 @@ KILL_SECONDS = 5.0
 REQUEUE_SECONDS = 120.0
 PROBE_SECONDS = 15.0
 MOST_PROBES = 32
+MODE = "HPCTRAIN__ELASTIC__MODE"
 OUTLIVING = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"]
 """By which srun lets a step go on without the processes and nodes that it loses."""
 
@@ -135,7 +136,8 @@ class Job:
         """Whether ranks that srun starts here outlive one another: by a small launch."""
         launcher = list(itertools.takewhile(lambda word: word != "hpctrain", self._command))
         ranks = sum(node.tasks for node in self._nodes)
-        if Path(launcher[0]).name != "srun" or ranks < 2:
+        chosen = os.environ.get(MODE, "auto")
+        if Path(launcher[0]).name != "srun" or ranks < 2 or chosen not in ("auto", "ulfm"):
             return False
         launcher += [*OUTLIVING, f"--nodes={min(2, len(self._nodes))}", "--ntasks=2"]
         try:
@@ -227,7 +229,7 @@ class Job:
             environment[name] = value
         environment[SUPERVISOR] = os.uname().nodename
         if self._elastic:
-            environment.setdefault("HPCTRAIN__ELASTIC__MODE", "auto")
+            environment.setdefault(MODE, "auto")
         if self._outlives:
             environment |= _preload()
         else:

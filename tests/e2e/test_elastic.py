@@ -36,8 +36,6 @@ def sizes(result):
 @pytest.mark.parametrize(
     ("plan", "left"),
     [
-        ("kill:rank=0@step=40", 3),
-        ("stop:rank=1@step=40", 3),
         ("kill:rank=0@step=40 kill:rank=2@step=40+0.02", 2),  # the second while it recovers
         ("kill:rank=3@step=10 kill:rank=1@step=50 stop:rank=0@step=90", 1),
     ],

@@ -118,11 +118,12 @@ def test_a_full_disk(hosts, site, tmp_path):
         subprocess.run([*inside, "umount", "--lazy", folder], check=True)
 
 
-def test_a_node_is_lost_and_the_job_goes_on(hosts, site):
-    """`--elastic`: within the same job, on the nodes left."""
+def test_a_node_is_lost_and_the_run_is_started_again(hosts, site):
+    """`--elastic`, where ranks cannot go on in place: within the same job, on the nodes left."""
     number, run = site.submit(*SLOW[:1], "--nodes", 3, "--elastic", "--epochs", 8,
                               "--set", "options.pause=0.05", "--set", "log.every_steps=5",
-                              "--set", "checkpoint.every_steps=10")  # fmt: skip
+                              "--set", "checkpoint.every_steps=10",
+                              env={"HPCTRAIN__ELASTIC__MODE": "restart"})  # fmt: skip
     site.reached(45)
     hosts.kill("n3")
     site.until(lambda: (run / "result.json").exists(), seconds=120)
