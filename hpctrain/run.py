@@ -182,8 +182,12 @@ class _Run:
             # Rank 0 was lost; it is another now.
             if world.rank == 0 and not prepares:
                 snapshot, prepares = _prepare(out, config, store, self._say), True
+        if meeting is not None:
+            trainer.note(meeting)
 
     def _wrap(self, meeting: Meeting | None) -> None:
+        if meeting is not None:
+            self._made().note(meeting)
         self._made().wrap()
 
     def _train(self, meeting: Meeting | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from hpctrain.data.loader import Loader
-from hpctrain.errors import Error
+from hpctrain.errors import Error, nearest
+from hpctrain.task import Task
 
 
 @dataclass
@@ -35,6 +37,35 @@ class Counters:
     stopped_early: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     world: list[dict[str, Any]] = field(default_factory=list)
+
+    def judge(self, metrics: dict[str, float], task: Task, patience: int | None) -> bool:
+        """Compare a validation with the best so far; whether it is better.
+
+        Args:
+            metrics: Of the validation, the same on every rank, so that all decide alike.
+            task: Says which one counts, and whether more of it is better.
+            patience: Validations without a better one after which to stop early.
+
+        Raises:
+            Error: The task monitors what its loss does not give.
+        """
+        monitored = f"val_{task.monitor}"
+        if monitored not in metrics:
+            raise Error(
+                f"task {type(task).__name__} monitors '{task.monitor}', which its loss() "
+                f"does not give.",
+                hint=nearest(task.monitor, [name.removeprefix("val_") for name in metrics]),
+            )
+        sign = 1 if task.mode == "max" else -1
+        value = metrics[monitored]
+        before = self.best["metrics"][monitored] if self.best else -sign * math.inf
+        if sign * value > sign * before:
+            self.best = {"step": self.step, "metrics": metrics}
+            self.validations_since_best = 0
+            return True
+        self.validations_since_best += 1
+        self.stopped_early = patience is not None and self.validations_since_best >= patience
+        return False
 
 
 @dataclass

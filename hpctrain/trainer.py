@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hpctrain.changes import Changes
 from hpctrain.checkpoint import CheckpointStore
 from hpctrain.config import RunConfig
 from hpctrain.data.batch import Batch
@@ -22,7 +21,7 @@ from hpctrain.data.random import key
 from hpctrain.elastic.committed import Committed
 from hpctrain.elastic.ledger import Ledger, launches
 from hpctrain.elastic.membership import Meeting, Progress, Regroup
-from hpctrain.errors import Error, nearest
+from hpctrain.errors import Error
 from hpctrain.interruption import Interruption
 from hpctrain.launcher import ALONE
 from hpctrain.meter import Meter, total
@@ -33,18 +32,14 @@ from hpctrain.strategies.base import (
     Change,
     DistributedOptimizer,
     ElasticOptimizer,
-    Snapshot,
     Strategy,
+    parameters_of,
 )
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.task import Task, TaskTransform
 from hpctrain.world import Even, World
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
-
-
-TELLING_SECONDS = 30.0
-"""So long after a loss was noticed it is told again, if rank 0 is lost, which may have told it."""
 
 
 class _Mark(NamedTuple):
@@ -104,8 +99,7 @@ class Trainer:
         self._mark = _Mark(0.0, 0, 0, 0.0, 0)
         self._start: dict[str, Any] = {}
         self._consumed = 0  # samples of this rank
-        self._stepped = 0.0  # when the last step, and what followed it, was over
-        self._untold: list[tuple[float, int, dict[str, Any]]] = []  # losses, and when noticed
+        self._changes = Changes(self.world)
         self._leads = False  # whether rank 0 is this one, where it alone validates and saves
         self._lost = 0  # samples of all ranks whose shards cannot be read
         self.interrupted = False
@@ -115,7 +109,6 @@ class Trainer:
         self._computed: list[tuple[dict[str, torch.Tensor], int]] = []  # means of a step
         self._next_mark: _Mark | None = None
         self._regroups = False
-        self._changes: list[Change] = []
         self._launch = 0  # how often the run was started before
         self._ledger: Ledger | None = None
         self.state = TrainState(model, optimizer, self._loader)
@@ -211,6 +204,12 @@ class Trainer:
                 self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
             )
         elif self._elastic is not None:
+            # Once more: another rank was lost before all had begun. No step has ended.
+            assert isinstance(self.optimizer, ElasticOptimizer) and self._committed is not None
+            self.optimizer.restart()
+            if self._begun:
+                self._committed.undo(counters=False)
+                self._begun = False
             self._elastic.share(self.state.model, self.state.optimizer)
 
     def progress(self, stage: int) -> Progress:
@@ -270,7 +269,7 @@ class Trainer:
         self.state.model.train()
         self._attended = self.state.counters.step
         self._mark = self._now()
-        self._stepped = self._mark.seconds
+        self._changes.begin()
         self._leads = self.world.rank == 0
         self._begun = True
         self._resize()
@@ -390,23 +389,10 @@ class Trainer:
 
     def tell(self, recorder: Recorder) -> None:
         """After a step: record who was lost, and who joined."""
-        counters, now = self.state.counters, time.monotonic()
-        step_ms = round(1e3 * (now - self._stepped), 3)
-        self._stepped = now
-        heard = self.optimizer.changes() if self.optimizer is not None else []
-        changes, self._changes = [*heard, *self._changes], []
-        for change in changes:
-            size = {"size": self.world.size, "reason": str(change)}
-            counters.world.append({"step": counters.step, **size})
-            what = "joined" if change.lost is None else "lost"
-            about = {"role": change.role, "host": change.host, "step_ms": step_ms}
-            self._untold.append((now, counters.step, {**size, what: change.rank, **about}))
-        if self.world.rank == 0:
-            for _, step, values in self._untold:
-                recorder.write("event", step, values, values["reason"])
-            self._untold.clear()
-        elif self._untold:  # in case rank 0 is lost, too, and has not told
-            self._untold = [each for each in self._untold if now - each[0] < TELLING_SECONDS]
+        counters = self.state.counters
+        if self.optimizer is not None:
+            self._changes.note(counters, self.optimizer.changes())
+        self._changes.tell(counters, recorder)
 
     def _log(self, optimizer: DistributedOptimizer, recorder: Recorder) -> None:
         """Record the train metrics since the last time, over all ranks."""
@@ -462,10 +448,9 @@ class Trainer:
     def note(self, meeting: Meeting) -> None:
         """Have it recorded who is no longer there, and who came."""
         left = f"{self.world.size} ranks"
-        for member in meeting.lost:
-            self._changes.append(Change(member.number, "worker", member.host, "ended", left))
-        for member in meeting.joined:
-            self._changes.append(Change(member.number, "worker", member.host, None, left))
+        lost = [Change(each.number, "worker", each.host, "ended", left) for each in meeting.lost]
+        joined = [Change(each.number, "worker", each.host, None, left) for each in meeting.joined]
+        self._changes.note(self.state.counters, lost + joined)
 
     def _step(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
         counters = self.state.counters
@@ -499,8 +484,8 @@ class Trainer:
 
     def _count(self) -> None:
         """A step is done: what was computed in it counts, and what was logged before is over."""
-        if self.strategy.lockstep and self.world.rank != 0:
-            self._untold.clear()  # rank 0 has told it, or would not have come to this step
+        if self.strategy.lockstep:
+            self._changes.told()
         self._train_meter.settle()
         self._mark, self._next_mark = self._next_mark or self._mark, None
         for means, samples in self._computed:
@@ -576,7 +561,7 @@ class Trainer:
             timeout_seconds=self.config.timeout_seconds,
         )
         self._validation_meter.clear()
-        with torch.no_grad(), self._parameters_of(None if lockstep else optimizer.snapshot()):
+        with torch.no_grad(), parameters_of(None if lockstep else optimizer.snapshot()):
             for batch in loader:
                 for part in batch.split(self.config.train.accumulate):
                     self._validation_meter.add(self._loss(model, part)[1], part.samples)
@@ -587,7 +572,11 @@ class Trainer:
             self._remember()
         recorder.write("validation", counters.step, metrics)
         counters.metrics |= {f"val_{name}": value for name, value in metrics.items()}
-        improved = self._judge({f"val_{name}": value for name, value in metrics.items()})
+        improved = counters.judge(
+            {f"val_{name}": value for name, value in metrics.items()},
+            self.task,
+            self.config.train.patience,
+        )
         if counters.stopped_early and not lockstep:
             self.world.comm.stop()
         return improved
@@ -600,45 +589,6 @@ class Trainer:
             mine, its = self.state.counters, Counters(**newest["counters"])
             mine.best, mine.validations_since_best = its.best, its.validations_since_best
             mine.metrics = its.metrics | mine.metrics
-
-    @contextlib.contextmanager
-    def _parameters_of(self, snapshot: Snapshot | None) -> Iterator[None]:
-        """The model with a snapshot's parameters; afterwards with its own again."""
-        if snapshot is None:
-            yield
-            return
-        own = {parameter: parameter.detach().clone() for parameter in snapshot.parameters}
-        for parameter, value in snapshot.parameters.items():
-            parameter.copy_(value)
-        try:
-            yield
-        finally:
-            for parameter, value in own.items():
-                parameter.copy_(value)
-
-    def _judge(self, metrics: dict[str, float]) -> bool:
-        """Compare with the best so far. Every rank has the same numbers, so all decide alike."""
-        counters = self.state.counters
-        monitored = f"val_{self.task.monitor}"
-        if monitored not in metrics:
-            raise Error(
-                f"task {type(self.task).__name__} monitors '{self.task.monitor}', which its loss() "
-                f"does not give.",
-                hint=nearest(self.task.monitor, [name.removeprefix("val_") for name in metrics]),
-            )
-        sign = 1 if self.task.mode == "max" else -1
-        value = metrics[monitored]
-        before = counters.best["metrics"][monitored] if counters.best else -sign * math.inf
-        if sign * value > sign * before:
-            counters.best = {"step": counters.step, "metrics": metrics}
-            counters.validations_since_best = 0
-            return True
-        counters.validations_since_best += 1
-        patience = self.config.train.patience
-        counters.stopped_early = patience is not None and (
-            counters.validations_since_best >= patience
-        )
-        return False
 
     def _save(self, optimizer: DistributedOptimizer, *, best: bool) -> None:
         self._average_buffers()

@@ -126,6 +126,7 @@ class Chaos:
             for line in map(json.loads, whole.splitlines()):
                 if "process" in line:
                     self._processes[number] = line["host"], line["process"]
+                    self._reached.setdefault(0, time.monotonic())
                 if "ended" in line:
                     self._reached.setdefault(line["ended"], time.monotonic())
         farthest = max(self._reached, default=-1)

@@ -2,7 +2,7 @@
 
 A fault is ``KIND:TARGET[,xFACTOR][@WHEN]``, several are separated by blanks::
 
-    kill:rank=3@step=40       SIGKILL, when some rank has ended step 40
+    kill:rank=3@step=40       SIGKILL, when some rank has ended step 40 (0: when one begins)
     stop:rank=1@step=80+0.01  SIGSTOP, 10 ms after that
     slow:rank=2,x3@time=5     from 5 s after the first step on, three times slower
     node:n2@step=100          a node is lost, by the command that --kill-node names

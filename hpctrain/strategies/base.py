@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -242,3 +242,19 @@ def check_trainable(optimizer: torch.optim.Optimizer) -> None:
             "the optimizer has no parameter that requires a gradient.",
             hint="give it model.parameters(), and leave some unfrozen.",
         )
+
+
+@contextlib.contextmanager
+def parameters_of(snapshot: Snapshot | None) -> Iterator[None]:
+    """The model with a snapshot's parameters; afterwards with its own again."""
+    if snapshot is None:
+        yield
+        return
+    own = {parameter: parameter.detach().clone() for parameter in snapshot.parameters}
+    for parameter, value in snapshot.parameters.items():
+        parameter.copy_(value)
+    try:
+        yield
+    finally:
+        for parameter, value in own.items():
+            parameter.copy_(value)
