@@ -31,7 +31,7 @@ from hpctrain.process import search_path
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT, STOP
 from hpctrain.slurm import commands, hosts
 from hpctrain.slurm.cause import root_cause
-from hpctrain.slurm.orphan import SUPERVISOR
+from hpctrain.slurm.orphan import SUPERVISOR, watched
 
 FAILURE, SUBMISSION = "failure.json", "submission.json"
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
@@ -103,26 +103,34 @@ class Job:
         try:
             if self._elastic:
                 self._outlives = self._try()
-            while True:
-                returncode = self._launch()
-                if (self._run / RESULT).exists():
-                    if returncode != 0:
-                        self._say(
-                            f"the run is completed, though its launcher ended with {returncode}"
-                        )
-                    return 0
-                if (self._run / INTERRUPTED).exists():
-                    return self._interrupted()
-                failure = self._why(returncode)
-                present = self._present(failure)
-                if self._relaunch(failure, present):
-                    continue
-                if present != self._nodes and self._told is None:
-                    return self._requeue(f"{failure}; {_without(self._nodes, present)} lost")
-                return self._fail(failure)
+            with self._watched():
+                return self._go_on()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        """Ranks that outlive this host end the job themselves; where they do not, a watcher."""
+        if self._elastic and not self._outlives and len(self._nodes) > 1:
+            return watched(self._nodes[-1].name)
+        return contextlib.nullcontext()
+
+    def _go_on(self) -> int:
+        while True:
+            returncode = self._launch()
+            if (self._run / RESULT).exists():
+                if returncode != 0:
+                    self._say(f"the run is completed, though its launcher ended with {returncode}")
+                return 0
+            if (self._run / INTERRUPTED).exists():
+                return self._interrupted()
+            failure = self._why(returncode)
+            present = self._present(failure)
+            if self._relaunch(failure, present):
+                continue
+            if present != self._nodes and self._told is None:
+                return self._requeue(f"{failure}; {_without(self._nodes, present)} lost")
+            return self._fail(failure)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._told is None or number == signal.SIGTERM:

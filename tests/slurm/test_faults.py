@@ -118,12 +118,13 @@ def test_a_full_disk(hosts, site, tmp_path):
         subprocess.run([*inside, "umount", "--lazy", folder], check=True)
 
 
+RESTART = (TASK, "--nodes", 3, "--elastic", "--epochs", 8, "--set", "options.pause=0.03",
+           "--set", "log.every_steps=5", "--set", "checkpoint.every_steps=10")  # fmt: skip
+
+
 def test_a_node_is_lost_and_the_run_is_started_again(hosts, site):
     """`--elastic`, where ranks cannot go on in place: within the same job, on the nodes left."""
-    number, run = site.submit(*SLOW[:1], "--nodes", 3, "--elastic", "--epochs", 8,
-                              "--set", "options.pause=0.05", "--set", "log.every_steps=5",
-                              "--set", "checkpoint.every_steps=10",
-                              env={"HPCTRAIN__ELASTIC__MODE": "restart"})  # fmt: skip
+    number, run = site.submit(*RESTART, env={"HPCTRAIN__ELASTIC__MODE": "restart"})
     site.reached(45)
     hosts.kill("n3")
     site.until(lambda: (run / "result.json").exists(), seconds=120)
@@ -131,4 +132,15 @@ def test_a_node_is_lost_and_the_run_is_started_again(hosts, site):
     assert [change["size"] for change in result["world"]] == [3, 2]
     assert hosts.field(number, "Restarts") == "0"
     assert "going on with n1, n2, without n3" in site.log()
+
+
+def test_the_first_node_is_lost_and_the_job_is_started_again(hosts, site):
+    """The same with the batch script's node: another one watches it, or the job would idle."""
+    number, run = site.submit(*RESTART, env={"HPCTRAIN__ELASTIC__MODE": "restart"})
+    site.reached(45)
+    hosts.kill("n1")
+    hosts.wait_for(number, "COMPLETED", seconds=150)
+    result = json.loads((run / "result.json").read_text())
+    assert result["world"][-1]["reason"].startswith("resumed")
+    assert hosts.field(number, "Restarts") == "1"
     assert os.environ.get("SLURM_JOB_ID") is None
