@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+MEET_SECONDS = 30.0
+"""Longest time to form a new world in; who takes longer ends, and is lost to the others."""
+
 
 class Member(NamedTuple):
     """A process of the run.

@@ -21,13 +21,10 @@ import numpy as np
 from mpi4py import MPI
 
 from hpctrain import pmix
-from hpctrain.elastic.membership import Meeting, Member, Progress
+from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Member, Progress
 from hpctrain.elastic.recruit import Recruiter, admit, ask_to_join, join
 from hpctrain.errors import PeerLost
 from hpctrain.fence import Fence, identity
-
-MEET_SECONDS = 30.0
-"""Longest time to form a new world in; who takes longer ends, and is lost to the others."""
 
 CARD_BYTES = 512
 
@@ -100,12 +97,13 @@ class Ulfm:
 
     def meet(self, progress: Progress) -> Meeting:
         """Form a new world of those that are alive, and of who wants to join."""
-        began = time.monotonic()
         before = self.members
+        newcomer = join() if self._outside else None
+        began = time.monotonic()
         with _bounded(MEET_SECONDS, self.number):
             while True:
                 try:
-                    cards = self._form(progress, before)
+                    cards = self._form(progress, before, newcomer)
                     break
                 except MPI.Exception:  # another loss meanwhile
                     continue
@@ -122,9 +120,12 @@ class Ulfm:
             time.monotonic() - began,
         )
 
-    def _form(self, progress: Progress, before: list[Member]) -> list[dict[str, Any]]:
+    def _form(
+        self, progress: Progress, before: list[Member], joined: MPI.Intracomm | None
+    ) -> list[dict[str, Any]]:
         if self._outside:
-            self.comm = self._mine(join())
+            assert joined is not None
+            self.comm = self._mine(joined)
             self._outside = False
             return self._introduce(progress)
         with contextlib.suppress(MPI.Exception):

@@ -19,7 +19,7 @@ from torch import nn
 from hpctrain import pmix, process
 from hpctrain.config import ElasticConfig, HorovodConfig
 from hpctrain.elastic.choose import choose, set_parameters
-from hpctrain.elastic.membership import Meeting, Progress
+from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Progress
 from hpctrain.errors import Error, PeerLost
 from hpctrain.process import cores, loaded
 from hpctrain.strategies.base import ElasticOptimizer, check_trainable
@@ -364,7 +364,6 @@ class Horovod:
     ) -> None:
         self.config = config or HorovodConfig()
         self.world = world
-        self._timeout_seconds = timeout_seconds
         self._ulfm: Ulfm | None = None
         elastic = elastic or ElasticConfig()
         self.outlives = choose(elastic.mode)
@@ -426,7 +425,7 @@ class Horovod:
         """Form a new world of the ranks that are left, and start Horovod on it."""
         meeting = self.membership.meet(progress)
         process.mpi_is_whole = False
-        with _given_up_after(self._timeout_seconds, self.world):
+        with _given_up_after(MEET_SECONDS, self.world):
             self._hvd.shutdown()
             self._hvd.init(comm=self.membership.comm)
         self.world.comm = self._comm
