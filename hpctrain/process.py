@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -105,6 +106,23 @@ def mpirun(ranks: int) -> list[str]:
         if os.geteuid() == 0:
             command.append("--allow-run-as-root")
     return command
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float, error: Error) -> Iterator[None]:
+    """End this process with an error if what nothing can interrupt takes longer than that."""
+
+    def give_up() -> None:
+        print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def loaded(name: str) -> ctypes.CDLL | None:

@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +22,7 @@ from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Member, Progress
 from hpctrain.elastic.recruit import Recruiter, admit, ask_to_join, join
 from hpctrain.errors import PeerLost
 from hpctrain.fence import Fence, identity
+from hpctrain.process import ended_after
 
 CARD_BYTES = 512
 
@@ -100,7 +98,12 @@ class Ulfm:
         before = self.members
         newcomer = join() if self._outside else None
         began = time.monotonic()
-        with _bounded(MEET_SECONDS, self.number):
+        late = PeerLost(
+            f"rank {self.number} on {os.uname().nodename} could not meet the others within "
+            f"{MEET_SECONDS:.0f} s after a loss.",
+            hint="they have gone on without it, or --resume auto goes on from the last checkpoint.",
+        )
+        with ended_after(MEET_SECONDS, late):
             while True:
                 try:
                     cards = self._form(progress, before, newcomer)
@@ -198,25 +201,3 @@ class Ulfm:
         except OSError:
             return False
         return True
-
-
-@contextlib.contextmanager
-def _bounded(seconds: float, number: int) -> Iterator[None]:
-    """End this process if what nothing can interrupt takes longer than that."""
-
-    def give_up() -> None:
-        error = PeerLost(
-            f"rank {number} on {os.uname().nodename} could not meet the others within "
-            f"{seconds:.0f} s after a loss.",
-            hint="they have gone on without it, or --resume auto goes on from the last checkpoint.",
-        )
-        print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

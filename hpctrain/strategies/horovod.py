@@ -6,8 +6,6 @@ import atexit
 import contextlib
 import ctypes
 import os
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from hpctrain.config import ElasticConfig, HorovodConfig
 from hpctrain.elastic.choose import choose, set_parameters
 from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Progress
 from hpctrain.errors import Error, PeerLost
-from hpctrain.process import cores, loaded
+from hpctrain.process import cores, ended_after, loaded
 from hpctrain.strategies.base import ElasticOptimizer, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.strategies.views import adopt, dense_view
@@ -375,7 +373,7 @@ class Horovod:
         self._hvd = _import()
         _set_defaults(world)
         try:
-            with _given_up_after(timeout_seconds, world):
+            with _bounded(timeout_seconds, world):
                 if os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi" and self._hvd.mpi_built():
                     _start_mpi(timeout_seconds)
                 if self.outlives.mode == "ulfm":
@@ -425,7 +423,7 @@ class Horovod:
         """Form a new world of the ranks that are left, and start Horovod on it."""
         meeting = self.membership.meet(progress)
         process.mpi_is_whole = False
-        with _given_up_after(MEET_SECONDS, self.world):
+        with _bounded(MEET_SECONDS, self.world):
             self._hvd.shutdown()
             self._hvd.init(comm=self.membership.comm)
         self.world.comm = self._comm
@@ -457,27 +455,15 @@ class Horovod:
         )
 
 
-@contextlib.contextmanager
-def _given_up_after(seconds: float, world: World) -> Iterator[None]:
+def _bounded(seconds: float, world: World) -> contextlib.AbstractContextManager[None]:
     """End this process if Horovod's start, which nothing can interrupt, takes longer than that."""
-
-    def give_up() -> None:
-        launch = world.launch
-        error = PeerLost(
-            f"rank {launch.rank} on {os.uname().nodename} waited {seconds:.0f} s for the "
-            f"{launch.size} ranks of {launch.name} to meet.",
-            hint="did all of them start? Can their hosts reach each other?",
-        )
-        print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
-
-    timer = threading.Timer(seconds, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    launch = world.launch
+    error = PeerLost(
+        f"rank {launch.rank} on {os.uname().nodename} waited {seconds:.0f} s for the "
+        f"{launch.size} ranks of {launch.name} to meet.",
+        hint="did all of them start? Can their hosts reach each other?",
+    )
+    return ended_after(seconds, error)
 
 
 def _start_mpi(timeout_seconds: float) -> None:
