@@ -23,8 +23,8 @@ SUPERVISOR = "HPCTRAIN_SUPERVISOR"
 """The environment variable that names the batch script's host; ``hpctrain job`` sets it."""
 
 OVER = b"."
-SILENCE_SECONDS = 20
-END_SECONDS = 15.0  # where only the script has ended, Slurm ends the job by itself
+SILENCE_SECONDS = 10
+END_SECONDS = 10.0  # where only the script has ended, Slurm ends the job by itself
 
 
 def end_job(lost_hosts: Iterable[str]) -> None:
@@ -78,7 +78,7 @@ def watch(address: str) -> None:
         with socket.create_connection((host, int(port)), timeout=SILENCE_SECONDS) as script:
             script.settimeout(None)
             script.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in (("KEEPIDLE", 5), ("KEEPINTVL", 5), ("KEEPCNT", 3)):
+            for name, value in (("KEEPIDLE", 4), ("KEEPINTVL", 2), ("KEEPCNT", 3)):
                 script.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
             if script.recv(1) == OVER:
                 return

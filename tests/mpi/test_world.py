@@ -58,6 +58,8 @@ def test_meter_weights_by_samples(world):
     counts = {r: (0 if r == 1 else max(r, 1)) for r in range(world.size)}
     expected = sum(r * n for r, n in counts.items()) / sum(counts.values())
     assert meter.read(world.comm) == {"loss": pytest.approx(expected)}
+    assert meter.read(world.comm) == {"loss": pytest.approx(expected)}  # if a rank is lost, again
+    meter.settle()
     assert meter.read(world.comm) == {}
 
 
