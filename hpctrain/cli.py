@@ -363,7 +363,10 @@ def trace(run: Path) -> None:
     for line in verdict.wrong:
         click.echo(line)
     if verdict.wrong:
-        raise Error(f"{run}: samples were left out or taken twice.")
+        raise Error(
+            f"{run}: samples were left out or taken twice.",
+            hint="the lines above say where; was a file of its trace removed?",
+        )
     click.echo(
         f"{run}: {verdict.steps} steps took {verdict.samples} samples, each once an epoch; "
         f"{verdict.begun_again} steps were begun again."

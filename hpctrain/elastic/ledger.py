@@ -31,10 +31,14 @@ class Ledger:
 
     def __init__(self, out: Path, number: int, launch: int) -> None:
         folder = out / FOLDER
-        folder.mkdir(exist_ok=True)
         self._number = number
         self._launch = launch
-        self._file = (folder / f"{launch}-{number}.jsonl").open("a", buffering=1)
+        path = folder / f"{launch}-{number}.jsonl"
+        try:
+            folder.mkdir(exist_ok=True)
+            self._file = path.open("a", buffering=1)
+        except OSError as error:
+            raise Error(f"cannot write {path}: {error.strerror}.", hint="make room.") from error
         self._write({"process": os.getpid(), "host": os.uname().nodename})
 
     def begin(self, step: int, generation: int, epoch: int, batch: Batch) -> None:

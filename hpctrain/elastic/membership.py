@@ -47,14 +47,12 @@ class Meeting(NamedTuple):
         progress: Of each rank, by its new number.
         lost: Who is no longer there.
         joined: Who came.
-        seconds: How long this took here.
     """
 
     generation: int
     progress: list[Progress]
     lost: list[Member]
     joined: list[Member]
-    seconds: float
 
     @property
     def newest(self) -> int:

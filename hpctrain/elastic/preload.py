@@ -32,13 +32,21 @@ def library() -> Path:
             "there is no C compiler to build what outliving losses under Slurm needs.",
             hint="load one, or run `hpctrain submit --elastic` once where there is one.",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f"{NAME}.{os.getpid()}")
     code = path.with_suffix(".c")
-    code.write_bytes(source)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        code.write_bytes(source)
+    except OSError as error:
+        raise Error(
+            f"cannot write {code}: {error.strerror}.", hint="HPCTRAIN_CACHE moves the cache."
+        ) from error
     command = [str(compiler), "-shared", "-fPIC", "-O2", "-o", str(made), str(code), "-ldl"]
     done = run(command, timeout_seconds=60)
     if done.returncode != 0:
-        raise Error(f"cc cannot build {code}: {done.stdout.strip()[-300:]}.")
+        raise Error(
+            f"cc cannot build {code}: {done.stdout.strip()[-300:]}.",
+            hint="without it a lost node restarts the run; try that command by hand.",
+        )
     made.replace(path)
     return path

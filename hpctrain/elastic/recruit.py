@@ -128,7 +128,9 @@ def join() -> MPI.Intracomm:
     try:
         answer = receive_json(parent, GO, WAIT_SECONDS)
     except MPI.Exception as error:
-        raise PeerLost("the run that this process was to join is gone.") from error
+        raise PeerLost(
+            "the run that this process was to join is gone.", hint="its own log says why."
+        ) from error
     if answer != "go":
         pmix.leave()
         raise Dismissed("the run was over before this process could take part in it.")

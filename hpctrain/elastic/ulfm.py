@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,7 +96,6 @@ class Ulfm:
         """Form a new world of those that are alive, and of who wants to join."""
         before = self.members
         newcomer = join() if self._outside else None
-        began = time.monotonic()
         late = PeerLost(
             f"rank {self.number} on {os.uname().nodename} could not meet the others within "
             f"{MEET_SECONDS:.0f} s after a loss.",
@@ -120,7 +118,6 @@ class Ulfm:
             [Progress(*card["progress"]) for card in cards],
             lost,
             [member for member in self.members if before and member not in before],
-            time.monotonic() - began,
         )
 
     def _form(

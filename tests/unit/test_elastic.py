@@ -168,7 +168,7 @@ class Fake:
 
     def meet(self, progress):
         self.told.append(progress.stage)
-        return Meeting(1, [Progress(s, 0, 0) for s in self.stages.pop(0)], [], [], 0.0)
+        return Meeting(1, [Progress(s, 0, 0) for s in self.stages.pop(0)], [], [])
 
 
 @pytest.mark.parametrize("event", [PeerLost("gone"), Regroup()])
