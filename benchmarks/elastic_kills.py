@@ -2,9 +2,10 @@
 
     python -m benchmarks.elastic_kills --runs 200 --seed 0
 
-Each run trains handwritten digits on three or four ranks under ``mpirun --with-ft ulfm``, while
-ranks get SIGKILL or SIGSTOP at random steps: one after the other, also while the others recover
-from the one before, also rank 0, down to a single rank. A run is good if
+Each run trains handwritten digits on three or four ranks under ``mpirun --with-ft ulfm``, or with
+``--engine gloo`` under ``hpctrain launch``, which also starts new ranks for those lost. Ranks get
+SIGKILL or SIGSTOP at random steps: one after the other, also while the others recover from the one
+before, also rank 0, down to a single rank. A run is good if
 
 - it ends in time,
 - every sample was taken once an epoch, by the trace of samples,
@@ -32,17 +33,20 @@ from hpctrain.elastic.chaos import Chaos, Outcome, judge_metrics
 from hpctrain.elastic.faults import Fault, draw
 from hpctrain.process import mpirun
 
-EPOCHS, BATCH = 6, 64
-STEPS = EPOCHS * -(-1438 // BATCH)  # of the training samples, 1,438
-MTBF_STEPS = 40.0
+STEPS_AN_EPOCH = -(-1438 // 64)  # of the training samples, 1,438
+EPOCHS = {"ulfm": 6, "gloo": 30}  # new ranks need some seconds to come
+FAULTS = 3.45  # in a run, about
 LIMIT_SECONDS = 90.0
 
 
-def train(folder: Path, ranks: int, faults: list[Fault]) -> Outcome:
+def train(engine: str, folder: Path, ranks: int, faults: list[Fault]) -> Outcome:
     """A run, with what goes wrong in it."""
+    launcher = [*mpirun(ranks), "--with-ft", "ulfm"]
+    if engine == "gloo":
+        launcher = ["hpctrain", "launch", "-np", str(ranks), "--"]
     command = [
-        *mpirun(ranks), "--with-ft", "ulfm", "hpctrain", "train", "digits", "--elastic", "ulfm",
-        "--epochs", str(EPOCHS), "--out", str(folder / "run"), "--trace-samples",
+        *launcher, "hpctrain", "train", "digits", "--elastic", engine,
+        "--epochs", str(EPOCHS[engine]), "--out", str(folder / "run"), "--trace-samples",
         "--set", "log.every_steps=20", "--set", "log.tensorboard=false",
     ]  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,24 +54,31 @@ def train(folder: Path, ranks: int, faults: list[Fault]) -> Outcome:
     return chaos.run(folder / "log")
 
 
-def plan(seed: int, number: int) -> tuple[int, list[Fault]]:
+def plan(engine: str, seed: int, number: int) -> tuple[int, list[Fault]]:
     """How many ranks a run has, and what goes wrong in it."""
     generator = random.Random(f"{seed}-{number}")
     ranks = generator.choice([3, 4])
     faults: list[Fault] = []
+    steps = EPOCHS[engine] * STEPS_AN_EPOCH
     while not faults:
-        faults = draw(ranks, STEPS, MTBF_STEPS, generator)
+        faults = draw(ranks, steps, steps / FAULTS, generator)
     return ranks, faults
 
 
-def run(seed: int, number: int, faultless: list[dict[str, float]]) -> dict[str, Any]:
+def run(engine: str, seed: int, number: int, faultless: list[dict[str, float]]) -> dict[str, Any]:
     """One run of the campaign, as a record."""
-    ranks, faults = plan(seed, number)
+    ranks, faults = plan(engine, seed, number)
     with tempfile.TemporaryDirectory(prefix="elastic-kills-") as name:
         folder = Path(name)
-        outcome = train(folder, ranks, faults)
+        outcome = train(engine, folder, ranks, faults)
         judge_metrics(outcome, faultless, lambda text: None)
-        record = {"seed": seed, "run": number, "ranks": ranks, **dataclasses.asdict(outcome)}
+        record = {
+            "engine": engine,
+            "seed": seed,
+            "run": number,
+            "ranks": ranks,
+            **dataclasses.asdict(outcome),
+        }
         if outcome.verdict != "good":
             record["output"] = (folder / "log").read_text(errors="replace")[-4000:]
     return record
@@ -99,6 +110,7 @@ def table(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def main() -> int:
     """Run the campaign; 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--engine", choices=sorted(EPOCHS), default="ulfm")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--seed", type=int, default=0)
@@ -107,10 +119,10 @@ def main() -> int:
     faultless = []
     for ranks in (1, 2, 3, 4):
         with tempfile.TemporaryDirectory(prefix="elastic-kills-") as folder:
-            faultless.append(train(Path(folder), ranks, []).metrics)
+            faultless.append(train(arguments.engine, Path(folder), ranks, []).metrics)
     records = []
     for number in range(arguments.first, arguments.first + arguments.runs):
-        records.append(run(arguments.seed, number, faultless))
+        records.append(run(arguments.engine, arguments.seed, number, faultless))
         print(json.dumps(records[-1]), flush=True)
     for name, value in table(records):
         print(f"{name:42}{value}")

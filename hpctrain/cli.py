@@ -46,7 +46,9 @@ def cli() -> None:
 @click.option("--consistency", metavar="MODE", help="With ps: sync, async, ssp:S, or backup:B.")
 @click.option("--replicas", metavar="N", help="With ps: copies of each slice on other servers.")
 @click.option(
-    "--elastic", metavar="HOW", help="With horovod, when a rank is lost: off, auto, ulfm, restart."
+    "--elastic",
+    metavar="HOW",
+    help="With horovod, when a rank is lost: off, auto, ulfm, gloo, restart.",
 )
 @click.option(
     "--trace-samples", is_flag=True, default=None, help="Write which samples each step consumed."
@@ -432,6 +434,50 @@ def chaos(
         save(outcome, folder / "chaos.json")
     click.echo(f"chaos: {outcome.verdict}")
     sys.exit(outcome.verdict != "good")
+
+
+@cli.command(context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("-np", "count", type=click.IntRange(1), help="Ranks on this host.")
+@click.option("--hosts", "named", metavar="A:2,B:2", help="Hosts with their ranks, by ssh.")
+@click.option("--pool", type=click.IntRange(1), help="Slurm jobs of one rank each.")
+@click.option("--sbatch", "options", multiple=True, metavar="OPTION", help="For those jobs.")
+@click.option("--logs", type=click.Path(file_okay=False, path_type=Path), default=Path("pool"),
+              show_default=True, help="Folder for those jobs' logs.")  # fmt: skip
+@click.option("--min-np", "least", type=click.IntRange(1),
+              help="Ranks to begin with; the others join as they come. Default: all.")  # fmt: skip
+@click.option("--address", help="Of this host, by which ranks reach it. Default: found out.")
+def launch(
+    command: tuple[str, ...],
+    count: int | None,
+    named: str | None,
+    pool: int | None,
+    options: tuple[str, ...],
+    logs: Path,
+    least: int | None,
+    address: str | None,
+) -> None:
+    """Start COMMAND, an `hpctrain train`, on ranks that outlive one another, and keep them up.
+
+    \b
+      hpctrain launch -np 4 -- hpctrain train digits
+      hpctrain launch --hosts a:2,b:2 -- hpctrain train my_task.py --data shards/
+      hpctrain launch --pool 8 --sbatch --gpus=1 -- hpctrain train my_task.py --data shards/
+
+    \b
+    In a Slurm job, without any of these, it starts the job's tasks by srun. With --pool every rank
+    is a job of its own: one that is lost is submitted again, and takes part as soon as Slurm has a
+    node for it. The ranks exchange over Gloo, and take the address of this process from it: it has
+    to run to the end, best on a host that none of them uses.
+    """
+    from hpctrain.elastic.launch import launch as run
+    from hpctrain.elastic.launch import way_for
+
+    def say(text: str) -> None:
+        click.echo(f"hpctrain launch: {text}")
+
+    way = way_for(count, named, pool, options, logs)
+    sys.exit(run(command, way, least=least, address=address, say=say))
 
 
 @cli.command()

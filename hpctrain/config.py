@@ -196,11 +196,12 @@ class HorovodConfig(Section):
 class ElasticConfig(Section):
     """Outliving the loss of processes and nodes."""
 
-    mode: Literal["off", "auto", "ulfm", "restart"] = Field(
+    mode: Literal["off", "auto", "ulfm", "gloo", "restart"] = Field(
         "off",
         description="With horovod. `ulfm`: the ranks that are left go on in the same processes, by "
-        "MPI's fault tolerance; `restart`: the run ends, and is to be started again from its last "
-        "checkpoint; `auto`: ulfm where the launcher allows it. (`ps` outlives losses by itself.)",
+        "MPI's fault tolerance; `gloo`: the same under `hpctrain launch`; `restart`: the run ends, "
+        "and is to be started again from its last checkpoint; `auto`: the best that the launcher "
+        "allows. (`ps` outlives losses by itself.)",
     )
     batch: Literal["keep-global", "keep-local"] = Field(
         "keep-global",

@@ -13,7 +13,7 @@ class Launch:
     """A process's place among those its launcher started.
 
     Attributes:
-        name: ``horovodrun``, ``mpirun``, ``srun`` or ``alone``.
+        name: ``hpctrain launch``, ``horovodrun``, ``mpirun``, ``srun`` or ``alone``.
         rank: This process, 0 to ``size - 1``.
         size: How many processes the launcher started.
         local_rank: This process among those of its host.
@@ -32,6 +32,10 @@ ALONE = Launch("alone", rank=0, size=1, local_rank=0, local_size=1)
 # Launcher, and its variables for rank, size, local rank, local size. The first set that is whole
 # wins: under mpirun inside a Slurm job SLURM_PROCID is mpirun's own, and wrong for its children.
 _CONVENTIONS = (
+    (
+        "hpctrain launch",
+        ("HPCTRAIN_RANK", "HPCTRAIN_SIZE", "HPCTRAIN_LOCAL_RANK", "HPCTRAIN_LOCAL_SIZE"),
+    ),
     (
         "horovodrun",
         ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
@@ -52,8 +56,8 @@ _CONVENTIONS = (
 def detect(environment: Mapping[str, str] = os.environ) -> Launch:
     """Find out who started this process.
 
-    Precedence: Horovod's variables, Open MPI's, PMI's, Slurm's. Slurm's count only inside a step
-    (``SLURM_STEP_ID``), because the batch shell has ``SLURM_PROCID=0`` too.
+    Precedence: those of `hpctrain launch`, Horovod's, Open MPI's, PMI's, Slurm's. Slurm's count
+    only inside a step (``SLURM_STEP_ID``), because the batch shell has ``SLURM_PROCID=0`` too.
     """
     if "SLURM_STEP_ID" in environment and "OMPI_COMM_WORLD_RANK" not in environment:
         in_step = _slurm(environment)

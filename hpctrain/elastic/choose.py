@@ -6,22 +6,23 @@ import os
 from collections.abc import Mapping, MutableMapping
 from typing import Literal, NamedTuple
 
+from hpctrain.elastic.wire import ADDRESS
 from hpctrain.errors import Error
 from hpctrain.process import loaded
 
-Mode = Literal["off", "auto", "ulfm", "restart"]
+Mode = Literal["off", "auto", "ulfm", "gloo", "restart"]
 
 
 class Choice(NamedTuple):
     """An engine, and the reason.
 
     Attributes:
-        mode: ``ulfm``: the others go on in the same processes. ``restart``: the run ends, and is to
-            be started again from its last checkpoint.
-        why: In a line.
+        mode: ``ulfm``, ``gloo``: the others go on in the same processes. ``restart``: the run ends,
+            and is to be started again from its last checkpoint.
+        why: In a line, and how the run grows again.
     """
 
-    mode: Literal["off", "ulfm", "restart"]
+    mode: Literal["off", "ulfm", "gloo", "restart"]
     why: str
 
 
@@ -29,18 +30,37 @@ def choose(mode: Mode, environment: Mapping[str, str] = os.environ) -> Choice:
     """What a rank of a run can count on, by what its launcher told it.
 
     Raises:
-        Error: ``ulfm`` is asked for, and cannot be had.
+        Error: What is asked for cannot be had.
     """
+    if ADDRESS in environment:
+        if mode in ("auto", "gloo"):
+            return Choice("gloo", "`hpctrain launch` started the ranks; new ones join as they come")
+        raise Error(
+            f"--elastic {mode}: `hpctrain launch` has Gloo alone.",
+            hint="drop --elastic, or start the ranks by mpirun or srun.",
+        )
     if mode == "off":
         return Choice("off", "")
     if mode == "restart":
         return Choice("restart", "as asked for")
+    if mode == "gloo":
+        raise Error(
+            "--elastic gloo: nobody drives these ranks.",
+            hint="start them by `hpctrain launch -np 4 -- hpctrain train ...`.",
+        )
     lacking = _lacking(environment)
     if lacking is None:
-        return Choice("ulfm", "the launcher lets the others live")
+        return Choice("ulfm", f"the launcher lets the others live; {_growing(environment)}")
     if mode == "ulfm":
         raise Error(f"--elastic ulfm: {lacking[0]}.", hint=lacking[1])
-    return Choice("restart", lacking[0])
+    return Choice("restart", f"{lacking[0]}; all nodes there are take part then")
+
+
+def _growing(environment: Mapping[str, str]) -> str:
+    """How a world that has shrunk grows again, with ULFM."""
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        return "elastic.workers ranks are kept up by MPI spawn, where it is set"
+    return "a node that comes back takes part when the job is started again"
 
 
 def _lacking(environment: Mapping[str, str]) -> tuple[str, str] | None:

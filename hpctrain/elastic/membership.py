@@ -6,8 +6,9 @@ same with all of them, and stands in :mod:`hpctrain.elastic.outlive`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 MEET_SECONDS = 30.0
 """Longest time to form a new world in; who takes longer ends, and is lost to the others."""
@@ -23,6 +24,18 @@ class Member(NamedTuple):
 
     number: int
     host: str
+
+
+class Welcome(NamedTuple):
+    """What a process is told that joins a run under way.
+
+    Attributes:
+        number: Its own.
+        out: The run folder.
+    """
+
+    number: int
+    out: str
 
 
 class Progress(NamedTuple):
@@ -69,6 +82,8 @@ class Membership(Protocol):
         generation: How often the world was formed anew.
         members: Who takes part, by rank.
         lost_hosts: Where processes were lost.
+        welcome: What a process that joins a run under way was told; None: it began with the run.
+        comm: What Horovod is started on; None: what the environment says.
     """
 
     name: str
@@ -76,11 +91,20 @@ class Membership(Protocol):
     generation: int
     members: list[Member]
     lost_hosts: set[str]
+    welcome: Welcome | None
+    comm: Any
 
-    def meet(self, progress: Progress) -> Meeting:
+    def connect(self, begin: Callable[[], None]) -> None:
+        """Start Horovod on the first world, by calling ``begin``."""
+
+    def meet(self, progress: Progress, begin: Callable[[], None]) -> Meeting:
         """Form a new world of those that are alive, and of who wants to join.
 
         Every rank calls this: after a loss, or when all have agreed that somebody may join.
+
+        Args:
+            progress: How far this rank has come.
+            begin: Starts Horovod on the new world.
 
         Raises:
             PeerLost: This rank cannot go on: it was cut off from most of the others, or nobody
@@ -98,8 +122,18 @@ class Membership(Protocol):
     def waiting(self) -> bool:
         """Whether somebody wants to join, as far as this rank knows."""
 
+    def watch(self) -> None:
+        """To be called while waiting for others.
+
+        Raises:
+            PeerLost: One of them is known to be lost.
+        """
+
     def leave(self) -> None:
         """End this rank's part in good order."""
+
+    def abort(self, code: int) -> None:
+        """End all ranks, with that exit code: this one has failed."""
 
 
 class Regroup(Exception):  # noqa: N818 - an event, not a mistake

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from typing import NamedTuple
 
 from mpi4py import MPI
 
 from hpctrain import pmix
+from hpctrain.elastic.membership import Welcome
 from hpctrain.errors import Dismissed, PeerLost
 from hpctrain.spawning import START_SECONDS, receive_json, send_json, spawned
 
@@ -21,18 +21,6 @@ WELCOME, READY, GO, TAKE_IN = 50, 51, 52, 53
 COMMAND = ("--strategy", "horovod")  # a world of one would choose another
 WAIT_SECONDS = 120.0
 """So long a process that is ready waits to be taken in; the others look about once a second."""
-
-
-class Welcome(NamedTuple):
-    """What a new process is told first.
-
-    Attributes:
-        number: Its own.
-        out: The run folder.
-    """
-
-    number: int
-    out: str
 
 
 class Recruiter:

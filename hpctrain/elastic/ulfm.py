@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from mpi4py import MPI
 
-from hpctrain import pmix
+from hpctrain import pmix, process
 from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Member, Progress
 from hpctrain.elastic.recruit import Recruiter, admit, ask_to_join, join
 from hpctrain.errors import PeerLost
@@ -57,6 +58,10 @@ class Ulfm:
         if not self._outside:
             self._introduce(Progress(0, -1, -1))
 
+    def connect(self, begin: Callable[[], None]) -> None:
+        """Start Horovod on the first world."""
+        begin()
+
     def begin(self, out: Path, wanted: int | None) -> None:
         """Training begins.
 
@@ -86,13 +91,17 @@ class Ulfm:
         if self.generation > 0:
             pmix.leave()
 
+    def abort(self, code: int) -> None:
+        """End all ranks, with that exit code: this one has failed."""
+        self.comm.Abort(code)
+
     @staticmethod
     def _mine(comm: MPI.Intracomm) -> MPI.Intracomm:
         """Have a communicator give errors back, instead of ending the job."""
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         return comm
 
-    def meet(self, progress: Progress) -> Meeting:
+    def meet(self, progress: Progress, begin: Callable[[], None]) -> Meeting:
         """Form a new world of those that are alive, and of who wants to join."""
         before = self.members
         newcomer = join() if self._outside else None
@@ -113,6 +122,8 @@ class Ulfm:
         for member in lost:
             self._fence.cut_off(member.number)
         self.generation = 1 + max(card["generation"] for card in cards)
+        process.mpi_is_whole = False
+        begin()
         return Meeting(
             self.generation,
             [Progress(*card["progress"]) for card in cards],

@@ -158,6 +158,41 @@ PATCHES = (
         "#include <cassert>\n",
         "#include <cassert>\n#include <cstdlib>\n#include <cstring>\n",
     ),
+    Patch(
+        "gloo-start-fails",
+        "a rank that is lost while the others start Gloo throws in a thread of theirs, which "
+        "aborts them, too; it is to be an error of hvd.init(), as later failures of its start are",
+        "horovod/common/operations.cc",
+        """    global_gloo_context.Initialize(ParseGlooIface());
+  }
+""",
+        """    try {
+      global_gloo_context.Initialize(ParseGlooIface());
+      if (state.control_operation == LibType::GLOO) {
+        state.process_set_table.Initialize(global_gloo_context);
+      }
+    } catch (const std::exception& ex) {
+      LOG(ERROR) << "Horovod could not be initialized: " << ex.what();
+      state.process_set_table.Finalize(global_gloo_context, SHUT_DOWN_ERROR);
+      global_gloo_context.Finalize();
+      state.initialization_failed = true;
+      return;
+    }
+  }
+""",
+    ),
+    Patch(
+        "start-again",
+        "a start that failed once made all later ones fail",
+        "horovod/common/operations.cc",
+        """    // Reset initialization flag
+    horovod_global.initialization_done = false;
+""",
+        """    // Reset initialization flags
+    horovod_global.initialization_done = false;
+    horovod_global.initialization_failed = false;
+""",
+    ),
 )
 
 

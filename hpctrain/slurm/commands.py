@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,12 @@ class State:
         return self.name not in RUNNING | WAITING
 
 
-def call(program: str, *arguments: str, timeout_seconds: float = TIMEOUT_SECONDS) -> str:
+def call(
+    program: str,
+    *arguments: str,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """What one of Slurm's commands prints.
 
     Raises:
@@ -47,7 +52,7 @@ def call(program: str, *arguments: str, timeout_seconds: float = TIMEOUT_SECONDS
     """
     if process.which(program) is None:
         raise Error(f"{program} is not on PATH: no Slurm here.", hint=NO_SLURM)
-    result = process.run([program, *arguments], timeout_seconds=timeout_seconds)
+    result = process.run([program, *arguments], timeout_seconds=timeout_seconds, env=environment)
     if result.returncode != 0:
         said = [line for line in result.stdout.splitlines() if line.strip()]
         # sbatch ends its complaints with the one that says least.
@@ -182,6 +187,15 @@ def _scontrol(jobs: set[str]) -> dict[str, State]:
             if "ArrayTaskId" in fields:
                 found[f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}"] = state
     return found
+
+
+def node_is_up(name: str) -> bool:
+    """Whether Slurm counts a node among those that work, as far as it can be asked."""
+    try:
+        state = call("sinfo", "--noheader", f"--nodes={name}", "--format=%T").split()
+    except Error:
+        return True
+    return not any(re.search(r"down|drain|fail|\*$", each) for each in state)
 
 
 def this_job() -> str:

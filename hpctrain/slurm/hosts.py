@@ -63,16 +63,32 @@ def nodes(environment: Mapping[str, str] = os.environ) -> list[Node]:
 
 def interface(others: list[str]) -> str | None:
     """The network interface by which this host reaches the first of others that has an address."""
-    import psutil
-
     for other in others:
         try:
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((other, 9))  # sends nothing
-                mine = probe.getsockname()[0]
+            mine = address_towards(other)
         except OSError:
             continue
-        for name, addresses in psutil.net_if_addrs().items():
-            if any(each.address == mine for each in addresses):
-                return str(name)
+        if (name := interface_of(mine)) is not None:
+            return name
+    return None
+
+
+def address_towards(other: str) -> str:
+    """The address of this host from which it reaches another one.
+
+    Raises:
+        OSError: It does not know the other one.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this host that has that address."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            return str(name)
     return None

@@ -28,21 +28,28 @@ def split(arguments: list[str]) -> tuple[str, str]:
     return words[0], " ".join(words[1:])
 
 
-def main() -> NoReturn:
-    """Become srun."""
-    host, command = split(sys.argv[1:])
+def one_task(host: str) -> tuple[list[str], dict[str, str]]:
+    """The start of the command that runs one task on a node of this job, and its environment."""
     environment = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("SLURM_") or name in KEPT
     }
     environment["PATH"] = search_path()
+    arguments = ["srun", "--overlap", "--mpi=none", "--nodes=1", "--ntasks=1", f"--nodelist={host}",
+                 "--unbuffered", "--quiet"]  # fmt: skip
+    return arguments, environment
+
+
+def main() -> NoReturn:
+    """Become srun."""
+    host, command = split(sys.argv[1:])
+    arguments, environment = one_task(host)
     program = which("srun")
     if program is None:
         sys.exit("hpctrain: error: srun is not on PATH. HINT: this is for Slurm jobs.")
     # The command is one string for a shell on the other side, as ssh's is.
-    arguments = ["srun", "--overlap", "--mpi=none", "--nodes=1", "--ntasks=1", f"--nodelist={host}",
-                 "--input=none", "--unbuffered", "--quiet", "/bin/bash", "-c", command]  # fmt: skip
+    arguments += ["--input=none", "/bin/bash", "-c", command]
     os.execve(program, arguments, environment)  # noqa: S606 - without a shell, as it should be
 
 

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from hpctrain.elastic import selftest
 from hpctrain.elastic.preload import library
@@ -47,6 +48,13 @@ MOST_PROBES = 32
 MODE = "HPCTRAIN__ELASTIC__MODE"
 OUTLIVING = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"]
 """By which srun lets a step go on without the processes and nodes that it loses."""
+
+Engine = Literal["ulfm", "gloo", "restart"]
+GROWING = {
+    "ulfm": "a node that comes back takes part when the job is started again",
+    "gloo": "lost ranks are started again on the nodes that are left",
+    "restart": "at a loss the run is started again from its last checkpoint",
+}
 
 LOSSES = ("node lost", "rank lost", "SIGKILL", "exit code")
 """Failures that the loss of a node may look like."""
@@ -85,7 +93,7 @@ class Job:
         self._told: signal.Signals | None = None
         self._relaunched = False
         self._elastic = elastic
-        self._outlives = False
+        self._engine: Engine = "restart"
         self._tail = bytearray()
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -102,7 +110,7 @@ class Job:
         before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         try:
             if self._elastic:
-                self._outlives = self._try()
+                self._engine = self._choose()
             with self._watched():
                 return self._go_on()
         finally:
@@ -111,7 +119,7 @@ class Job:
 
     def _watched(self) -> contextlib.AbstractContextManager[None]:
         """Ranks that outlive this host end the job themselves; where they do not, a watcher."""
-        if self._elastic and not self._outlives and len(self._nodes) > 1:
+        if self._elastic and self._engine != "ulfm" and len(self._nodes) > 1:
             return watched(self._nodes[-1].name)
         return contextlib.nullcontext()
 
@@ -140,21 +148,41 @@ class Job:
 
     # The launch.
 
-    def _try(self) -> bool:
-        """Whether ranks that srun starts here outlive one another: by a small launch."""
-        launcher = list(itertools.takewhile(lambda word: word != "hpctrain", self._command))
+    def _choose(self) -> Engine:
+        """How ranks that srun starts here outlive one another."""
+        launcher = self._launcher()
         ranks = sum(node.tasks for node in self._nodes)
         chosen = os.environ.get(MODE, "auto")
-        if Path(launcher[0]).name != "srun" or ranks < 2 or chosen not in ("auto", "ulfm"):
-            return False
-        launcher += [*OUTLIVING, f"--nodes={min(2, len(self._nodes))}", "--ntasks=2"]
+        if not launcher or Path(launcher[0]).name != "srun" or ranks < 2:
+            return "restart"
+        engine: Engine = "restart"
+        seen = "as asked for"
+        if chosen in ("auto", "ulfm"):
+            outlives, seen = self._try(launcher)
+            engine = "ulfm" if outlives else "restart"
+        if chosen == "gloo" or (chosen == "auto" and engine == "restart" and not _has_gpus()):
+            engine = "gloo"
+        self._say(f"elastic: {engine}: {seen}; {GROWING[engine]}")
+        return engine
+
+    def _launcher(self) -> list[str]:
+        return list(itertools.takewhile(lambda word: word != "hpctrain", self._command))
+
+    def _try(self, launcher: list[str]) -> tuple[bool, str]:
+        """Whether they do by MPI's fault tolerance: by a small launch."""
+        launcher = [*launcher, *OUTLIVING, f"--nodes={min(2, len(self._nodes))}", "--ntasks=2"]
         try:
-            environment = {**self._environment(), **_preload()}
-            outlives, seen = selftest.works(launcher, environment)
+            return selftest.works(launcher, {**self._environment(), **_preload()})
         except Error as error:
-            outlives, seen = False, str(error)
-        self._say(f"elastic: {'ulfm' if outlives else 'restart'}: {seen}")
-        return outlives
+            return False, str(error)
+
+    def _words(self) -> list[str]:
+        """The command that starts the ranks."""
+        if self._engine == "ulfm":
+            return self._command[:1] + OUTLIVING + self._command[1:]
+        if self._engine == "gloo":
+            return ["hpctrain", "launch", "--", *self._command[len(self._launcher()) :]]
+        return self._command
 
     def _launch(self) -> int:
         shutil.rmtree(self._notes, ignore_errors=True)
@@ -166,7 +194,7 @@ class Job:
         self._tail.clear()
         try:
             process = subprocess.Popen(
-                self._command[:1] + OUTLIVING * self._outlives + self._command[1:],
+                self._words(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -238,7 +266,7 @@ class Job:
         environment[SUPERVISOR] = os.uname().nodename
         if self._elastic:
             environment.setdefault(MODE, "auto")
-        if self._outlives:
+        if self._engine == "ulfm":
             environment |= _preload()
         else:
             environment.setdefault("SLURM_KILL_BAD_EXIT", "1")
@@ -349,6 +377,11 @@ def _preload() -> dict[str, str]:
     return {
         "LD_PRELOAD": f"{library()} {before}".strip(),
     }
+
+
+def _has_gpus() -> bool:
+    """Whether this job has GPUs, on which Gloo's engine has not been tried."""
+    return any(os.environ.get(name) for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS"))
 
 
 def _without(nodes: list[hosts.Node], present: list[hosts.Node]) -> str:

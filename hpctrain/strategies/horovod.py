@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,16 +17,14 @@ from torch import nn
 from hpctrain import pmix, process
 from hpctrain.config import ElasticConfig, HorovodConfig
 from hpctrain.elastic.choose import choose, set_parameters
-from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Progress
+from hpctrain.elastic.gloo import Gloo
+from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Membership, Progress
 from hpctrain.errors import Error, PeerLost
 from hpctrain.process import cores, ended_after, loaded
 from hpctrain.strategies.base import ElasticOptimizer, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.strategies.views import adopt, dense_view
-from hpctrain.world import Part, World, equal_part
-
-if TYPE_CHECKING:
-    from hpctrain.elastic.ulfm import Ulfm
+from hpctrain.world import Alone, Part, World, equal_part
 
 # What Horovod can reduce. bfloat16 is not among them (horovod issue 4047) and goes as float32.
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)
@@ -54,9 +52,11 @@ def _import() -> Any:
 class HorovodCommunicator:
     """The world as Horovod sees it."""
 
-    def __init__(self, hvd: Any, timeout_seconds: float, ulfm: Ulfm | None = None) -> None:
+    def __init__(
+        self, hvd: Any, timeout_seconds: float, membership: Membership | None = None
+    ) -> None:
         self._hvd = hvd
-        self._ulfm = ulfm
+        self._membership = membership
         self.timeout_seconds = timeout_seconds
 
     @property
@@ -117,8 +117,8 @@ class HorovodCommunicator:
             if waited < YIELDING_SECONDS:
                 os.sched_yield()
                 continue
-            if self._ulfm is not None:
-                self._ulfm.watch()
+            if self._membership is not None:
+                self._membership.watch()
             if waited > self.timeout_seconds:
                 others = ", ".join(str(r) for r in range(self.size) if r != self.rank)
                 raise PeerLost(
@@ -144,19 +144,19 @@ class HorovodCommunicator:
 
     def abort(self, reason: str) -> None:
         """End the others, too, where the launcher would not."""
-        if self._ulfm is not None:
-            process.abort = self._ulfm.comm.Abort
+        if self._membership is not None:
+            process.abort = self._membership.abort
 
     def close(self) -> None:
         """Leave the world: every rank has to, and none before all have come."""
-        if self._ulfm is None:
+        if self._membership is None:
             self.barrier()
         else:
             try:
                 self.barrier()
             except PeerLost:
                 process.mpi_is_whole = False
-            self._ulfm.leave()
+            self._membership.leave()
         if process.mpi_is_whole:
             self._hvd.shutdown()
 
@@ -362,7 +362,7 @@ class Horovod:
     ) -> None:
         self.config = config or HorovodConfig()
         self.world = world
-        self._ulfm: Ulfm | None = None
+        self._membership: Membership | None = None
         elastic = elastic or ElasticConfig()
         self.outlives = choose(elastic.mode)
         if self.outlives.mode == "ulfm":
@@ -370,6 +370,8 @@ class Horovod:
             os.environ["HOROVOD_LOCAL_BY_NAME"] = "1"  # hpctrain's patch, for ranks that join
             os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # a loss is no error here
             set_parameters(os.environ, elastic.hang_seconds)
+        elif self.outlives.mode == "gloo":
+            self._membership = Gloo(elastic.hang_seconds, timeout_seconds)
         self._hvd = _import()
         _set_defaults(world)
         try:
@@ -379,9 +381,11 @@ class Horovod:
                 if self.outlives.mode == "ulfm":
                     from hpctrain.elastic.ulfm import Ulfm
 
-                    self._ulfm = Ulfm(elastic.hang_seconds)
-                if self.joined is None:
-                    self._hvd.init(comm=None if self._ulfm is None else self._ulfm.comm)
+                    self._membership = Ulfm(elastic.hang_seconds)
+                if self._membership is None:
+                    self._hvd.init()
+                elif self.joined is None:
+                    self._membership.connect(self._begin)
         except Error:
             raise
         except Exception as error:
@@ -389,11 +393,12 @@ class Horovod:
                 f"Horovod could not start under {world.launch.name}: {error}.",
                 hint="`hpctrain doctor` tries a small launch and says what is wrong.",
             ) from error
-        self._comm = HorovodCommunicator(self._hvd, timeout_seconds, self._ulfm)
+        self._comm = HorovodCommunicator(self._hvd, timeout_seconds, self._membership)
         if self.joined is not None:
-            return  # the others are met later
+            world.comm = Alone()  # the others are met later
+            return
         launched = world.launch.size
-        if self._comm.size != launched:
+        if self._comm.size != launched and self.outlives.mode != "gloo":
             raise Error(
                 f"{world.launch.name} started {launched} ranks, but Horovod sees "
                 f"{self._comm.size}.",
@@ -405,29 +410,31 @@ class Horovod:
     @property
     def joined(self) -> Any:
         """What a process that joins a run under way has to know; None: it began with it."""
-        welcome = self._ulfm.welcome if self._ulfm is not None else None
+        welcome = self._membership.welcome if self._membership is not None else None
         return welcome._asdict() if welcome is not None else None
 
     @property
     def elastic(self) -> Horovod | None:
         """This strategy, if it outlives losses."""
-        return self if self._ulfm is not None else None
+        return self if self._membership is not None else None
 
     @property
-    def membership(self) -> Ulfm:
+    def membership(self) -> Membership:
         """Who takes part, where losses are outlived."""
-        assert self._ulfm is not None
-        return self._ulfm
+        assert self._membership is not None
+        return self._membership
 
     def meet(self, progress: Progress) -> Meeting:
         """Form a new world of the ranks that are left, and start Horovod on it."""
-        meeting = self.membership.meet(progress)
-        process.mpi_is_whole = False
+        meeting = self.membership.meet(progress, self._begin)
+        self.world.comm = self._comm
+        return meeting
+
+    def _begin(self) -> None:
+        """Start Horovod, perhaps again, on the membership's world."""
         with _bounded(MEET_SECONDS, self.world):
             self._hvd.shutdown()
             self._hvd.init(comm=self.membership.comm)
-        self.world.comm = self._comm
-        return meeting
 
     def share(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Start every rank from rank 0's model and optimizer state."""

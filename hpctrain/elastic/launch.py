@@ -1,0 +1,166 @@
+"""``hpctrain launch``: ranks that outlive one another over Gloo, and whose number is kept up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hpctrain.elastic.driver import Driver, listen
+from hpctrain.elastic.seats import Seats, place_variables
+from hpctrain.elastic.ways import Here, Pool, Srun, Ssh, Task, Way, address_for
+from hpctrain.elastic.wire import ADDRESS, KEY, new_key
+from hpctrain.errors import Error
+from hpctrain.process import search_path, which
+from hpctrain.slurm import hosts
+
+END_SECONDS = 10.0
+"""So long ranks may take to end by themselves when the run is over."""
+
+POLL_SECONDS = 0.02
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def way_for(
+    count: int | None, named: str | None, pool: int | None, options: Sequence[str], logs: Path
+) -> Way:
+    """How ranks are to be started.
+
+    Args:
+        count: Of ranks on this host.
+        named: Other hosts, such as ``a:2,b:2``.
+        pool: Of jobs of one rank each.
+        options: For sbatch.
+        logs: Folder for those jobs' logs.
+
+    Raises:
+        Error: Nothing says how, or more than one thing does.
+    """
+    if sum(each is not None for each in (count, named, pool)) > 1:
+        raise Error("-np, --hosts and --pool exclude one another.", hint="give one of them.")
+    if pool is not None:
+        return Pool(pool, options, logs)
+    if named is not None:
+        return Ssh(_hosts(named))
+    if count is not None:
+        return Here(count)
+    if "SLURM_JOB_NODELIST" in os.environ:
+        if which("srun") is None:
+            raise Error("srun is not on PATH.", hint="say how many ranks: -np 2.")
+        return Srun([node.name for node in hosts.nodes() for _ in range(node.tasks)])
+    raise Error("nothing says how many ranks to start.", hint="-np 2, --hosts a,b, or --pool 4.")
+
+
+def _hosts(text: str) -> list[str]:
+    found = []
+    for part in text.split(","):
+        name, _, slots = part.partition(":")
+        if not name or (slots and not slots.isdigit()):
+            raise Error(f"--hosts {text}: {part!r} is no host.", hint="for example a:2,b:2.")
+        found += [name] * int(slots or 1)
+    return found
+
+
+def rendezvous() -> tuple[int, Callable[[], None]]:
+    """A store for the addresses of one world's ranks, as Horovod's Gloo wants it.
+
+    Returns:
+        Its port, and what ends it.
+    """
+    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
+
+    server = RendezvousHTTPServer(("", 0), RendezvousHandler, verbose=0)
+    serving = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), daemon=True)
+    serving.start()
+    over = threading.Lock()
+
+    def end() -> None:
+        if over.acquire(blocking=False):  # once
+            server.shutdown()
+            server.server_close()
+
+    return server.server_address[1], lambda: threading.Thread(target=end, daemon=True).start()
+
+
+def launch(
+    command: Sequence[str], way: Way, *, least: int | None, address: str | None,
+    say: Callable[[str], None],
+) -> int:  # fmt: skip
+    """Run a command on ranks that outlive one another, to its end.
+
+    Args:
+        command: What each rank runs.
+        way: How they are started.
+        least: With how many ranks the run may begin; None: with all.
+        address: Of this host, by which ranks reach it; None: found out.
+        say: Tells the person who watches.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        Error: The driver cannot be reached where it is to be, or Horovod lacks Gloo.
+    """
+    try:
+        import horovod.runner.http.http_server  # noqa: F401
+    except ImportError as error:
+        raise Error("Horovod is not installed.", hint="run `hpctrain horovod build`.") from error
+    return asyncio.run(_launch(list(command), way, least, address or address_for(way.hosts), say))
+
+
+async def _launch(
+    command: list[str], way: Way, least: int | None, address: str, say: Callable[[str], None]
+) -> int:
+    wanted = len(way.hosts)
+    key = new_key()
+    driver = Driver(key, wanted, min(least or wanted, wanted), rendezvous, say)
+    try:
+        server, port = await listen(driver, address)
+    except OSError as error:
+        raise Error(
+            f"cannot listen at {address}: {error.strerror}.", hint="give another --address."
+        ) from error
+    loop = asyncio.get_running_loop()
+    for number in SIGNALS:
+        loop.add_signal_handler(
+            number, driver.end, 128 + number, f"{number.name}: ending all ranks"
+        )
+    shared = {
+        ADDRESS: f"{address}:{port}",
+        KEY: key,
+        "PATH": search_path(),
+        "HPCTRAIN__STRATEGY": "horovod",  # a world of one would choose another
+        **_given(way),
+    }
+    shared.setdefault("HPCTRAIN__ELASTIC__MODE", "gloo")
+
+    def task(seat: int) -> Task:
+        return Task(command, {**shared, **place_variables(way.hosts, seat)}, str(Path.cwd()))
+
+    seats = Seats(driver, way, task, say)
+    keeping = asyncio.ensure_future(seats.keep())
+    serving = asyncio.ensure_future(driver.serve())
+    async with server:
+        await asyncio.wait([keeping, serving], return_when=asyncio.FIRST_COMPLETED)
+        if keeping.done():  # by an error of its own
+            serving.cancel()
+            keeping.result()
+        code = serving.result()
+        if any(rank.done for rank in driver.ranks):
+            await seats.ended(END_SECONDS)
+        keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeping
+    return code
+
+
+def _given(way: Way) -> dict[str, str]:
+    """What of the environment ranks on other hosts are to have, too."""
+    if not isinstance(way, Ssh):
+        return {}
+    prefixes = ("HPCTRAIN", "HOROVOD", "GLOO", "NCCL", "OMP", "MKL", "PYTHON", "LD_LIBRARY", "LANG")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}

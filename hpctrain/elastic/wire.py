@@ -1,0 +1,56 @@
+"""How the driver and the ranks talk: lines of JSON over TCP.
+
+First each side proves that it knows the key of the run, without saying it (RFC 2104).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+from typing import Any
+
+ADDRESS, KEY = "HPCTRAIN_DRIVER", "HPCTRAIN_DRIVER_KEY"
+"""The environment variables by which ranks know the driver: ``HOST:PORT``, and the key in hex."""
+
+LINE_BYTES = 2**22
+"""Longest line: a world has some hundred bytes for each rank."""
+
+
+def new_key() -> str:
+    """Of a run."""
+    return secrets.token_hex(32)
+
+
+def challenge() -> str:
+    """What nobody has asked before."""
+    return secrets.token_hex(16)
+
+
+def proof(key: str, side: str, *challenges: str) -> str:
+    """That a side knows the key; of no use at another time, or for the other side."""
+    text = ":".join([side, *challenges]).encode()
+    return hmac.new(bytes.fromhex(key), text, hashlib.sha256).hexdigest()
+
+
+def proves(key: str, given: object, side: str, *challenges: str) -> bool:
+    """Whether something is the other side's proof."""
+    return isinstance(given, str) and hmac.compare_digest(given, proof(key, side, *challenges))
+
+
+def pack(kind: str, **values: Any) -> bytes:
+    """A message."""
+    return json.dumps({"kind": kind, **values}).encode() + b"\n"
+
+
+def unpack(line: bytes) -> dict[str, Any]:
+    """A message's values.
+
+    Raises:
+        ValueError: It is none.
+    """
+    values = json.loads(line)
+    if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
+        raise ValueError("not a message")
+    return values
