@@ -155,7 +155,10 @@ def _elastic() -> list[Finding]:
         return [Finding("ok", "elastic", f"ulfm, with mpirun --with-ft ulfm: {seen}")]
     return [
         Finding(
-            "note", "elastic", f"restart: {seen}", "outliving lost ranks in place needs Open MPI 5."
+            "note",
+            "elastic",
+            f"restart: {seen}",
+            "outliving lost ranks in place needs Open MPI 5, or `hpctrain launch`.",
         )
     ]
 
