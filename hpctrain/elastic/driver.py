@@ -184,6 +184,7 @@ class Driver:
                 while line := await reader.readline():
                     rank.heard = time.monotonic()
                     self._take(rank, unpack(line))
+                    self._go_on()
             finally:
                 welcome.cancel()
         except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError) as error:
@@ -191,6 +192,7 @@ class Driver:
         finally:
             if rank is not None:
                 self._gone(rank, "its connection ended")
+                self._go_on()
             writer.close()
 
     async def _greeted(
@@ -265,22 +267,29 @@ class Driver:
             silent = now - rank.heard
             if silent > rank.hang_seconds and not rank.done:
                 self._cut(rank, f"no sign of life for {silent:.1f} s")
-        members = self.members
-        if members and all(rank.done for rank in members):
-            self._finish()
-        elif self.generation < 0:
+        if self.generation < 0:
             self._look_for_first(now)
-        elif not members and self._regroups_since is not None:
-            self.end(1, "no rank is left; --resume auto goes on from the last checkpoint")
         elif self._regroups_since is not None:
-            late = [rank for rank in members if rank.progress is None]
-            if not late:
-                self._form([*members, *self._ready()])
-            elif now - self._regroups_since > ALONE_SECONDS and not self._called:
+            late = [rank for rank in self.members if rank.progress is None]
+            alone = now - self._regroups_since
+            if late and alone > ALONE_SECONDS and not self._called:
                 self._call_together()
-            elif now - self._regroups_since > MEET_SECONDS:
+            elif alone > MEET_SECONDS:
                 for rank in late:
                     self._cut(rank, f"it did not come within {MEET_SECONDS:.0f} s after a loss")
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """If all have come whom the run waits for, do what is next."""
+        members = self.members
+        if self.code is not None or self.generation < 0:
+            return
+        if members and all(rank.done for rank in members):
+            self._finish()
+        elif not members:
+            self.end(1, "no rank is left; --resume auto goes on from the last checkpoint")
+        elif self._regroups_since is not None and all(rank.progress for rank in members):
+            self._form([*members, *self._ready()])
 
     def _cut(self, rank: Rank, why: str) -> None:
         rank.send("cut")

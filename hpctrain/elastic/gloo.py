@@ -22,7 +22,7 @@ from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Member, Progress,
 from hpctrain.elastic.wire import ADDRESS, KEY, LINE_BYTES, challenge, pack, proof, proves, unpack
 from hpctrain.errors import Dismissed, Error, PeerLost
 from hpctrain.fence import Fence, identity
-from hpctrain.slurm.hosts import interface_of
+from hpctrain.network import interface_of
 
 T = TypeVar("T")
 

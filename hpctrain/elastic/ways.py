@@ -17,9 +17,9 @@ from typing import NamedTuple, Protocol
 import psutil
 
 from hpctrain.errors import Error
+from hpctrain.network import address_towards, answers
 from hpctrain.process import search_path
 from hpctrain.slurm import commands
-from hpctrain.slurm.hosts import address_towards
 from hpctrain.slurm.ssh import one_task
 
 SEAT = [sys.executable, "-m", "hpctrain.elastic.seat"]
@@ -101,7 +101,7 @@ class Ssh:
 
     async def usable(self, seat: int) -> bool:
         """Whether the host answers."""
-        return await _answers(self.hosts[seat], SSH_PORT)
+        return await asyncio.to_thread(answers, self.hosts[seat], SSH_PORT, PROBE_SECONDS)
 
 
 class Srun:
@@ -125,7 +125,7 @@ class Srun:
         host = self.hosts[seat]
         if not await asyncio.to_thread(commands.node_is_up, host):
             return False
-        return await _answers(host, SLURMD_PORT)
+        return await asyncio.to_thread(answers, host, SLURMD_PORT, PROBE_SECONDS)
 
 
 class Pool:
@@ -199,18 +199,6 @@ async def _child(command: Sequence[str], environment: Mapping[str, str], task: T
                 await asyncio.wait_for(process.wait(), KILL_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-
-
-async def _answers(host: str, port: int) -> bool:
-    """Whether a host is there, even if nothing listens."""
-    try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), PROBE_SECONDS)
-    except ConnectionRefusedError:
-        return True
-    except (OSError, asyncio.TimeoutError):
-        return False
-    writer.close()
-    return True
 
 
 def address_for(hosts: Sequence[str]) -> str:

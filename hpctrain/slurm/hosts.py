@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from hpctrain.errors import Error
 from hpctrain.launcher import tasks_per_node
+from hpctrain.network import address_towards, interface_of
 
 
 class Node(NamedTuple):
@@ -70,25 +70,4 @@ def interface(others: list[str]) -> str | None:
             continue
         if (name := interface_of(mine)) is not None:
             return name
-    return None
-
-
-def address_towards(other: str) -> str:
-    """The address of this host from which it reaches another one.
-
-    Raises:
-        OSError: It does not know the other one.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((other, 9))  # sends nothing
-        return str(probe.getsockname()[0])
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface of this host that has that address."""
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == address for each in addresses):
-            return str(name)
     return None

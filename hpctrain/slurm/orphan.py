@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from hpctrain.errors import Error
+from hpctrain.network import answers
 from hpctrain.process import search_path
 from hpctrain.slurm import commands
 
@@ -85,19 +86,8 @@ def watch(address: str) -> None:
     except OSError:
         pass
     time.sleep(END_SECONDS)
-    if not _answers(host, int(port)):
+    if not answers(host, int(port), SILENCE_SECONDS):
         _requeue()
-
-
-def _answers(host: str, port: int) -> bool:
-    """Whether a host is there, with the script or without it."""
-    try:
-        socket.create_connection((host, port), timeout=SILENCE_SECONDS).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _requeue() -> None:

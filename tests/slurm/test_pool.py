@@ -64,3 +64,18 @@ def test_a_node_is_lost_and_comes_back(hosts, site, launched):
     assert [line["host"] for line in event("lost")] == ["n3"]
     done = site("trace", "run")
     assert done.returncode == 0 and "each once an epoch" in done.stdout, done.stdout
+
+
+def test_in_a_job(hosts, site):
+    """`hpctrain submit --elastic` where MPI's fault tolerance is not to be had, or not wanted."""
+    arguments = (TASK, "--elastic", "--epochs", 7, *TRAIN[5:], "--nodes", 3)
+    _, run = site.submit(*arguments, env={"HPCTRAIN__ELASTIC__MODE": "gloo"})
+    site.reached(40)
+    hosts.kill("n3")
+    site.until(lambda: (run / "result.json").exists(), seconds=120)
+    assert "elastic: gloo: as asked for" in site.log()
+    result = json.loads((run / "result.json").read_text())
+    assert [change["size"] for change in result["world"]] == [3, 2]
+    assert [line["host"] for line in site.metrics() if "lost" in line] == ["n3"]
+    code, said = site.wait()
+    assert code == 0, said
