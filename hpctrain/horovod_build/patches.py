@@ -182,6 +182,24 @@ PATCHES = (
 """,
     ),
     Patch(
+        "gloo-unbound-sends",
+        "a send that waits in a connection's queue when that fails is never told, where its buffer "
+        "is an unbound one, as all of Gloo's collectives have: it waits until Gloo's timeout",
+        "third_party/gloo/gloo/transport/tcp/pair.cc",
+        """      op.buf->signalException(ex);
+    }
+  }
+""",
+        """      op.buf->signalException(ex);
+    }
+    NonOwningPtr<UnboundBuffer> ubuf(op.ubuf);
+    if (ubuf) {
+      ubuf->signalException(ex);
+    }
+  }
+""",
+    ),
+    Patch(
         "start-again",
         "a start that failed once made all later ones fail",
         "horovod/common/operations.cc",
