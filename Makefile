@@ -20,7 +20,7 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test check mpi-test unit-test horovod chaos format clean
+.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,15 +28,22 @@ help:  ## this list
 train: horovod  ## set up, then train the digits on 2 ranks over Horovod
 	horovodrun -np $(NP) hpctrain train digits
 
-test: check unit-test mpi-test  ## set up, then every check and test
+test: check horovod  ## set up, then every check and test
+	$(MAKE) -j 2 slurm-test unit-test
+	$(MAKE) mpi-test
 
 check: $(VENV)/.installed  ## lint, format and types
 	ruff check .
 	ruff format --check .
 	mypy
 
+# It mostly waits, so it runs beside the others; what it prints comes in one piece.
+slurm-test: horovod  ## tests on a Slurm cluster of their own
+	mkdir -p build
+	pytest tests/slurm > build/slurm-test.log 2>&1; code=$$?; cat build/slurm-test.log; exit $$code
+
 unit-test: horovod  ## tests that start their own worlds, or need none
-	pytest
+	pytest tests/unit tests/e2e
 
 mpi-test: horovod  ## tests that run inside a world, of 2 ranks and of 3
 	mpirun -np 3 pytest tests/mpi

@@ -39,7 +39,7 @@ setup(
         "click>=8.1",  # the command line
         "tqdm>=4.65",  # progress bars
         "tensorboard>=2.14",  # event files beside metrics.jsonl
-        "scikit-learn>=1.3",  # the bundled digits: the task that needs no network
+        "scikit-learn>=1.3",  # its file of digits: the task that needs no network
         "filelock>=3.12",  # one Horovod build at a time
         "jinja2>=3.1",  # batch scripts for Slurm, and the page of a report
         "psutil>=5.9",  # the network interface between a job's nodes; a launcher's ranks, in tests

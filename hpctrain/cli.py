@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from hpctrain import __version__, failure, process
+from hpctrain import __version__, failure, garbage, process
 from hpctrain.errors import Error
 from hpctrain.launcher import detect
 from hpctrain.model import cli as model
@@ -97,9 +97,11 @@ def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> N
     Exit codes: 0 completed (result.json is there), 75 asked to stop (--resume auto goes on),
     2 something you can put right, 1 anything else.
     """
-    from hpctrain.run import configure, run
+    with garbage.none_before_training():
+        from hpctrain.run import configure, run
 
-    if code := run(configure(_layers(config_path, settings, flags)), say=click.echo):
+        code = run(configure(_layers(config_path, settings, flags)), say=click.echo)
+    if code:
         sys.exit(code)
 
 
@@ -619,4 +621,5 @@ def _leave(code: int) -> NoReturn:
         process.abort(code)
     if code != 0 or not process.mpi_is_whole:
         os._exit(code)
+    garbage.leave_alone()  # else the interpreter looks through all modules on its way out
     sys.exit(0)

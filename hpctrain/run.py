@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hpctrain import garbage
 from hpctrain.checkpoint import CheckpointStore, load_verified
 from hpctrain.config import Layer, RunConfig, put, resolve
 from hpctrain.data.stage import stage, unstage
@@ -102,6 +103,7 @@ def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str]
     if config.world_size is not None and how.joined is None:
         how.world.require(config.world_size)
     if isinstance(how, Serving) and how.serves:
+        garbage.leave_alone()
         how.serve()
         return 0
     try:
@@ -204,6 +206,7 @@ class _Run:
                 elastic.membership.begin(out, config.elastic.workers)
             if self._how.joined is None:
                 self._announce(self._recorder)
+            garbage.leave_alone()
         try:
             trainer.run(self._recorder, self._interruption, meeting)
         except BaseException:

@@ -1,6 +1,7 @@
 """Within a world of several ranks the `mpi` tests run, and otherwise all the others."""
 
 import io
+import os
 
 import pytest
 
@@ -8,6 +9,10 @@ from hpctrain.launcher import detect
 
 LAUNCH = detect()
 collect_ignore = ["unit", "e2e", "slurm"] if LAUNCH.size > 1 else ["mpi"]
+
+# Tests run beside one another on few cores. Threads of OpenMP that spin while they wait for one
+# that has no core make a step many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.hookimpl(trylast=True)

@@ -32,6 +32,25 @@ def test_help_is_quick_and_loads_no_torch():
         assert "Usage:" in result.stdout
 
 
+START = """
+import gc
+import sys
+from hpctrain.tasks.digits import Digits
+
+class Mine(Digits):
+    def loss(self, model, batch):
+        assert not {"scipy", "sklearn", "matplotlib"} & set(sys.modules)
+        assert gc.isenabled() and gc.get_freeze_count() > 100_000
+        return super().loss(model, batch)
+"""
+
+
+def test_training_starts_with_little(hpctrain):
+    """Nothing is imported that it does not need, nor looked through for garbage."""
+    (hpctrain.folder / "mine.py").write_text(START)
+    hpctrain.train("mine.py:Mine", "--steps", 2)
+
+
 def test_doctor_finds_nothing_wrong_here(hpctrain):
     result = hpctrain("doctor")
     assert result.returncode == 0, result.stdout

@@ -32,13 +32,13 @@ def assert_failed(site, number, code, *words, since=None):
     return failure
 
 
-def processes(text):
-    """The processes of this machine, in whatever namespace, whose command line has a text."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(text in part for part in process.info["cmdline"] or ()):
-            found.append(process)
-    return found
+def processes(site, word):
+    """The processes of a site's jobs, in whatever namespace, with a word in their command line."""
+    return [
+        process
+        for process in psutil.process_iter(["cwd", "cmdline"])
+        if process.info["cwd"] == str(site.folder) and word in (process.info["cmdline"] or ())
+    ]
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun", "horovodrun"])
@@ -64,14 +64,13 @@ def test_a_killed_rank(site, launcher):
 
 
 def test_a_killed_srun(site):
-    number, run = site.submit(*SLOW)
+    number, _ = site.submit(*SLOW)
     site.reached(10)
-    (launcher, *_) = [
-        p for p in processes(str(run.name)) if p.name() == "srun" and "--mpi=pmix" in p.cmdline()
-    ]
+    assert len(processes(site, "train")) >= 2
+    launcher, *_ = [p for p in processes(site, "--mpi=pmix") if p.name() == "srun"]
     launcher.send_signal(signal.SIGKILL)
     assert_failed(site, number, 137, "SIGKILL: srun was killed")
-    site.until(lambda: not [p for p in processes("faulty_task.py") if "train" in p.cmdline()], 20)
+    site.until(lambda: not processes(site, "train"), 20)
 
 
 def test_a_killed_batch_script(site):
@@ -81,7 +80,7 @@ def test_a_killed_batch_script(site):
     site.cluster.wait_for(number, "FAILED", "CANCELLED", seconds=SECONDS)
     code, said = site.wait()
     assert code != 0, said
-    site.until(lambda: not [p for p in processes("faulty_task.py") if "train" in p.cmdline()], 20)
+    site.until(lambda: not processes(site, "train"), 20)
 
 
 def test_worlds_of_one(site, tmp_path):
