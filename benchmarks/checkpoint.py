@@ -2,9 +2,9 @@
 
     python -m benchmarks.checkpoint --folder /scratch --out results
 
-The state is that of a model trained by Adam: parameters and two moments, in tensors of up to 4 MB.
-For each size the rounds go over all cases in turn, in one process, so that whatever else the machine
-and its disk do falls on all alike.
+The state is that of a model trained by Adam: parameters and two moments, in tensors of about 4 MB.
+For each size the rounds go over all cases in turn, in one process, so that whatever else the
+machine and its disk do falls on all alike.
 
 - blocked: how long the training loop waits: until save returns
 - durable: until all is on disk, by fsync, whatever happens to the machine then
@@ -19,7 +19,8 @@ The cases:
 - safetensors: ``save_file``, fsync; ``load_file``
 - write: write(2) of the bytes and fsync; readinto: the limit of this disk
 
-Shown are the median over rounds, the least and the largest. What is restored is compared, each time.
+Shown are the median over rounds, the least and the largest. What is restored is compared, each
+time.
 
 Prints a table; --out gets checkpoint.json, checkpoint.csv and plots (PNG, SVG).
 """

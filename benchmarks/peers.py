@@ -49,6 +49,7 @@ RANKS = 2
 HERE = "here"
 TOLERANCE = 1e-4
 BASE = "ddp"
+TRAINED = "resnet18,mlp_25M"
 TARGET = 1.0
 Result = dict[str, Any]
 Start = Callable[[Sequence[str], float], CompletedProcess[str]]
@@ -62,9 +63,12 @@ def network(name: str) -> Iterator[tuple[Start, str]]:
         name: ``here``, or the Mbit/s of the links between emulated hosts.
     """
     if name == HERE:
-        yield lambda command, seconds: run(
-            [*mpirun(RANKS), *command], timeout_seconds=seconds, cwd=ROOT
-        ), "shared"
+        yield (
+            lambda command, seconds: run(
+                [*mpirun(RANKS), *command], timeout_seconds=seconds, cwd=ROOT
+            ),
+            "shared",
+        )
         return
     with ps_hosts.hosts(RANKS, float(name)) as cluster:
         yield lambda command, seconds: cluster.mpirun([1] * RANKS, command, seconds), "own"
@@ -108,7 +112,9 @@ def check(results: dict[str, Result]) -> None:
             each["failed"] = f"other parameters ({each['error']:g}), losses {each['loss_error']:g}"
 
 
-def record_of(variables: dict[str, Any], rounds: Sequence[Result], base: Sequence[Result]) -> Result:
+def record_of(
+    variables: dict[str, Any], rounds: Sequence[Result], base: Sequence[Result]
+) -> Result:
     """Of a case: independent variables first; medians over rounds, least and largest."""
     record = {**variables, "oversubscribed": cores() < RANKS}
     failures = [each["failed"] for each in rounds if "failed" in each]
@@ -186,7 +192,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = ",".join(CASES)
     parser.add_argument("--cases", type=lambda text: text.split(","), default=names)
-    parser.add_argument("--models", type=lambda text: text.split(","), default=",".join(MODELS))
+    parser.add_argument(
+        "--models", type=lambda text: text.split(","), default=TRAINED, help=", ".join(MODELS)
+    )
     parser.add_argument(
         "--networks", type=lambda text: text.split(","), default=f"{HERE},1000",
         help=f"'{HERE}', or Mbit/s between emulated hosts",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -35,7 +36,9 @@ POOL = 4  # batches, taken in turn
 SAMPLED = 97  # every so many-th parameter is compared
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Case = Callable[["Place", nn.Module, torch.optim.Optimizer], contextlib.AbstractContextManager[Step]]
+Case = Callable[
+    ["Place", nn.Module, torch.optim.Optimizer], contextlib.AbstractContextManager[Step]
+]
 
 
 class Place(NamedTuple):
@@ -89,10 +92,11 @@ def resnet18() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
-def mlp() -> nn.Module:
-    """A perceptron: 25,198,602 parameters in 14 tensors."""
-    hidden = [layer for _ in range(6) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(2048, 10))
+def mlp(inputs: int, hidden: int, layers: int) -> nn.Module:
+    """A perceptron with so many hidden layers."""
+    sizes = [inputs, *[hidden] * layers]
+    pairs = ((nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(sizes))
+    return nn.Sequential(*itertools.chain(*pairs), nn.Linear(hidden, 10))
 
 
 class Kind(NamedTuple):
@@ -103,7 +107,11 @@ class Kind(NamedTuple):
     batch: int  # of a rank
 
 
-MODELS = {"resnet18": Kind(resnet18, (3, 32, 32), 8), "mlp": Kind(mlp, (2048,), 32)}
+MODELS = {
+    "resnet18": Kind(resnet18, (3, 32, 32), 8),
+    "mlp_25M": Kind(partial(mlp, 2048, 2048, 6), (2048,), 32),  # 25,198,602 parameters
+    "mlp_2M": Kind(partial(mlp, 1024, 1024, 2), (1024,), 32),  # 2,109,450
+}
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -137,11 +145,13 @@ def hpctrain(
 
 
 @contextlib.contextmanager
-def ps(place: Place, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Step]:
+def ps(
+    place: Place, model: nn.Module, optimizer: torch.optim.Optimizer, compression: str = "none"
+) -> Iterator[Step]:
     """Our parameter server, a server in every worker's process: as many processes as the others."""
     from hpctrain.config import PsConfig
 
-    config = PsConfig(servers=place.size, colocate=True)
+    config = PsConfig(servers=place.size, colocate=True, compression=compression)
     with hpctrain(place, model, optimizer, "ps", ps=config) as step:
         yield step
 
@@ -294,15 +304,29 @@ def train(case: Case, kind: Kind, place: Place, steps: int) -> tuple[dict[str, A
     return {"times_ms": times[WARM_UP:], "losses": losses}, moved
 
 
+def end_with_parent() -> None:
+    """Have this process killed when its launcher is.
+
+    mpirun gives each rank a group of its own, so killing its own at the time limit is not enough.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def take_cores(rank: int, size: int) -> None:
+    """Have an emulated host's rank run on its share of this host's cores."""
+    all_cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, all_cores[rank::size] or all_cores)
+    torch.set_num_threads(max(1, len(all_cores) // size))
+
+
 def child(name: str, models: str, steps: str, folder: str, own_cores: str) -> None:
     """A rank of a case; each writes what it measured, and a sample of its parameters."""
-    # mpirun gives each rank a group of its own, so killing its own at the time limit is not enough.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     launch = detect()
     if own_cores == "own":
-        all_cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, all_cores[launch.rank :: launch.size] or all_cores)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
+        take_cores(launch.rank, launch.size)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
