@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers_cases, ps_hosts
+from benchmarks import peers_cases, peers_models, ps_hosts
 from benchmarks.output import plots, spread, spread_of, table, write
 from hpctrain.errors import Error
 from hpctrain.launcher import detect
@@ -148,7 +148,7 @@ def child(codecs: str, steps: str, rounds: str, folder: str) -> None:
     peers_cases.take_cores(launch.rank, launch.size)
     place = peers_cases.Place(launch.rank, launch.size, "", torch.device("cpu"))
     found: dict[str, list[Result]] = {name: [] for name in codecs.split(",")}
-    kind, dense = peers_cases.MODELS[MODEL], torch.zeros(0)
+    kind, dense = peers_models.MODELS[MODEL], torch.zeros(0)
     for _ in range(int(rounds)):
         for name, results in found.items():
             case = partial(peers_cases.ps, compression=name)

@@ -40,7 +40,8 @@ import numpy as np
 
 from benchmarks import ps_hosts
 from benchmarks.output import plots, spread, spread_of, table, write
-from benchmarks.peers_cases import CASES, MODELS
+from benchmarks.peers_cases import CASES
+from benchmarks.peers_models import MODELS
 from hpctrain.errors import Error
 from hpctrain.process import cores, mpirun, run
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import peers, peers_cases
+from benchmarks import peers, peers_cases, peers_models
 from benchmarks.output import spread, spread_of
 
 
@@ -62,7 +62,7 @@ def test_a_failed_round_is_told_and_left_out():
     [("resnet18", 11_173_962), ("mlp_25M", 25_198_602), ("mlp_2M", 2_109_450)],
 )
 def test_models(name, parameters):
-    kind = peers_cases.MODELS[name]
+    kind = peers_models.MODELS[name]
     with torch.device("meta"):
         model = kind.build()
         assert model(torch.empty(kind.batch, *kind.shape)).shape == (kind.batch, 10)
@@ -106,7 +106,7 @@ def test_ranks_train_on_parts_of_the_same_batches():
 
         yield step
 
-    kind = peers_cases.Kind(lambda: torch.nn.Linear(3, 10), (3,), 2)
+    kind = peers_models.Kind(lambda: torch.nn.Linear(3, 10), (3,), 2)
     for rank in range(2):
         place = peers_cases.Place(rank, 2, "", torch.device("cpu"))
         record, moved = peers_cases.train(case, kind, place, steps=2)
