@@ -48,7 +48,7 @@ from benchmarks.output import plots, spread, spread_of, table, write
 from hpctrain.checkpoint import CheckpointStore, load_verified
 from hpctrain.files import sync
 
-SIZES = (16, 128, 512)  # MB
+SIZES = (16, 64, 256)  # MB
 TENSOR = 2**20  # float32 values of the largest
 BLOCK = 2**24  # bytes that are read at once
 State = dict[str, dict[str, torch.Tensor]]
@@ -281,7 +281,7 @@ def main() -> None:
         "--mb", type=lambda text: [int(size) for size in text.split(",")], default=list(SIZES),
         help="sizes of the state",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured")
     parser.add_argument("--out", type=Path, help="folder for JSON, CSV and plots")
     options = parser.parse_args()

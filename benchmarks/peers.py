@@ -8,7 +8,8 @@ both on this host, and on two emulated hosts with links of 1 Gbit/s (see ps_host
 each of which has its share of this host's cores.
 
 - horovod, ps: hpctrain's strategies; ps has a server in every worker's process
-- ddp: PyTorch's DistributedDataParallel, by gloo (nccl on GPUs); ddp_NN: with buckets of NN MB
+- ddp: PyTorch's DistributedDataParallel, by gloo (nccl on GPUs); ddp_NN: with buckets of NN MB,
+  by --cases
 - stock_horovod: ``hvd.DistributedOptimizer``
 - torch_rpc: a parameter server of PyTorch's RPC
 
@@ -51,6 +52,7 @@ HERE = "here"
 TOLERANCE = 1e-4
 BASE = "ddp"
 TRAINED = "resnet18,mlp_25M"
+COMPARED = "horovod,ps,ddp,stock_horovod,torch_rpc"
 TARGET = 1.0
 Result = dict[str, Any]
 Start = Callable[[Sequence[str], float], CompletedProcess[str]]
@@ -191,8 +193,9 @@ def show(records: Sequence[Result]) -> str:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    names = ",".join(CASES)
-    parser.add_argument("--cases", type=lambda text: text.split(","), default=names)
+    parser.add_argument(
+        "--cases", type=lambda text: text.split(","), default=COMPARED, help=", ".join(CASES)
+    )
     parser.add_argument(
         "--models", type=lambda text: text.split(","), default=TRAINED, help=", ".join(MODELS)
     )
@@ -201,7 +204,7 @@ def main() -> None:
         help=f"'{HERE}', or Mbit/s between emulated hosts",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=2, help="of processes")
-    parser.add_argument("--steps", type=int, default=5, help="timed in each process")
+    parser.add_argument("--steps", type=int, default=4, help="timed in each process")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for each process")
     parser.add_argument("--out", type=Path, help="folder for JSON, CSV and plots")
     options = parser.parse_args()

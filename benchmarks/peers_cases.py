@@ -31,7 +31,7 @@ from hpctrain.launcher import detect
 LR = 0.01
 MOMENTUM = 0.9
 LARGE_MB = 100  # of a bucket: about all gradients in one
-WARM_UP = 3
+WARM_UP = 2
 POOL = 4  # batches, taken in turn
 SAMPLED = 97  # every so many-th parameter is compared
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
