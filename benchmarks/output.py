@@ -1,20 +1,25 @@
-"""What the benchmarks of the model print and write."""
+"""What benchmarks print, write and plot."""
 
 from __future__ import annotations
 
 import csv
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hpctrain.process import cores
+from hpctrain.report.benchmarks import read_benchmark
+from hpctrain.report.cases import section
+from hpctrain.report.drawing import save
 
 SCHEMA = 1
-PACKAGES = ("hpctrain", "numpy", "scipy")
+PACKAGES = ("hpctrain", "torch", "numpy", "scipy")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -45,3 +50,25 @@ def write(folder: Path, name: str, records: Sequence[dict[str, Any]], **more: An
         writer = csv.DictWriter(file, list(dict.fromkeys(key for each in flat for key in each)))
         writer.writeheader()
         writer.writerows(flat)
+
+
+def spread_of(key: str, values: Sequence[float]) -> dict[str, float]:
+    """A measure of several rounds: the median, the least and the largest; nothing of none."""
+    if not values:
+        return {}
+    ends = min(values), max(values)
+    return {key: statistics.median(values), f"{key}_min": ends[0], f"{key}_max": ends[1]}
+
+
+def spread(record: dict[str, Any], key: str) -> str:
+    """What :func:`spread_of` made, as a cell of a table."""
+    if key not in record:
+        return "failed" if "failed" in record else ""
+    return f"{record[key]:.3g} ({record[f'{key}_min']:.3g}..{record[f'{key}_max']:.3g})"
+
+
+def plots(folder: Path, name: str) -> None:
+    """Of NAME.json, as a report has them: PNG and SVG, where matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        for figure in section(read_benchmark(folder / f"{name}.json")).figures:
+            save(figure, folder / figure.name)

@@ -1,0 +1,38 @@
+"""What benchmarks.checkpoint saves, and what it makes of measurements."""
+
+import pytest
+import torch
+
+from benchmarks import checkpoint
+
+
+@pytest.mark.parametrize("megabytes", [1, 13, 40])
+def test_states_have_their_size(megabytes):
+    state = checkpoint.state_of(megabytes, 0)
+    assert checkpoint.nbytes(state) == pytest.approx(1e6 * megabytes, rel=1e-4)
+    assert list(state) == ["model", "exp_avg", "exp_avg_sq"]
+    assert not torch.equal(state["model"]["layer0.weight"], state["exp_avg"]["layer0.weight"])
+
+
+def test_rates_are_bytes_by_seconds():
+    times = {"blocked_ms": 1.0, "warm_restore_ms": 8.0, "cold_restore_ms": 16.0}
+    rounds = [{**times, "durable_ms": each} for each in (2.0, 4.0, 8.0)]
+    record = checkpoint.record_of("write", 16, 16_000_000, rounds)
+    assert record["durable_GBps"] == 4.0 and record["durable_GBps_max"] == 8.0
+    assert record["warm_restore_GBps"] == 2.0 and record["cold_restore_GBps"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["hpctrain", "torch", "dcp", "safetensors", "write"])
+def test_what_is_saved_is_restored(name, tmp_path):
+    state, live = checkpoint.state_of(1, 0), checkpoint.state_of(1, 1)
+    times = checkpoint.one_round(checkpoint.CASES[name], state, live, tmp_path / name)
+    assert times["durable_ms"] >= times["blocked_ms"] > 0
+    for one, other in zip(checkpoint.flat(state), checkpoint.flat(live), strict=True):
+        assert torch.equal(checkpoint.flat(state)[one], checkpoint.flat(live)[other])
+
+
+def test_another_state_is_noticed(tmp_path):
+    state, live = checkpoint.state_of(1, 0), checkpoint.state_of(1, 1)
+    forgetful = checkpoint.Case(checkpoint.plain_save, lambda state, folder: None)
+    with pytest.raises(AssertionError, match="was not restored"):
+        checkpoint.one_round(forgetful, state, live, tmp_path / "case")
