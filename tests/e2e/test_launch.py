@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +49,14 @@ def test_losses(hpctrain, plan, ranks, epochs):
     assert min(sizes) == ranks - plan.count("rank") or len(set(sizes)) > 1
     assert sizes[0] == ranks and sizes[-1] == ranks
     assert result["metrics"]["final"]["val_accuracy"] > 0.97
+
+
+def test_a_world_formed_again_and_again(hpctrain):
+    """Gloo's connections are cut while Horovod's thread is at them, wherever that is just then."""
+    rank = (sys.executable, Path(__file__).with_name("regroup.py"), hpctrain.folder, 40)
+    done = hpctrain("launch", "-np", 3, "--", *rank, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("3 ranks go on") == 40
 
 
 def test_an_error_on_one_rank_ends_all(hpctrain):
