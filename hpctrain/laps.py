@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PARTS = ("input", "compute", "exchange", "update", "other")
 """Of a step: waiting for the batch; forward and backward; what the exchange of gradients, and
@@ -28,6 +29,10 @@ class Laps:
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
+        if self._gpu:
+            from torch.cuda import Event
+
+            self._event: Any = Event
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._marks: list[tuple[str, Any]] = []
         self.lap("other")
@@ -35,7 +40,7 @@ class Laps:
     def lap(self, part: str) -> None:
         """What has passed since the last call was this part of a step."""
         if self._gpu:
-            mark = torch.cuda.Event(enable_timing=True)
+            mark: Any = self._event(enable_timing=True)
             mark.record()
         else:
             mark = time.perf_counter()
