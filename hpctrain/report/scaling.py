@@ -100,7 +100,7 @@ def _add(found: Section, task: str, members: Sequence[Sequence[Run]]) -> None:
         )
     )
     ranks, alone, most = max(ideal, key=lambda each: each[2])
-    ends = (ranks, alone), (most, alone / ranks * most)
+    ends = [(ranks, alone), (most, alone / ranks * most)]
     found.figures += _plots(task, speed, efficiency, ends, "in the smallest run", caption)
 
 
@@ -156,7 +156,7 @@ def _of_group(group: str, records: Sequence[Record]) -> list[Figure]:
     # Of whatever efficiency is measured by: its speed of a rank is the same in all records.
     share = speed[0].y[0] / speed[0].x[0] / efficiency[0].y[0] if efficiency[0].y[0] else 0.0
     least, most = (pick(x for each in speed for x in each.x) for pick in (min, max))
-    ends = (least, share * least), (most, share * most)
+    ends = [(least, share * least), (most, share * most)]
     figures: list[Figure] = [
         *_plots(group, speed, efficiency, ends, "by which efficiency is measured", caption)
     ]
@@ -188,7 +188,7 @@ def _lines(records: Sequence[Record], key: str) -> list[Series]:
             (ranks, each, r.get("oversubscribed") is True)
             for r in records
             if str(r.get("strategy")) == strategy
-            and (ranks := number(r.get("ranks")))
+            and (ranks := number(r.get("ranks")) or 0.0) > 0
             and (each := measured([r], key)) is not None
         ]
         if points:
