@@ -116,8 +116,12 @@ def summary(lines: Sequence[Line]) -> list[Line]:
     lines = latest(lines, KEYS)
     for scaling in ("weak", "strong"):
         rounds: dict[tuple[Any, ...], list[Line]] = {}
-        for line in lines:
-            if line["batch"] == line["rank_batch"] * (line["workers"] if scaling == "weak" else 1):
+        belong = [line for line in lines if scaling in scalings_of(line)]
+        # A worker alone belongs to both; it is shown where there is something to compare.
+        scaled = {line["task"] for line in belong if line["workers"] > 1}
+        shown = {line["task"] for line in lines if line["workers"] > 1}
+        for line in belong:
+            if line["task"] in scaled or (line["task"] not in shown and scaling == "weak"):
                 rounds.setdefault(tuple(line[key] for key in KEYS[:-1]), []).append(line)
         for key, group in rounds.items():
             records.append(record_of(scaling, group, baseline(key, rounds)))
@@ -132,6 +136,12 @@ def summary(lines: Sequence[Line]) -> list[Line]:
             r["ranks"],
         ),
     )
+
+
+def scalings_of(line: Line) -> list[str]:
+    """The kinds of scaling that a line is a point of, as its batch says."""
+    batches = {"weak": line["rank_batch"] * line["workers"], "strong": line["rank_batch"]}
+    return [scaling for scaling, batch in batches.items() if batch == line["batch"]]
 
 
 def baseline(key: tuple[Any, ...], groups: dict[tuple[Any, ...], list[Line]]) -> list[Line]:
@@ -155,8 +165,9 @@ def record_of(scaling: str, group: Sequence[Line], base: Sequence[Line]) -> Line
         for line in group
         if line["round"] in alone
     ]
+    batch = f"{first['rank_batch']} {'a rank' if scaling == 'weak' else 'in all'}"
     emulated = ", EMULATED COMPUTE" if first["emulated_compute"] else ""
-    record: Line = {"group": f"{first['task']}, {scaling} scaling{emulated}"}
+    record: Line = {"group": f"{first['task']}, {scaling} scaling, {batch}{emulated}"}
     record |= {key: first[key] for key in ("task", "strategy")}
     record |= {"scaling": scaling}
     record |= {key: first[key] for key in ("ranks", "workers", "batch", "threads")}

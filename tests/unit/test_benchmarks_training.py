@@ -90,6 +90,7 @@ def test_what_is_measured_again_replaces_and_what_differs_stays_apart():
     lines = [line(speed=50.0), line(speed=100.0), line(speed=200.0, number=1)]
     lines.append(line(speed=10.0, emulated_compute=True))
     records = scaling.summary(lines)
+    assert len(records) == 2
     plain = found(records, scaling="weak", emulated_compute=False)
     assert plain["samples_per_second"] == 150 and plain["rounds"] == 2
     emulated = found(records, scaling="weak", emulated_compute=True)
@@ -170,18 +171,18 @@ def test_reports_of_scaling(tmp_path):
     lines = [line("single"), *(line(ranks=n, speed=80.0 * n) for n in (1, 2, 4))]
     file = write(tmp_path, "scaling", scaling.summary(lines))
     plots = figures_of(file)
-    speed = plots["scaling-digits-weak-scaling-throughput"]
+    speed = plots["scaling-digits-weak-scaling-64-a-rank-throughput"]
     assert [each.label for each in speed.series] == ["single", "horovod"]
     assert list(speed.series[1].hollow) == [False, False, True]
     assert speed.ideal == [(1.0, 100.0), (4.0, 400.0)]
-    assert list(plots["scaling-digits-weak-scaling-efficiency"].series[1].y) == [0.8] * 3
-    parts = plots["scaling-digits-weak-scaling-parts"]
+    assert list(plots["scaling-digits-weak-scaling-64-a-rank-efficiency"].series[1].y) == [0.8] * 3
+    parts = plots["scaling-digits-weak-scaling-64-a-rank-parts"]
     assert isinstance(parts, Stacks) and list(parts.labels) == [
         "single, 1", "horovod, 1", "horovod, 2", "horovod, 4*"
     ]  # fmt: skip
     assert "horovod, 4*: input 0, compute 1, exchange 2" in str(parts)
     (section,) = sections_of([], [read_benchmark(file)])
-    assert len(section.tables) == 2  # strong scaling has the runs on one rank alone
+    assert len(section.tables) == 1  # of strong scaling there is nothing but one rank
 
 
 def test_reports_of_accuracy(tmp_path):
