@@ -33,22 +33,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.launching import check, count, latest, parser_of, start
 from benchmarks.output import table
-from benchmarks.training import (
-    Case,
-    Line,
-    about,
-    cases,
-    check,
-    count,
-    known,
-    latest,
-    parser_of,
-    save,
-    spread_of,
-    start,
-    train,
-)
+from benchmarks.training import Case, Line, about, cases, known, save, spread_of, train
 from hpctrain.launcher import Launch
 
 WARM_UP_STEPS = 5

@@ -3,13 +3,14 @@
 import json
 import math
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import accuracy, scaling, training
+from benchmarks import accuracy, launching, scaling, training
 from hpctrain.errors import Error
 from hpctrain.laps import PARTS
 from hpctrain.report.benchmarks import read_benchmark
@@ -218,7 +219,7 @@ class Launches:
 
 def test_ranks_are_started_round_after_round(monkeypatch, tmp_path, capsys):
     launches = Launches()
-    monkeypatch.setattr(training, "run", launches)
+    monkeypatch.setattr(launching, "run", launches)
     monkeypatch.setattr(scaling, "save", lambda *_: None)
     (tmp_path / "scaling.jsonl").write_text("of another time")
     command = ["--launcher", "srun --mpi=pmix -n", "--ranks=1,2", "--rounds", "2", "--batch", "64"]
@@ -226,17 +227,17 @@ def test_ranks_are_started_round_after_round(monkeypatch, tmp_path, capsys):
     starts = [each[:4] for each in launches.started]
     assert starts == [["srun", "--mpi=pmix", "-n", n] for n in ("1", "2", "1", "2")]
     assert launches.started[2][4:] == [
-        training.sys.executable, "-m", "benchmarks.scaling", "--ranks=1,2", "--rounds", "2",
+        sys.executable, "-m", "benchmarks.scaling", "--ranks=1,2", "--rounds", "2",
         "--batch", "64", "--rounds=1", "--first-round=1", f"--lines={tmp_path / 'scaling.jsonl'}",
     ]  # fmt: skip
     assert "0.75" in capsys.readouterr().out
 
 
 def test_ranks_that_fail_are_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "run", Launches(1, "step 1\nerror: no disk. HINT: buy one.\n"))
+    monkeypatch.setattr(launching, "run", Launches(1, "step 1\nerror: no disk. HINT: buy one.\n"))
     arguments = scaling.arguments_of(["--launcher", "srun -n", "--quick"])
     with pytest.raises(Error, match="1 ranks failed with exit code 1: error: no disk") as error:
-        training.drive("benchmarks.scaling", [], arguments, tmp_path / "lines")
+        launching.drive("benchmarks.scaling", [], arguments, tmp_path / "lines")
     assert "srun -n 1" in error.value.hint
 
 
