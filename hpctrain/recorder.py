@@ -17,7 +17,9 @@ from tqdm import tqdm
 from hpctrain.errors import Error
 from hpctrain.world import World
 
-Kind = Literal["train", "validation", "exchange", "event"]
+Kind = Literal["train", "timing", "validation", "exchange", "event"]
+QUIET = ("timing", "exchange")
+"""What is written, but not shown."""
 
 
 class Recorder(Protocol):
@@ -90,7 +92,7 @@ class RunRecorder:
                 f"cannot write {self._lines.name}: {error.strerror}.",
                 hint="make room, then go on with --resume auto.",
             ) from error
-        if kind == "exchange":
+        if kind in QUIET:
             return
         text = text or " ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar is not None and kind == "train":

@@ -23,6 +23,7 @@ from hpctrain.elastic.ledger import Ledger, launches
 from hpctrain.elastic.membership import Meeting, Progress, Regroup
 from hpctrain.errors import Error
 from hpctrain.interruption import Interruption
+from hpctrain.laps import PARTS, Laps
 from hpctrain.launcher import ALONE
 from hpctrain.meter import Meter, total
 from hpctrain.recorder import Recorder
@@ -50,6 +51,7 @@ class _Mark(NamedTuple):
     samples: int
     input_wait_seconds: float
     lost: int
+    parts: dict[str, float]
 
 
 class Trainer:
@@ -96,7 +98,8 @@ class Trainer:
         self._validation = sources.get("validation")
         self._train_meter = Meter()
         self._validation_meter = Meter()
-        self._mark = _Mark(0.0, 0, 0, 0.0, 0)
+        self._laps = Laps(self.device)
+        self._mark = _Mark(0.0, 0, 0, 0.0, 0, {})
         self._start: dict[str, Any] = {}
         self._consumed = 0  # samples of this rank
         self._changes = Changes(self.world)
@@ -203,6 +206,7 @@ class Trainer:
             self.optimizer = self.strategy.wrap(
                 self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
             )
+            self.optimizer.mark = self._laps.lap
         elif self._elastic is not None:
             # Once more: another rank was lost before all had begun. No step has ended.
             assert isinstance(self.optimizer, ElasticOptimizer) and self._committed is not None
@@ -248,10 +252,13 @@ class Trainer:
             self._catch_up(meeting, recorder, interruption)
             counters = self.state.counters
         while not self.finished:
+            self._laps.lap("other")
             for batch in self._loader:
+                self._laps.lap("input")
                 self._step(optimizer, batch)
                 epoch_ended = batch.stop == self._loader.samples
                 self._attend(recorder, interruption, epoch_ended=epoch_ended)
+                self._laps.lap("other")
                 if self.finished:
                     break
         if not lockstep:
@@ -268,6 +275,7 @@ class Trainer:
         self._skip(optimizer.missed)
         self.state.model.train()
         self._attended = self.state.counters.step
+        self._laps.lap("other")
         self._mark = self._now()
         self._changes.begin()
         self._leads = self.world.rank == 0
@@ -412,6 +420,8 @@ class Trainer:
                 "input_wait_seconds": now.input_wait_seconds - before.input_wait_seconds,
                 "samples": float(now.samples - before.samples),
                 "lost_samples": float(now.lost - before.lost),
+                "steps": float(steps),
+                **{part: now.parts[part] - before.parts[part] for part in PARTS},
             },
             lockstep=lockstep,
         )
@@ -432,13 +442,19 @@ class Trainer:
             values["lost_samples"] = self._lost
             counters.metrics["lost_samples"] = self._lost
         recorder.write("train", counters.step, values)
+        # Means over the steps of all ranks.
+        timing = {f"{part}_ms": 1e3 * sums[part] / sums["steps"] for part in PARTS}
+        recorder.write("timing", counters.step, timing)
         if statistics:
             recorder.write("exchange", counters.step, statistics)
 
     def _now(self) -> _Mark:
         loader = self._loader
         step = self.state.counters.step
-        return _Mark(time.monotonic(), step, self._consumed, loader.wait_seconds, loader.lost)
+        parts = self._laps.read()
+        return _Mark(
+            time.monotonic(), step, self._consumed, loader.wait_seconds, loader.lost, parts
+        )
 
     def _due(self, every_steps: int | None, epoch_ended: bool) -> bool:
         if every_steps is None:
@@ -469,6 +485,7 @@ class Trainer:
                 loss, means = self._loss(self.state.model, part)
                 (loss * part.weight).backward()
             self._computed.append((means, part.samples))
+        self._laps.lap("compute")
         # A rank without samples steps too: the others wait for its zeros.
         optimizer.step()
         if self.state.ema is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from hpctrain.compare import Record
+from hpctrain.laps import PARTS
 from hpctrain.report.figures import (
+    Figure,
     Plot,
     Section,
     Series,
+    Stacks,
     Table,
     file_name,
     number,
@@ -78,6 +82,7 @@ def speed(runs: Sequence[Run]) -> Section:
     found.figures += _plot(
         runs, "train", "samples_per_second", "throughput", from_zero=True, marks=marks, **about
     )
+    found.figures += parts(runs)
     found.figures += _plot(
         runs, "train", "input_wait_ms", "waiting for input", "ms a step", from_zero=True
     )
@@ -86,6 +91,29 @@ def speed(runs: Sequence[Run]) -> Section:
         "share of the time", from_zero=True,
     )  # fmt: skip
     return found
+
+
+def parts(runs: Sequence[Run]) -> list[Figure]:
+    """Where the time of a step goes: the median over a run's lines, but for the first."""
+    found = {}
+    for run in runs:
+        lines = run.of("timing")
+        values = [
+            [each for line in lines[1:] or lines if (each := number(line.get(f"{part}_ms")))]
+            for part in PARTS
+        ]
+        if lines:
+            found[run.label] = [statistics.median(each) if each else 0.0 for each in values]
+    if not found:
+        return []
+    lengths = dict(zip(PARTS, zip(*found.values(), strict=True), strict=True))
+    caption = "Exchange: what is left of it when backward is done, waiting for others included."
+    return [
+        Stacks(
+            file_name("parts-of-a-step"), "Where the time of a step goes", "ms", list(found),
+            lengths, caption,
+        )
+    ]  # fmt: skip
 
 
 def exchange(runs: Sequence[Run]) -> Section:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from hpctrain.errors import Error
-from hpctrain.report.figures import Bars, Figure, Plot, Series, short
+from hpctrain.report.figures import Bars, Figure, Plot, Series, Stacks, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,7 +137,12 @@ def _save(figure: Figure, file: Any, style: Any = None) -> None:
 
     with matplotlib.rc_context({**STYLE, **(style or {})}), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a name may have letters that no font has
-        canvas = _bars(figure) if isinstance(figure, Bars) else _lines(figure)
+        if isinstance(figure, Bars):
+            canvas = _bars(figure)
+        elif isinstance(figure, Stacks):
+            canvas = _stacks(figure)
+        else:
+            canvas = _lines(figure)
         if style is None:
             canvas.savefig(file, format="png", dpi=DPI)
         else:
@@ -242,6 +247,25 @@ def _bars(bars: Bars) -> Canvas:
     axes.grid(visible=False, axis="y")
     _axis(axes, "x", bars.log_x, bars.values)
     axes.set_xlabel(_label(bars.x_label))
+    return canvas
+
+
+def _stacks(stacks: Stacks) -> Canvas:
+    canvas, axes = _canvas(0.75 + BAR * len(stacks.labels) + ROW * -(-len(stacks.parts) // 3))
+    places = range(len(stacks.labels))
+    begin = [0.0] * len(stacks.labels)
+    for look, (part, lengths) in enumerate(stacks.parts.items()):
+        colour = COLOURS[look % len(COLOURS)]
+        axes.barh(
+            places, lengths, 0.62, begin, color=colour, edgecolor=PAPER, linewidth=0.4, label=part
+        )
+        begin = [a + b for a, b in zip(begin, lengths, strict=True)]
+    axes.set_yticks(places, [_label(label) for label in stacks.labels])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    _axis(axes, "x", False, begin)
+    axes.set_xlabel(_label(stacks.x_label))
+    canvas.legend(loc="outside lower left", ncols=3, handlelength=1.2)
     return canvas
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +120,36 @@ class Bars:
         return f"Bars of {self.x_label}: " + "; ".join(bars) + "."
 
 
-Figure = Plot | Bars
+@dataclass(frozen=True)
+class Stacks:
+    """A bar for each case, of parts one after the other.
+
+    Attributes:
+        name: Of its files, without a suffix.
+        title: Above it.
+        x_label: What the lengths are, with the unit.
+        labels: Of the bars.
+        parts: By name, the lengths of the part in every bar.
+        caption: What else to know.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    labels: Sequence[str]
+    parts: Mapping[str, Sequence[float]]
+    caption: str = ""
+
+    def __str__(self) -> str:
+        """In words, for those who cannot see it."""
+        bars = (
+            f"{label}: " + ", ".join(f"{part} {short(v[place])}" for part, v in self.parts.items())
+            for place, label in enumerate(self.labels)
+        )
+        return f"Parts of {self.x_label}: " + "; ".join(bars) + "."
+
+
+Figure = Plot | Bars | Stacks
 
 
 @dataclass(frozen=True)

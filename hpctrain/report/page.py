@@ -10,12 +10,14 @@ from pathlib import Path
 from hpctrain import __version__
 from hpctrain.errors import Error
 from hpctrain.files import write_text
-from hpctrain.report import cases, comparison, curves, drawing, scaling
+from hpctrain.report import accuracy, cases, comparison, curves, drawing, scaling
 from hpctrain.report.benchmarks import Benchmark, read_benchmark
 from hpctrain.report.figures import Figure, Section, file_name
 from hpctrain.report.runs import HINT, Run, name_runs, read_run
 
 TEMPLATE = "page.html"
+OWN = {"scaling": scaling.of_benchmark, "accuracy": accuracy.section}
+"""Benchmarks of which more is shown than their cases."""
 
 
 def report(inputs: Sequence[Path], out: Path, plots: Path | None = None) -> int:
@@ -51,6 +53,16 @@ def report(inputs: Sequence[Path], out: Path, plots: Path | None = None) -> int:
     return len(names)
 
 
+def figures_of(path: Path) -> dict[str, Figure]:
+    """The plots of a benchmark's file, by names of files.
+
+    Raises:
+        Error: It cannot be read.
+    """
+    sections = sections_of([], [read_benchmark(path)])
+    return _distinct([each for section in sections for each in section.figures])
+
+
 def read(inputs: Sequence[Path]) -> tuple[list[Run], list[Benchmark]]:
     """Each input once, by what it is.
 
@@ -80,7 +92,7 @@ def sections_of(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> list[Se
             found.append(curves.changes(runs))
         if (scales := scaling.section(runs)) is not None:
             found.append(scales)
-    return [*found, *map(cases.section, benchmarks)]
+    return [*found, *(OWN.get(each.name, cases.section)(each) for each in benchmarks)]
 
 
 def render(sections: Sequence[Section], title: str) -> str:

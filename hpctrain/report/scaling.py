@@ -6,9 +6,24 @@ import statistics
 from collections.abc import Sequence
 
 from hpctrain.compare import Row, side_by_side, speeds_of
+from hpctrain.laps import PARTS
+from hpctrain.report import cases
+from hpctrain.report.benchmarks import Benchmark, Record
 from hpctrain.report.comparison import differences
-from hpctrain.report.figures import Plot, Section, Series, Table, file_name, short, spread
+from hpctrain.report.figures import (
+    Figure,
+    Plot,
+    Section,
+    Series,
+    Stacks,
+    Table,
+    file_name,
+    number,
+    short,
+    spread,
+)
 from hpctrain.report.runs import Run
+from hpctrain.report.variables import groups_of, measured
 
 WITHOUT_WEIGHT = (
     "out", "resume", "seed", "world_size", "timeout_seconds", "train.epochs", "train.steps",
@@ -85,30 +100,110 @@ def _add(found: Section, task: str, members: Sequence[Sequence[Run]]) -> None:
         )
     )
     ranks, alone, most = max(ideal, key=lambda each: each[2])
-    found.figures.append(
+    ends = [(ranks, alone), (most, alone / ranks * most)]
+    found.figures += _plots(task, speed, efficiency, ends, "in the smallest run", caption)
+
+
+def _plots(
+    title: str,
+    speed: Sequence[Series],
+    efficiency: Sequence[Series],
+    ideal: Sequence[tuple[float, float]],
+    standard: str,
+    caption: str,
+) -> list[Plot]:
+    """Throughput and efficiency over ranks."""
+    return [
         Plot(
-            file_name("scaling", task, "throughput"),
-            f"{task}: throughput over ranks",
+            file_name("scaling", title, "throughput"),
+            f"{title}: throughput over ranks",
             "ranks",
             "samples/s",
             speed,
-            f"Dashed: as fast a rank as in the smallest run. {caption}".strip(),
-            ideal=[(ranks, alone), (most, alone / ranks * most)],
+            f"Dashed: as fast a rank as {standard}. {caption}".strip(),
+            ideal=ideal,
             from_zero=True,
-        )
-    )
-    found.figures.append(
+        ),
         Plot(
-            file_name("scaling", task, "efficiency"),
-            f"{task}: efficiency over ranks",
+            file_name("scaling", title, "efficiency"),
+            f"{title}: efficiency over ranks",
             "ranks",
             "efficiency",
             efficiency,
             f"Dashed: 1. {caption}".strip(),
-            ideal=[(ranks, 1.0), (most, 1.0)],
+            ideal=[(ranks, 1.0) for ranks, _ in ideal],
             from_zero=True,
+        ),
+    ]
+
+
+def of_benchmark(benchmark: Benchmark) -> Section:
+    """Of ``benchmarks.scaling``: its tables, and of each group of records its plots."""
+    found = cases.section(benchmark)
+    found.figures.clear()
+    for group, records in groups_of(benchmark.records).items():
+        found.figures += _of_group(group, records)
+    return found
+
+
+def _of_group(group: str, records: Sequence[Record]) -> list[Figure]:
+    speed = _lines(records, "samples_per_second")
+    efficiency = _lines(records, "efficiency")
+    if not speed or not efficiency:
+        return []
+    stars = any(any(each.hollow) for each in speed)
+    caption = "Hollow points: more ranks than cores." if stars else ""
+    # Of whatever efficiency is measured by: its speed of a rank is the same in all records.
+    share = speed[0].y[0] / speed[0].x[0] / efficiency[0].y[0] if efficiency[0].y[0] else 0.0
+    least, most = (pick(x for each in speed for x in each.x) for pick in (min, max))
+    ends = [(least, share * least), (most, share * most)]
+    figures: list[Figure] = [
+        *_plots(group, speed, efficiency, ends, "by which efficiency is measured", caption)
+    ]
+    whole = [r for r in records if all(number(r.get(f"{p}_ms")) is not None for p in PARTS)]
+    if whole:
+        labels = [
+            f"{r.get('strategy')}, {r.get('ranks')}{'*' * (r.get('oversubscribed') is True)}"
+            for r in whole
+        ]
+        parts = {part: [float(r[f"{part}_ms"]) for r in whole] for part in PARTS}
+        figures.append(
+            Stacks(
+                file_name("scaling", group, "parts"),
+                f"{group}: where the time of a step goes",
+                "ms of a step, mean over ranks",
+                labels,
+                parts,
+                "* more ranks than cores" if stars else "",
+            )
         )
-    )
+    return figures
+
+
+def _lines(records: Sequence[Record], key: str) -> list[Series]:
+    """A line for each strategy."""
+    found = []
+    for look, strategy in enumerate(dict.fromkeys(str(r.get("strategy")) for r in records)):
+        points = [
+            (ranks, each, r.get("oversubscribed") is True)
+            for r in records
+            if str(r.get("strategy")) == strategy
+            and (ranks := number(r.get("ranks")) or 0.0) > 0
+            and (each := measured([r], key)) is not None
+        ]
+        if points:
+            found.append(
+                Series(
+                    strategy,
+                    x=[ranks for ranks, _, _ in points],
+                    y=[each.value for _, each, _ in points],
+                    low=[each.low for _, each, _ in points],
+                    high=[each.high for _, each, _ in points],
+                    look=look,
+                    hollow=[starred for _, _, starred in points],
+                )
+            )
+    return found
 
 
 def _names(members: Sequence[Sequence[Run]]) -> list[str]:

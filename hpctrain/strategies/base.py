@@ -65,6 +65,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         weight: What this step's losses are multiplied by in all (``batch.weight``); to be set
             before ``backward()`` where a strategy may have to leave out some ranks.
         missed: Steps of the world that went by without this rank, at its last one.
+        mark: Called when a part of a step has ended, with its name: of :data:`hpctrain.laps.PARTS`.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
@@ -74,6 +75,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | None = None
         self.weight = 1.0
         self.missed = 0
+        self.mark: Callable[[str], None] = lambda part: None
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # during unpickling and copying, before it is set
@@ -103,9 +105,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
                 hint="use an optimizer that steps once per gradient (not LBFGS).",
             )
         self.synchronize()
+        self.mark("exchange")
         if self.clip_norm is not None:
             self.grad_norm = nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
-        return self.inner.step()
+        result = self.inner.step()
+        self.mark("update")
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""

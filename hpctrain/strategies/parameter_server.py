@@ -362,6 +362,7 @@ class PsOptimizer(DistributedOptimizer):
         self._expect()
         self._show()
         self._ended = time.perf_counter()
+        self.mark("exchange")
         return None
 
     def _show(self) -> None:

@@ -51,6 +51,7 @@ def figures(folder):
 def test_page(folder):
     page = (folder / "report.html").read_text()
     for words in ("Loss over steps", "Learning rate", "Throughput", "Distribution of staleness",
+                  "Where the time of a step goes",
                   "worker 1 on n1 was lost", "31.5", "unfinished", "completed", "ssp:2", "1 (1..9)",
                   "The configurations do not differ", "Benchmark: exchange"):  # fmt: skip
         assert words in page

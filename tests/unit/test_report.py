@@ -124,7 +124,8 @@ def test_what_was_undone_by_a_resume_counts_once_and_standstills_take_no_time():
 
 
 KEYS = ("size", "time", "loss", "lost", "reason", "oversubscribed", "samples_per_second", "epoch",
-        "staleness_mean", "staleness_histogram", "step_ms", "moved_bytes")  # fmt: skip
+        "staleness_mean", "staleness_histogram", "step_ms", "moved_bytes",
+        "compute_ms")  # fmt: skip
 TEXT = st.text(max_size=3)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | TEXT,
@@ -132,7 +133,7 @@ JSON = st.recursive(
     max_leaves=4,
 )
 KINDS = st.fixed_dictionaries(
-    {"kind": st.sampled_from(["train", "validation", "exchange", "event"])}
+    {"kind": st.sampled_from(["train", "validation", "timing", "exchange", "event"])}
 )
 LINES = st.tuples(KINDS, st.dictionaries(st.sampled_from(KEYS), JSON))
 
@@ -167,6 +168,20 @@ def test_curves_of_two_runs(tmp_path):
     ]  # fmt: skip
     assert list(loss.series[1].x) == [1, 2, 3, 4, 5]
     assert "one: from 1 to 0.2, least 0.2, largest 1." in str(loss)
+
+
+def test_where_the_time_of_a_step_goes(tmp_path):
+    loss = {"kind": "train", "step": 1, "loss": 1.0}
+    lines = [
+        {"kind": "timing", "step": n, "compute_ms": ms, "exchange_ms": 2.0, "other_ms": "x"}
+        for n, ms in enumerate((99.0, 4.0, 6.0))
+    ]
+    runs, _ = read([write_run(tmp_path / "run", records=[loss, *lines]), write_run(tmp_path / "o")])
+    (bars,) = curves.parts(runs)
+    assert list(bars.labels) == ["run"] and list(map(list, bars.parts.values())) == [
+        [0], [5], [2], [0], [0]
+    ]  # fmt: skip
+    assert "run: input 0, compute 5, exchange 2" in str(bars)
 
 
 def test_staleness_and_losses(tmp_path):

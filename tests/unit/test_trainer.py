@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 
 import numpy as np
 import pytest
@@ -120,6 +121,36 @@ def test_equals_the_loop_written_out(tmp_path, accumulate):
         error = averaged(x[:7]) - y[:7]
     assert validation[-1]["loss"] == pytest.approx(error.square().mean().item())
     assert validation[-1]["absolute"] == pytest.approx(error.abs().mean().item())
+
+
+class Sleepy(Line):
+    """Each part of its step takes a time of its own, at least."""
+
+    def transform(self, batch, training):
+        time.sleep(0.002)
+        return batch
+
+    def loss(self, model, batch):
+        time.sleep(0.003)
+        return super().loss(model, batch)
+
+    def optimizer(self, model, config):
+        optimizer = super().optimizer(model, config)
+        optimizer.register_step_pre_hook(lambda *_: time.sleep(0.004))
+        return optimizer
+
+
+def test_the_time_of_a_step_is_divided(tmp_path):
+    trainer = trainer_of(tmp_path, Sleepy(), data={"workers": 0}, log={"every_steps": 3})
+    recorder = Recorded()
+    began = time.perf_counter()
+    trainer.run(recorder)
+    elapsed = time.perf_counter() - began
+    timings = [values for kind, _, values in recorder.lines if kind == "timing"]
+    assert len(timings) == 10
+    for values in timings:
+        assert values["input_ms"] >= 2 and values["compute_ms"] >= 3 and values["update_ms"] >= 4
+    assert sum(3 * sum(values.values()) for values in timings) <= 1e3 * elapsed
 
 
 def test_train_metrics_are_weighted_by_samples(tmp_path):

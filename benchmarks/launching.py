@@ -1,0 +1,240 @@
+"""Benchmarks that train, by the ranks of a launcher: their options, and how ranks are started.
+
+Such a benchmark is used in two ways, and both are one:
+
+- within ranks that a launcher started (``mpirun -np 4 python -m benchmarks.scaling``) it measures
+  that number of ranks. All cases run in the same processes, in turn; what each gave is a line that
+  is appended to a file;
+- started alone it starts that very line for every number of ranks, round after round, so that
+  whatever else the machine does falls on all numbers alike, and then reports all lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarks.training import STRATEGIES, TASKS, Line, case_of, known
+from hpctrain.errors import Error
+from hpctrain.launcher import Launch, detect
+from hpctrain.process import mpirun, run
+
+Measure = Callable[[argparse.Namespace, Launch, int], Iterator[Line | None]]
+"""Measures a round, on every rank; rank 0 yields lines."""
+
+
+def parser_of(
+    text: str | None, *, tasks: Sequence[str], ranks: str, what: str
+) -> argparse.ArgumentParser:
+    """What all have in common.
+
+    Args:
+        text: The benchmark's own.
+        tasks: Those it trains unless said otherwise; cifar10 besides where there are --data.
+        ranks: Numbers of ranks.
+        what: What differs from round to round: ``round`` or ``seed``.
+    """
+    parser = argparse.ArgumentParser(
+        description=(text or "").partition("\n")[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    parser.set_defaults(usual=tasks, what=what)
+    add("--tasks", type=listed, metavar="LIST",
+        help=f"of {', '.join(TASKS)}, or what `hpctrain train` takes; default: {','.join(tasks)} "
+        "and, with --data, cifar10")  # fmt: skip
+    add("--strategies", type=listed, default=",".join(STRATEGIES), metavar="LIST",
+        help="default: %(default)s")  # fmt: skip
+    add("--data", type=Path, help="shard set for cifar10 and tasks of your own")
+    add("--batch", type=count, help="samples of a step of one rank alone; default: by task")
+    add("--servers", type=count, default=0,
+        help="ranks that only serve, with ps; default: none, all workers serve")  # fmt: skip
+    add("--emulate", type=float, metavar="MS",
+        help="EMULATED COMPUTE: sleep so long for each sample, besides computing it")  # fmt: skip
+    add("--threads", type=count, default=os.environ.get("OMP_NUM_THREADS", "1"),
+        help="of each rank, at any number of ranks; default: OMP_NUM_THREADS, or 1")  # fmt: skip
+    add("--ranks", type=numbers, default=ranks, metavar="LIST", help="default: %(default)s")
+    add(f"--{what}s", dest="rounds", type=count, help="default: 3, or 1 where it is to be --quick")
+    add(f"--first-{what}", dest="first", type=int, default=0, metavar="N", help="default: 0")
+    add("--launcher", metavar="WORDS",
+        help='starts ranks, their number following: "srun --mpi=pmix -n"')  # fmt: skip
+    add("--timeout", type=count, default=600, help="seconds for a round of some ranks")
+    add("--out", type=Path, help="folder for results")
+    add("--lines", type=Path, help="append what is measured to this file, and write nothing else")
+    return parser
+
+
+def listed(text: str) -> list[str]:
+    """Of an option: words between commas."""
+    return [word for word in text.split(",") if word]
+
+
+def numbers(text: str) -> list[int]:
+    """Of an option: numbers of ranks between commas."""
+    found = [count(word) for word in listed(text)]
+    if not found:
+        raise ValueError
+    return found
+
+
+def count(text: str) -> int:
+    """Of an option: 1 or more."""
+    if (found := int(text)) < 1:
+        raise ValueError
+    return found
+
+
+def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be, and fill in what depends on other options."""
+    if arguments.tasks is None:
+        arguments.tasks = [*arguments.usual, *(["cifar10"] if arguments.data else [])]
+    for task in arguments.tasks:
+        if task == "cifar10" and arguments.data is None:
+            parser.error("task cifar10 needs --data, as `hpctrain data import` makes it")
+        if arguments.emulate is not None and known(task).emulated is None:
+            parser.error(f"--emulate: task {task} has no emulated form")
+    try:
+        for strategy in arguments.strategies:
+            case_of(strategy, 2, 0)
+    except Error as error:
+        parser.error(str(error))
+    arguments.rounds = (
+        (1 if arguments.quick else 3) if arguments.rounds is None else arguments.rounds
+    )
+    arguments.load = round(os.getloadavg()[0], 2)
+
+
+def start(
+    module: str,
+    command: Sequence[str],
+    arguments: argparse.Namespace,
+    measure: Measure,
+    report: Callable[[list[Line], argparse.Namespace], None],
+) -> None:
+    """Measure these ranks or, started alone, every number of ranks that was asked for.
+
+    Args:
+        module: The benchmark's, as ``python -m`` takes it.
+        command: Its command line.
+        arguments: The same, read: what the parser has, ``ranks``, ``rounds`` and ``first``.
+        measure: A round.
+        report: All lines.
+    """
+    try:
+        launch = detect()
+        with tempfile.TemporaryDirectory() as name:
+            folder = arguments.out or Path(name)
+            file = arguments.lines or folder / f"{module.rpartition('.')[2]}.jsonl"
+            if launch.name == "alone" or arguments.launcher is not None:
+                drive(module, command, arguments, file)
+            else:
+                take_part(arguments, launch, file, measure)
+            if launch.rank == 0 and arguments.lines is None:
+                report(read_lines(file), arguments)
+    except Error as error:
+        fail(error)
+
+
+def drive(module: str, command: Sequence[str], arguments: argparse.Namespace, file: Path) -> None:
+    """Start the ranks, round after round.
+
+    Raises:
+        Error: They failed.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.lines is None:
+        file.unlink(missing_ok=True)
+    # The launcher itself ends its ranks then; the other limit is for the launcher.
+    environment = {**os.environ, "MPIEXEC_TIMEOUT": str(arguments.timeout)}
+    begun = time.monotonic()
+    for number in range(arguments.first, arguments.first + arguments.rounds):
+        for ranks in arguments.ranks:
+            prefix = (
+                mpirun(ranks)
+                if arguments.launcher is None
+                else [*shlex.split(arguments.launcher), str(ranks)]
+            )
+            line = [*prefix, sys.executable, "-m", module, *_forwarded(command)]
+            what = arguments.what
+            line += [f"--{what}s=1", f"--first-{what}={number}", f"--lines={file.resolve()}"]
+            done = run(line, timeout_seconds=arguments.timeout + 60, env=environment)
+            if done.returncode != 0:
+                raise Error(
+                    f"{ranks} ranks failed with exit code {done.returncode}: {_cause(done.stdout)}",
+                    hint=f"the line was: {shlex.join(line)}",
+                )
+            say(f"round {number}, {ranks} ranks: {time.monotonic() - begun:.0f} s since the start")
+
+
+def _forwarded(command: Sequence[str]) -> Iterator[str]:
+    """What the ranks get of the driver's options: they are started, and write but lines."""
+    words = iter(command)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name not in ("--launcher", "--out"):
+            yield word
+        elif not equals:
+            next(words, None)
+
+
+def _cause(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower() and "component" not in line]
+    return (errors or lines or ["it said nothing"])[-1][:300]
+
+
+def take_part(arguments: argparse.Namespace, launch: Launch, file: Path, measure: Measure) -> None:
+    """Be one of the ranks."""
+    # Read by libraries when they are loaded, and by hpctrain.init().
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    for number in range(arguments.first, arguments.first + arguments.rounds):
+        for line in measure(arguments, launch, number):
+            if line is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(line) + "\n")
+
+
+def read_lines(file: Path) -> list[Line]:
+    """What was measured so far.
+
+    Raises:
+        Error: It cannot be read.
+    """
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise Error(f"cannot read {file}: {error}.", hint="remove it to begin anew.") from error
+
+
+def latest(lines: Sequence[Line], keys: Sequence[str]) -> list[Line]:
+    """Without what was measured again later.
+
+    Args:
+        lines: The first ones first.
+        keys: What one measurement is told from another by.
+    """
+    return list({tuple(line.get(key) for key in keys): line for line in lines}.values())
+
+
+def fail(error: Error) -> NoReturn:
+    """End this process, and by that the other ranks."""
+    rank = detect().rank
+    if rank:  # what is wrong on every rank is said once
+        time.sleep(1.0)
+    say(f"error: {error}")
+    os._exit(error.exit_code)
+
+
+def say(text: str) -> None:
+    """To standard error."""
+    print(text, file=sys.stderr, flush=True)

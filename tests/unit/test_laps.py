@@ -1,0 +1,47 @@
+"""Where the time of a step goes: all of it goes somewhere."""
+
+import time
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpctrain import laps
+from hpctrain.laps import PARTS, Laps
+
+
+class Clock:
+    """Moves when told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@given(st.lists(st.tuples(st.sampled_from(PARTS), st.integers(0, 1000), st.booleans())))
+def test_each_stretch_belongs_to_the_part_that_ended_with_it(stretches):
+    clock, before = Clock(), time.perf_counter
+    laps.time.perf_counter = clock
+    try:
+        watch = Laps(torch.device("cpu"))
+        expected = dict.fromkeys(PARTS, 0.0)
+        for part, passed, read in stretches:
+            clock.now += passed
+            watch.lap(part)
+            expected[part] += passed
+            if read:  # reading in between changes nothing
+                watch.read()
+        clock.now += 7  # belongs to nothing yet
+        assert watch.read() == expected
+    finally:
+        laps.time.perf_counter = before
+
+
+def test_marks_do_not_pile_up():
+    watch = Laps(torch.device("cpu"))
+    for _ in range(3 * laps.MOST_MARKS):
+        watch.lap("compute")
+    assert len(watch._marks) <= laps.MOST_MARKS + 1
+    assert watch.read()["compute"] > 0
