@@ -133,6 +133,14 @@ def place(nodes: int, local: int, servers: int, colocated: bool) -> Placement:
     return Placement(tuple(local - (0 if colocated else each) for each in served), served)
 
 
+def one_of(placement: Placement) -> Placement:
+    """The same servers with one worker, on a node with as few of them as there is."""
+    nodes = [node for node, count in enumerate(placement.workers) if count]
+    chosen = min(nodes, key=lambda node: placement.servers[node])
+    workers = tuple(int(node == chosen) for node in range(len(placement.workers)))
+    return placement._replace(workers=workers)
+
+
 def parameter_server(
     size: float, placement: Placement, network: Network, ratio: float = 1.0
 ) -> Cost:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -253,20 +253,30 @@ def fit(
     return Fit({**known, **given}, names, found.x, covariance, scatter, freedom, confidence)
 
 
-def held_out(records: Sequence[Record], known: dict[str, float] | None = None) -> list[float]:
+def held_out(
+    records: Sequence[Record],
+    known: dict[str, float] | None = None,
+    by: Callable[[Record], Hashable] = lambda record: record.place,
+) -> list[float]:
     """Relative errors of predictions for each place, fitted to what was measured at all others.
 
-    A place is a number of ranks, nodes, and a link's rate.
+    Args:
+        records: Measurements; the errors are in their order.
+        known: Parameters that are not searched for.
+        by: What is left out together; usually a number of ranks, nodes, and a link's rate.
 
     Raises:
         Error: The others do not determine the parameters.
     """
-    errors = []
-    for place in dict.fromkeys(record.place for record in records):
-        others = fit([record for record in records if record.place != place], known)
-        for record in (record for record in records if record.place == place):
-            errors.append(_seconds(record, others.values) / record.seconds - 1)
-    return errors
+    places = [by(record) for record in records]
+    fits = {
+        place: fit([r for r, where in zip(records, places, strict=True) if where != place], known)
+        for place in dict.fromkeys(places)
+    }
+    return [
+        _seconds(record, fits[place].values) / record.seconds - 1
+        for record, place in zip(records, places, strict=True)
+    ]
 
 
 def _seconds(record: Record, values: dict[str, float]) -> float:

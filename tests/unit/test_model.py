@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from hpctrain.model.collectives import (
     ring,
 )
 from hpctrain.model.inputs import Job, Machine, Network, even_buckets, network_of
-from hpctrain.model.step import lengthened, predict, timeline, waiting
+from hpctrain.model.step import lengthened, predict, queued, timeline, waiting
 from hpctrain.model.strategies import Compression, Strategy, strategy_of
 
 NETWORK = Network(1e9, 1.0, 1e-4, 1e10, 1e-5)
@@ -239,3 +240,40 @@ def test_a_servers_arithmetic_by_hand():
     # A thread of a worker takes the worker's time.
     beside = predict(JOB, named("ps:8+colocated"), quick, MACHINE)
     assert beside.update == pytest.approx(0.01 + 0.0025) and beside.exchange < 1e-5
+
+
+def sharing(workers, think, demand, cycles, seed):
+    """Workers that think for random times, and then share a link's rate; event by event."""
+    rng = np.random.default_rng(seed)
+    thinking = list(rng.exponential(think, workers))  # until when
+    sending = {}  # by worker, what is left
+    now, done = 0.0, 0
+    while done < cycles:
+        worker = min(range(workers), key=lambda w: math.inf if w in sending else thinking[w])
+        begins = math.inf if worker in sending else thinking[worker]
+        first = min(sending, key=sending.get, default=None)
+        ends = math.inf if first is None else now + sending[first] * len(sending)
+        moment = min(begins, ends)
+        sending = {w: left - (moment - now) / len(sending) for w, left in sending.items()}
+        now = moment
+        if ends <= begins:
+            del sending[first]
+            thinking[first] = now + rng.exponential(think)
+            done += 1
+        else:
+            sending[worker] = demand
+    return now * workers / done
+
+
+@pytest.mark.parametrize(("workers", "think"), [(1, 1.0), (4, 4.0), (7, 1.0)])
+def test_queued_is_what_sharing_a_link_gives(workers, think):
+    mean = sharing(workers, think, 1.0, 4000, seed=1)
+    assert queued(think + 1.0, float(workers), workers) == pytest.approx(mean, rel=0.06)
+
+
+@given(st.integers(1, 50), st.floats(1e-3, 10), st.floats(0, 10))
+def test_queued_is_between_its_bounds(workers, alone, busy):
+    # Asymptotic bounds (Denning & Buzen, "The operational analysis of queueing network models").
+    step = queued(alone, busy, workers)
+    assert step >= max(alone, busy) * (1 - 1e-9)
+    assert step <= max(alone, busy / workers) + busy * (workers - 1) / workers + 1e-9
