@@ -42,12 +42,11 @@ from benchmarks.model_steps import Job
 from benchmarks.output import table, write
 from hpctrain.errors import Error
 from hpctrain.model.fit import Record, held_out
-from hpctrain.model.strategies import strategy_of
 
-HOSTS, MBITS = (2, 4, 8), (100.0, 250.0, 500.0)
-BYTES, LAYERS, BUCKETS = 2**22, 8, 4
+HOSTS, MBITS = (2, 4, 8), (100.0, 200.0, 400.0)
+BYTES, LAYERS, BUCKETS = 2**21, 8, 4
 FORWARD_SECONDS, BACKWARD_SECONDS, JITTER = 0.03, 0.06, 0.05
-WINDOW_SECONDS = {False: 0.6, True: 1.5}
+WINDOW_SECONDS = {False: 0.5, True: 0.8}
 TIMEOUT_SECONDS = 300.0
 IDLE = 0.1
 YIELD = ("--mca", "mpi_yield_when_idle", "1")  # there are more ranks than cores
@@ -61,18 +60,16 @@ Point = dict[str, Any]
 
 def cases_of(hosts: int, full: bool) -> list[str]:
     """Strategies for so many hosts, with a rank each."""
-    half = hosts // 2
-    dedicated = [f"ps:{count}" for count in sorted({1, 2, half}) if count < hosts]
+    half = f"ps:{hosts // 2}"
     everywhere = f"ps:{hosts}+colocated"
-    short = ["horovod", dedicated[0], dedicated[-1], everywhere, f"{dedicated[-1]}+async"]
-    if not full:
-        return list(dict.fromkeys(short))
-    more = [
-        *(f"{each}+{how}" for each in ("ps:1", dedicated[-1], everywhere) for how in (
-            "async", "ssp:3", "fp16")),
-        *(f"{everywhere}+{codec}" for codec in ("int8", "topk:0.01")),
-    ]  # fmt: skip
-    return list(dict.fromkeys(["horovod", "horovod+halving", *dedicated, everywhere, *more]))
+    cases = ["horovod", "ps:1", half, everywhere]
+    if hosts > 2:
+        cases += ["ps:1+async", f"{half}+async"]
+    if full:
+        cases += ["horovod+halving", "ps:1+fp16"]
+        cases += [f"{everywhere}+{how}" for how in ("async", "ssp:3", "int8", "topk:0.01")]
+        cases += [f"{half}+ssp:3"] * (hosts > 2)
+    return list(dict.fromkeys(cases))
 
 
 def measure(hosts: int, mbits: float, full: bool) -> list[Point]:
@@ -133,7 +130,7 @@ def run(
     ]
 
 
-def record_of(point: Point, ratio: float) -> Record:
+def record_of(point: Point) -> Record:
     """A point as the fit takes it."""
     strategy = str(point["strategy"])
     return Record(
@@ -148,22 +145,15 @@ def record_of(point: Point, ratio: float) -> Record:
         update_seconds=point["update_seconds"],
         buckets=BUCKETS if strategy.startswith("horovod") else LAYERS,
         jitter=point["jitter"],
-        compression_ratio=ratio,
+        compression_ratio=point.get("compression_ratio", 1.0),
+        encode_seconds_per_byte=point.get("encode_seconds_per_byte", 0.0),
+        decode_seconds_per_byte=point.get("decode_seconds_per_byte", 0.0),
     )
-
-
-def ratio_of(strategy: str) -> float:
-    """Of a strategy's codec."""
-    from hpctrain.model.measure import codec
-
-    found = strategy_of(strategy, lambda name: codec(name, BYTES / LAYERS))
-    return found.compression.ratio
 
 
 def predicted(points: Sequence[Point]) -> tuple[list[Point], list[Record]]:
     """Points with the errors of predictions, and the records that these are made of."""
-    ratios = {name: ratio_of(name) for name in {str(point["strategy"]) for point in points}}
-    records = [record_of(point, ratios[point["strategy"]]) for point in points]
+    records = [record_of(point) for point in points]
     points = [
         {**point, "machine_bound": point["cores_busy"] > 1 - IDLE, "seconds_predicted": None}
         for point in points
@@ -284,7 +274,7 @@ def main(command: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path, help="model.json of earlier runs")
     parser.add_argument("--full", action="store_true", help="all strategies, for longer")
     parser.add_argument("--hosts", type=numbers, default=HOSTS, help="default: 2,4,8")
-    parser.add_argument("--mbits", type=numbers, default=MBITS, help="default: 100,250,500")
+    parser.add_argument("--mbits", type=numbers, default=MBITS, help="default: 100,200,400")
     parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a plot")
     arguments = parser.parse_args(command)
     try:

@@ -28,12 +28,13 @@ from torch import nn
 
 import hpctrain
 from hpctrain.config import HorovodConfig, PsConfig
+from hpctrain.model.measure import codec
 from hpctrain.model.strategies import Compression, Strategy, strategy_of
 from hpctrain.strategies.horovod import Horovod
 from hpctrain.strategies.parameter_server import ParameterServer
 from hpctrain.world import Unconnected, World
 
-WARM_UP = 3
+WARM_UP = 2
 WINDOWS = 3
 ALONE = 20
 TIMEOUT_SECONDS = 120.0
@@ -195,6 +196,19 @@ def measure(world: World, name: str, job: Job) -> dict[str, Any]:
         "seconds_high": max(seconds),
         "steps": WINDOWS * count,
         "cores_busy": busy[0] / sum(busy),
+        **codec_of(strategy.compression.name, job),
+    }
+
+
+def codec_of(name: str, job: Job) -> dict[str, float]:
+    """What a codec does to a layer's gradients, measured on this rank while the others wait."""
+    if name == "none":
+        return {}
+    found = codec(name, job.bytes / job.layers)
+    return {
+        "compression_ratio": found.ratio,
+        "encode_seconds_per_byte": found.encode_seconds_per_byte,
+        "decode_seconds_per_byte": found.decode_seconds_per_byte,
     }
 
 

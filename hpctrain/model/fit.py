@@ -56,6 +56,8 @@ class Record(BaseModel):
     )
     jitter: float = Field(0.0, ge=0, description="Of a rank's computing, by its mean.")
     compression_ratio: float = Field(1.0, gt=0, description="Compressed bytes by plain ones.")
+    encode_seconds_per_byte: float = Field(0.0, ge=0, description="Of the codec, a plain byte.")
+    decode_seconds_per_byte: float = Field(0.0, ge=0, description="The same.")
 
     @cached_property
     def job(self) -> Job:
@@ -68,8 +70,12 @@ class Record(BaseModel):
 
     @cached_property
     def known_strategy(self) -> Strategy:
-        """By its name; the time that a codec takes is taken to be part of what is fitted."""
-        return strategy_of(self.strategy, lambda name: Compression(name, self.compression_ratio))
+        """By its name; where a codec's time is not given, it is part of what is fitted."""
+        numbers = (self.compression_ratio, self.encode_seconds_per_byte)
+        return strategy_of(
+            self.strategy,
+            lambda name: Compression(name, *numbers, self.decode_seconds_per_byte),
+        )
 
     @property
     def place(self) -> tuple[int, int, float]:

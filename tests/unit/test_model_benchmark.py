@@ -20,7 +20,7 @@ def point(hosts, mbits, strategy):
         "seconds": 1.0, "forward_seconds": 0.03, "backward_seconds": 0.06,
         "update_seconds": 0.001, "jitter": 0.05, "cores_busy": 0.5,
     }  # fmt: skip
-    record = model.record_of(measured, 1.0)
+    record = model.record_of(measured)
     machine = Machine(1e-9, record.update_seconds / record.bytes)
     network = Network(record.link_bytes_per_second, 0.9, 3e-4)
     step = predict(record.job, record.known_strategy, network, machine)
