@@ -104,6 +104,7 @@ PARAMETERS = {
     "link_share": Parameter(0.9, 0.01, 2.0, inverse=True),
     "reduce_seconds_per_byte": Parameter(5e-10, 0.0, 1e-6),
     "contention": Parameter(0.3, 0.0, 1.0),
+    "lag_bytes": Parameter(2.0**20, 0.0, 1e12),
     "local_bytes_per_second": Parameter(2e9, 1e6, 1e12, inverse=True),
     "local_latency_seconds": Parameter(1e-5, 0.0, 1.0),
 }
@@ -297,6 +298,7 @@ def _seconds(record: Record, values: dict[str, float]) -> float:
         values["reduce_seconds_per_byte"],
         record.update_seconds / record.bytes,
         values["contention"],
+        lag_bytes=values["lag_bytes"],
     )
     return predict(record.job, record.known_strategy, network, machine).step_seconds
 

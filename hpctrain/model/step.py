@@ -8,7 +8,14 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from hpctrain.errors import Error
-from hpctrain.model.collectives import ALGORITHMS, Cost, one_of, parameter_server, place
+from hpctrain.model.collectives import (
+    ALGORITHMS,
+    Cost,
+    one_of,
+    parameter_server,
+    parameter_server_tail,
+    place,
+)
 from hpctrain.model.inputs import Job, Machine, Network
 from hpctrain.model.strategies import Strategy
 
@@ -207,7 +214,22 @@ def overlapped(
         cost = exchange(share * job.parameter_bytes, job, strategy, network, machine, alone)
         total = Cost(*map(sum, zip(total, cost, strict=True)))
         ready.append((done * job.backward_seconds, cost.seconds))
+    if strategy.kind == "ps" and strategy.ahead == 0:
+        moment, seconds = ready[-1]
+        ready[-1] = moment, seconds + tail(job, strategy, network, machine)
     return total, lengthened(timeline(ready, job.backward_seconds), machine.contention)
+
+
+def tail(job: Job, strategy: Strategy, network: Network, machine: Machine) -> float:
+    """How long answers still come when all pushes have, where pushes are answered together.
+
+    A link works both ways at a time while some parameters are pushed and others come back. But what
+    workers push last is answered when the last of them has pushed it, and nothing is left to push.
+    """
+    local = min(job.ranks, job.ranks_per_node)
+    placement = place(job.nodes, local, strategy.servers, strategy.colocated)
+    size = min(job.parameter_bytes, strategy.servers * machine.lag_bytes)
+    return parameter_server_tail(size, placement, network, strategy.compression.ratio)
 
 
 def waiting(workers: int, strategy: Strategy) -> float:
