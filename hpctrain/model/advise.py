@@ -165,6 +165,7 @@ class Adviser:
             self.measured.update_seconds / self.measured.parameter_bytes / self.speedup,
             values.pop("contention"),
             self.measured.flat_update_seconds / self.measured.parameter_bytes / self.speedup,
+            values.pop("lag_bytes", Machine.lag_bytes),
         )
         network = dataclasses.replace(self.network, **values)
         measured = self.measured

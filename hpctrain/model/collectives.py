@@ -7,7 +7,7 @@ communication challenge for MPP", 1994). n ranks, R on each of N nodes, so n = N
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from hpctrain.model.inputs import Machine, Network
@@ -112,6 +112,8 @@ def _within(size: float, local: int, network: Network, machine: Machine, among: 
     )
 
 
+_Load = tuple[tuple[float, float], tuple[float, float]]
+
 ALGORITHMS: dict[str, Callable[[float, int, int, Network, Machine], Cost]] = {
     "ring": ring,
     "hierarchical": hierarchical,
@@ -133,6 +135,14 @@ def place(nodes: int, local: int, servers: int, colocated: bool) -> Placement:
     return Placement(tuple(local - (0 if colocated else each) for each in served), served)
 
 
+def one_of(placement: Placement) -> Placement:
+    """The same servers with one worker, on a node with as few of them as there is."""
+    nodes = [node for node, count in enumerate(placement.workers) if count]
+    chosen = min(nodes, key=lambda node: placement.servers[node])
+    workers = tuple(int(node == chosen) for node in range(len(placement.workers)))
+    return placement._replace(workers=workers)
+
+
 def parameter_server(
     size: float, placement: Placement, network: Network, ratio: float = 1.0
 ) -> Cost:
@@ -151,14 +161,41 @@ def parameter_server(
         network: Alpha and beta.
         ratio: Of a compressed gradient's bytes to the plain one's; weights come uncompressed.
     """
+    servers = sum(placement.servers)
+    link = max(max(map(sum, zip(*node, strict=True))) for node in _loads(size, placement, ratio))
+    local = max(
+        (ratio + 1) * here * serving / servers * size
+        for here, serving in zip(placement.workers, placement.servers, strict=True)
+    )
+    transfer = max(link * network.beta, local * network.local_beta)
+    alpha = network.latency_seconds if len(placement.workers) > 1 else network.local_latency_seconds
+    return Cost(2 * alpha, transfer)
+
+
+def parameter_server_tail(
+    size: float, placement: Placement, network: Network, ratio: float = 1.0
+) -> float:
+    """What is lost if answers only begin when all pushes have come: no link works both ways then.
+
+    Args:
+        size: S, bytes.
+        placement: Of workers and servers.
+        network: Alpha and beta.
+        ratio: Of a compressed gradient's bytes to the plain one's.
+
+    Returns:
+        Seconds more than :func:`parameter_server` says.
+    """
+    loads = list(_loads(size, placement, ratio))
+    pushes, answers = (max(max(node[phase]) for node in loads) for phase in (0, 1))
+    both = max(max(map(sum, zip(*node, strict=True))) for node in loads)
+    return (pushes + answers - both) * network.beta
+
+
+def _loads(size: float, placement: Placement, ratio: float) -> Iterator[_Load]:
+    """Of each node's link, bytes out and in: pushes of all workers; and answers to them."""
     workers, servers = sum(placement.workers), sum(placement.servers)
-    link = memory = 0.0
     for here, serving in zip(placement.workers, placement.servers, strict=True):
         away = here * (servers - serving) / servers * size
         served = serving * (workers - here) / servers * size
-        # Out go pushes of workers and answers of servers; in come weights, and others' pushes.
-        link = max(link, ratio * away + served, away + ratio * served)
-        memory = max(memory, (ratio + 1) * here * serving / servers * size)
-    transfer = max(link * network.beta, memory * network.local_beta)
-    alpha = network.latency_seconds if len(placement.workers) > 1 else network.local_latency_seconds
-    return Cost(2 * alpha, transfer)
+        yield (ratio * away, ratio * served), (served, away)

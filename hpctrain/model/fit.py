@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,8 @@ class Record(BaseModel):
     )
     jitter: float = Field(0.0, ge=0, description="Of a rank's computing, by its mean.")
     compression_ratio: float = Field(1.0, gt=0, description="Compressed bytes by plain ones.")
+    encode_seconds_per_byte: float = Field(0.0, ge=0, description="Of the codec, a plain byte.")
+    decode_seconds_per_byte: float = Field(0.0, ge=0, description="The same.")
 
     @cached_property
     def job(self) -> Job:
@@ -68,8 +70,12 @@ class Record(BaseModel):
 
     @cached_property
     def known_strategy(self) -> Strategy:
-        """By its name; the time that a codec takes is taken to be part of what is fitted."""
-        return strategy_of(self.strategy, lambda name: Compression(name, self.compression_ratio))
+        """By its name; where a codec's time is not given, it is part of what is fitted."""
+        numbers = (self.compression_ratio, self.encode_seconds_per_byte)
+        return strategy_of(
+            self.strategy,
+            lambda name: Compression(name, *numbers, self.decode_seconds_per_byte),
+        )
 
     @property
     def place(self) -> tuple[int, int, float]:
@@ -98,6 +104,7 @@ PARAMETERS = {
     "link_share": Parameter(0.9, 0.01, 2.0, inverse=True),
     "reduce_seconds_per_byte": Parameter(5e-10, 0.0, 1e-6),
     "contention": Parameter(0.3, 0.0, 1.0),
+    "lag_bytes": Parameter(2.0**20, 0.0, 1e12),
     "local_bytes_per_second": Parameter(2e9, 1e6, 1e12, inverse=True),
     "local_latency_seconds": Parameter(1e-5, 0.0, 1.0),
 }
@@ -253,20 +260,30 @@ def fit(
     return Fit({**known, **given}, names, found.x, covariance, scatter, freedom, confidence)
 
 
-def held_out(records: Sequence[Record], known: dict[str, float] | None = None) -> list[float]:
+def held_out(
+    records: Sequence[Record],
+    known: dict[str, float] | None = None,
+    by: Callable[[Record], Hashable] = lambda record: record.place,
+) -> list[float]:
     """Relative errors of predictions for each place, fitted to what was measured at all others.
 
-    A place is a number of ranks, nodes, and a link's rate.
+    Args:
+        records: Measurements; the errors are in their order.
+        known: Parameters that are not searched for.
+        by: What is left out together; usually a number of ranks, nodes, and a link's rate.
 
     Raises:
         Error: The others do not determine the parameters.
     """
-    errors = []
-    for place in dict.fromkeys(record.place for record in records):
-        others = fit([record for record in records if record.place != place], known)
-        for record in (record for record in records if record.place == place):
-            errors.append(_seconds(record, others.values) / record.seconds - 1)
-    return errors
+    places = [by(record) for record in records]
+    fits = {
+        place: fit([r for r, where in zip(records, places, strict=True) if where != place], known)
+        for place in dict.fromkeys(places)
+    }
+    return [
+        _seconds(record, fits[place].values) / record.seconds - 1
+        for record, place in zip(records, places, strict=True)
+    ]
 
 
 def _seconds(record: Record, values: dict[str, float]) -> float:
@@ -281,6 +298,7 @@ def _seconds(record: Record, values: dict[str, float]) -> float:
         values["reduce_seconds_per_byte"],
         record.update_seconds / record.bytes,
         values["contention"],
+        lag_bytes=values["lag_bytes"],
     )
     return predict(record.job, record.known_strategy, network, machine).step_seconds
 

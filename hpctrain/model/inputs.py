@@ -55,12 +55,15 @@ class Machine:
             that is known: without what each of many small tensors costs.
         contention: Seconds of computing that are lost for each second of exchange beside it. 0: the
             exchange is done by hardware of its own, all of it can be hidden; 1: nothing can.
+        lag_bytes: By how much workers that push the same parameters to a server are apart: so much
+            of what each pushes last is only answered when nothing is left to push.
     """
 
     reduce_seconds_per_byte: float = 0.0
     update_seconds_per_byte: float = 0.0
     contention: float = 0.0
     served_update_seconds_per_byte: float | None = None
+    lag_bytes: float = 2**20
 
     @property
     def served_update(self) -> float:

@@ -8,7 +8,14 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from hpctrain.errors import Error
-from hpctrain.model.collectives import ALGORITHMS, Cost, parameter_server, place
+from hpctrain.model.collectives import (
+    ALGORITHMS,
+    Cost,
+    one_of,
+    parameter_server,
+    parameter_server_tail,
+    place,
+)
 from hpctrain.model.inputs import Job, Machine, Network
 from hpctrain.model.strategies import Strategy
 
@@ -59,7 +66,8 @@ def predict(job: Job, strategy: Strategy, network: Network, machine: Machine) ->
     update = whole_update
     if strategy.kind == "ps":
         # What dedicated servers do is part of the exchange; what threads of a worker do, its own.
-        update = serving(job, strategy, machine) if strategy.colocated else 0.0
+        serves = strategy.colocated
+        update = serving(job, strategy, machine, workers) if serves else 0.0
     compute = job.compute_seconds
     wait = compute * job.jitter * waiting(workers, strategy)
     total, exposed = Cost(), 0.0
@@ -69,6 +77,9 @@ def predict(job: Job, strategy: Strategy, network: Network, machine: Machine) ->
         exposed = total.seconds
     elif strategy.kind != "single":
         total, exposed = overlapped(job, strategy, network, machine)
+    if strategy.kind == "ps" and strategy.ahead > 0:
+        _, least = overlapped(job, strategy, network, machine, alone=True)
+        exposed = queued(compute + least, total.transfer + total.work, workers) - compute
     step = compute + wait + exposed + update
     return Breakdown(
         compute, wait, total.seconds, exposed, update, step, workers,
@@ -78,8 +89,24 @@ def predict(job: Job, strategy: Strategy, network: Network, machine: Machine) ->
     )  # fmt: skip
 
 
-def exchange(size: float, job: Job, strategy: Strategy, network: Network, machine: Machine) -> Cost:
-    """Of so many bytes of gradients, from every worker to every other."""
+def exchange(
+    size: float,
+    job: Job,
+    strategy: Strategy,
+    network: Network,
+    machine: Machine,
+    alone: bool = False,
+) -> Cost:
+    """Of so many bytes of gradients, from every worker to every other.
+
+    Args:
+        size: Bytes.
+        job: Whose they are.
+        strategy: How they are exchanged.
+        network: Alpha and beta.
+        machine: Gamma.
+        alone: Of ps: only one worker, while the others exchange nothing.
+    """
     if job.ranks == 1:
         return Cost()
     nodes, local = job.nodes, min(job.ranks, job.ranks_per_node)
@@ -87,10 +114,13 @@ def exchange(size: float, job: Job, strategy: Strategy, network: Network, machin
     coding = size * codec.encode_seconds_per_byte
     if strategy.kind == "ps":
         placement = place(nodes, local, strategy.servers, strategy.colocated)
+        workers = strategy.workers(job.ranks)
+        if alone:
+            placement, workers = one_of(placement), 1
         cost = parameter_server(size, placement, network, codec.ratio)
         if not strategy.colocated:  # servers work while bytes travel
             share = size / job.parameter_bytes
-            work = share * serving(job, strategy, machine)
+            work = share * serving(job, strategy, machine, workers)
             cost = cost._replace(work=max(0.0, work - cost.transfer))
         return cost._replace(work=cost.work + coding)
     decoding = size * codec.decode_seconds_per_byte
@@ -98,12 +128,11 @@ def exchange(size: float, job: Job, strategy: Strategy, network: Network, machin
     return cost._replace(work=cost.work + coding + decoding)
 
 
-def serving(job: Job, strategy: Strategy, machine: Machine) -> float:
+def serving(job: Job, strategy: Strategy, machine: Machine, workers: int) -> float:
     """A server's arithmetic in a step, in seconds: n gradients of S/k bytes, and the update.
 
     In async and ssp it updates for every push; else once, for their mean.
     """
-    workers = strategy.workers(job.ranks)
     updates = workers if strategy.ahead > 0 else 1
     each = machine.reduce_seconds_per_byte + strategy.compression.decode_seconds_per_byte
     sums = workers * each + updates * machine.served_update
@@ -150,17 +179,57 @@ def lengthened(line: Timeline, contention: float) -> float:
     return line.exposed + max(0.0, contention * line.hidden - line.slack)
 
 
+def queued(alone: float, busy: float, workers: int) -> float:
+    """A mean step where workers, each at its own pace, share servers' links.
+
+    A worker that finds others there takes longer; together they cannot take steps faster than the
+    busiest link allows. In between is what mean value analysis of a closed queueing network says
+    (Reiser & Lavenberg, "Mean-value analysis of closed multichain queuing networks", J. ACM 27,
+    1980). It is exact for a link that divides its rate among whoever sends, however computing times
+    are distributed (Baskett, Chandy, Muntz & Palacios, J. ACM 22, 1975); it is taken to hold, too,
+    where a part of the exchange is hidden behind computing.
+
+    Args:
+        alone: The step of a worker while the others exchange nothing.
+        busy: How long a step of every worker keeps the busiest link, or server.
+        workers: How many there are.
+    """
+    demand = busy / workers
+    elsewhere = max(0.0, alone - demand)
+    found = step = 0.0  # workers that one finds at the link when it comes there
+    for number in range(1, workers + 1):
+        there = demand * (1 + found)
+        step = elsewhere + there
+        found = number * there / step if step else 0.0
+    return step
+
+
 def overlapped(
-    job: Job, strategy: Strategy, network: Network, machine: Machine
+    job: Job, strategy: Strategy, network: Network, machine: Machine, alone: bool = False
 ) -> tuple[Cost, float]:
     """The exchange of all buckets, and by how much the step is longer for it."""
     total = Cost()
     ready = []
     for done, share in job.buckets:
-        cost = exchange(share * job.parameter_bytes, job, strategy, network, machine)
+        cost = exchange(share * job.parameter_bytes, job, strategy, network, machine, alone)
         total = Cost(*map(sum, zip(total, cost, strict=True)))
         ready.append((done * job.backward_seconds, cost.seconds))
+    if strategy.kind == "ps" and strategy.ahead == 0:
+        moment, seconds = ready[-1]
+        ready[-1] = moment, seconds + tail(job, strategy, network, machine)
     return total, lengthened(timeline(ready, job.backward_seconds), machine.contention)
+
+
+def tail(job: Job, strategy: Strategy, network: Network, machine: Machine) -> float:
+    """How long answers still come when all pushes have, where pushes are answered together.
+
+    A link works both ways at a time while some parameters are pushed and others come back. But what
+    workers push last is answered when the last of them has pushed it, and nothing is left to push.
+    """
+    local = min(job.ranks, job.ranks_per_node)
+    placement = place(job.nodes, local, strategy.servers, strategy.colocated)
+    size = min(job.parameter_bytes, strategy.servers * machine.lag_bytes)
+    return parameter_server_tail(size, placement, network, strategy.compression.ratio)
 
 
 def waiting(workers: int, strategy: Strategy) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.process import run
+from hpctrain.process import mpirun, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +73,23 @@ def test_fit_tells_what_is_missing(tmp_path):
     result = benchmark("fit", file)
     assert result.returncode == 2 and "HINT:" in result.stdout
     assert "Traceback" not in result.stdout
+
+
+def test_emulated_steps():
+    cases = ["ps:1+fp16", "ps:2+colocated+async"]
+    job = {"cases": cases, "bytes": 2**16, "layers": 4, "buckets": 2, "forward_seconds": 0.01,
+           "backward_seconds": 0.02, "jitter": 0.0, "window_seconds": 0.1}  # fmt: skip
+    command = [*mpirun(2), sys.executable, "-m", "benchmarks.model_steps", json.dumps(job)]
+    done = run(command, timeout_seconds=120, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+    alone, pushed, own = (json.loads(s) for s in done.stdout.splitlines() if s.startswith("{"))
+    assert alone["forward_seconds"] >= 0.01 and alone["backward_seconds"] >= 0.02
+    assert [pushed["strategy"], own["strategy"]] == cases
+    assert pushed["workers"] == 1 and own["workers"] == 2
+    assert pushed["compression_ratio"] == pytest.approx(0.5)
+    for each in (pushed, own):
+        assert 0.03 <= each["seconds_low"] <= each["seconds"] <= each["seconds_high"]
+        assert each["steps"] >= 9 and 0 <= each["cores_busy"] <= 1
 
 
 def test_simulate(tmp_path):

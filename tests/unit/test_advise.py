@@ -97,6 +97,10 @@ def test_fits_take_the_place_of_assumptions(tmp_path):
     for spec, same in (("horovod", False), ("ps:2", True)):
         steps = [each.named(4, [spec], codec)[0].step for each in (fitted, assumed)]
         assert (steps[0] == steps[1]) == same
+    record = {"strategy": "ps", "known": {"lag_bytes": 0.0}, "parameters": {}}
+    file.write_text(json.dumps({"records": [record]}))
+    without = adviser(fits=read_fit(file)).named(4, ["ps:2"], codec)[0].step
+    assert without.exposed < assumed.named(4, ["ps:2"], codec)[0].step.exposed
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"records": [{"strategy": "ps"}]}'])

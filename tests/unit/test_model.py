@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,11 +15,12 @@ from hpctrain.model.collectives import (
     halving,
     hierarchical,
     parameter_server,
+    parameter_server_tail,
     place,
     ring,
 )
 from hpctrain.model.inputs import Job, Machine, Network, even_buckets, network_of
-from hpctrain.model.step import lengthened, predict, timeline, waiting
+from hpctrain.model.step import lengthened, predict, queued, timeline, waiting
 from hpctrain.model.strategies import Compression, Strategy, strategy_of
 
 NETWORK = Network(1e9, 1.0, 1e-4, 1e10, 1e-5)
@@ -106,6 +108,24 @@ def test_parameter_server_by_hand():
     assert everywhere.transfer == pytest.approx(ring(1e8, 8, 1, NETWORK, Machine()).transfer)
 
 
+def test_answers_behind_all_pushes_take_as_long_again():
+    # Dedicated servers: 4 workers push S/2 each to 2 of them, which then answer as much.
+    dedicated = Placement((1, 1, 1, 1, 0, 0), (0, 0, 0, 0, 1, 1))
+    assert parameter_server_tail(1e8, dedicated, NETWORK) == pytest.approx(0.2)
+    assert parameter_server_tail(1e8, dedicated, NETWORK, 0.25) == pytest.approx(0.05)
+    # Where every node does both, a link is as busy in each direction all the time.
+    assert parameter_server_tail(1e8, place(8, 1, 8, True), NETWORK, 0.25) == pytest.approx(0)
+    # No more than there is, and of a large job next to nothing.
+    quick = Network(1e8, 1.0, 0.0, math.inf, 0.0)
+    job = Job(1e8, 0.0, 0.0, ranks=6)
+    for lag, part in ((0.0, 1.0), (5e6, 1.1), (1e12, 2.0)):
+        step = predict(job, named("ps:2"), quick, Machine(lag_bytes=lag))
+        assert step.exchange == pytest.approx(2.0) and step.exposed == pytest.approx(2.0 * part)
+    # Where each push is answered for itself, nobody waits for that.
+    own = [predict(job, named("ps:2+async"), quick, Machine(lag_bytes=lag)) for lag in (0.0, 1e12)]
+    assert own[0] == own[1]
+
+
 def test_place_takes_ranks_away_unless_colocated():
     assert place(3, 2, 4, False) == Placement((0, 1, 1), (2, 1, 1))
     assert place(3, 2, 4, True) == Placement((2, 2, 2), (2, 1, 1))
@@ -163,7 +183,7 @@ def test_compression_pays_where_the_link_is_slow_and_gradients_fill_it():
     assert saved("horovod", Network(1e7)) > 0 > saved("horovod", Network(1e12))
     assert saved("ps:8+colocated", Network(1e7)) > 0
     # Out of a server that has its node for itself go weights alone, and they are not compressed.
-    assert saved("ps:1", Network(1e7)) < 0
+    assert saved("ps:1", Network(1e7)) < 0.1 * saved("ps:8+colocated", Network(1e7))
 
 
 def test_waiting_is_near_the_mean_of_the_largest():
@@ -239,3 +259,40 @@ def test_a_servers_arithmetic_by_hand():
     # A thread of a worker takes the worker's time.
     beside = predict(JOB, named("ps:8+colocated"), quick, MACHINE)
     assert beside.update == pytest.approx(0.01 + 0.0025) and beside.exchange < 1e-5
+
+
+def sharing(workers, think, demand, cycles, seed):
+    """Workers that think for random times, and then share a link's rate; event by event."""
+    rng = np.random.default_rng(seed)
+    thinking = list(rng.exponential(think, workers))  # until when
+    sending = {}  # by worker, what is left
+    now, done = 0.0, 0
+    while done < cycles:
+        worker = min(range(workers), key=lambda w: math.inf if w in sending else thinking[w])
+        begins = math.inf if worker in sending else thinking[worker]
+        first = min(sending, key=sending.get, default=None)
+        ends = math.inf if first is None else now + sending[first] * len(sending)
+        moment = min(begins, ends)
+        sending = {w: left - (moment - now) / len(sending) for w, left in sending.items()}
+        now = moment
+        if ends <= begins:
+            del sending[first]
+            thinking[first] = now + rng.exponential(think)
+            done += 1
+        else:
+            sending[worker] = demand
+    return now * workers / done
+
+
+@pytest.mark.parametrize(("workers", "think"), [(1, 1.0), (4, 4.0), (7, 1.0)])
+def test_queued_is_what_sharing_a_link_gives(workers, think):
+    mean = sharing(workers, think, 1.0, 4000, seed=1)
+    assert queued(think + 1.0, float(workers), workers) == pytest.approx(mean, rel=0.06)
+
+
+@given(st.integers(1, 50), st.floats(1e-3, 10), st.floats(0, 10))
+def test_queued_is_between_its_bounds(workers, alone, busy):
+    # Asymptotic bounds (Denning & Buzen, "The operational analysis of queueing network models").
+    step = queued(alone, busy, workers)
+    assert step >= max(alone, busy) * (1 - 1e-9)
+    assert step <= max(alone, busy / workers) + busy * (workers - 1) / workers + 1e-9

@@ -1,0 +1,309 @@
+"""The cost model against training steps on emulated hosts, at places that it was not fitted to.
+
+    python -m benchmarks.model --out results
+    python -m benchmarks.model --full --hosts 8 --mbits 100 --out results/8x100
+    python -m benchmarks.model results/*/model.json --out results
+
+The first measures steps of strategies on 2, 4 and 8 hosts (ps_hosts.py) with links of three rates,
+the second all strategies at some of these places, and the third takes what was measured before.
+
+Exchange and update are hpctrain's own; computing is emulated (model_steps.py says how), so that a
+rank on each of 8 hosts computes at full speed on 2 cores. Horovod runs its MPI operations. Open
+MPI is told to take the ring for `horovod`; for `horovod+halving` it is left alone, and then takes
+Rabenseifner's algorithm for messages of these sizes (coll_tuned_decision_fixed.c of Open MPI 5).
+
+The model's parameters are fitted to all places but one, once for Horovod and once for the parameter
+servers, and predict that one: a number of hosts and a rate of their links. The table has how far
+that is off, by strategy. `hosts` is the same, but all places with that number of hosts are left
+out, and `rates` all with that rate. Measured is a mean step; of three windows the median. While it
+is measured, all cores are watched: where they idle for less than a tenth of the time, the point is
+marked `*`, because there this machine is the bound, and not the links that it emulates.
+
+Prints tables; --out gets model.json, model.csv, a plot, and records.json for benchmarks.fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import ps_hosts
+from benchmarks.model_steps import Job
+from benchmarks.output import table, write
+from hpctrain.errors import Error
+from hpctrain.model.fit import Record, held_out
+
+HOSTS, MBITS = (2, 4, 8), (100.0, 200.0, 400.0)
+BYTES, LAYERS, BUCKETS = 2**21, 8, 4
+FORWARD_SECONDS, BACKWARD_SECONDS, JITTER = 0.03, 0.06, 0.05
+WINDOW_SECONDS = {False: 0.5, True: 0.8}
+TIMEOUT_SECONDS = 300.0
+IDLE = 0.1
+YIELD = ("--mca", "mpi_yield_when_idle", "1")  # there are more ranks than cores
+# For Open MPI's tuned collectives: one collective, all-reduce (2), has one rule for all sizes of
+# communicators, of two sizes of messages: recursive doubling (3) for what Horovod negotiates with,
+# the ring (4) from 16 KiB on.
+RULES = "1\n2\n1\n0\n2\n0 3 0 0\n16384 4 0 0\n"
+KNOWN = {"contention": 0.0}  # sleep is no slower beside an exchange
+Point = dict[str, Any]
+
+
+def cases_of(hosts: int, full: bool) -> list[str]:
+    """Strategies for so many hosts, with a rank each."""
+    half = f"ps:{hosts // 2}"
+    everywhere = f"ps:{hosts}+colocated"
+    cases = ["horovod", "ps:1", half, everywhere]
+    if hosts > 2:
+        cases += ["ps:1+async", f"{half}+async"]
+    if full:
+        cases += ["horovod+halving", "ps:1+fp16"]
+        cases += [f"{everywhere}+{how}" for how in ("async", "ssp:3", "int8", "topk:0.01")]
+        cases += [f"{half}+ssp:3"] * (hosts > 2)
+    return list(dict.fromkeys(cases))
+
+
+def measure(hosts: int, mbits: float, full: bool) -> list[Point]:
+    """All strategies at a place.
+
+    Raises:
+        Error: The hosts do not come up, or a job fails.
+    """
+    cases = cases_of(hosts, full)
+    points: list[Point] = []
+    with ps_hosts.hosts(hosts, mbits) as cluster, tempfile.NamedTemporaryFile("w") as rules:
+        rules.write(RULES)
+        rules.flush()
+        ring = ["--mca", "coll_tuned_use_dynamic_rules", "1"]
+        ring += ["--mca", "coll_tuned_dynamic_rules_filename", rules.name]
+        for options, some in (
+            (ring, [case for case in cases if case != "horovod+halving"]),
+            ([], [case for case in cases if case == "horovod+halving"]),
+        ):
+            if some:
+                points += run(cluster, options, hosts, mbits, some, full)
+    return points
+
+
+def run(
+    cluster: ps_hosts.Hosts,
+    options: Sequence[str],
+    hosts: int,
+    mbits: float,
+    cases: list[str],
+    full: bool,
+) -> list[Point]:
+    """Strategies that one job can measure."""
+    job = Job(
+        cases, BYTES, LAYERS, BUCKETS, FORWARD_SECONDS, BACKWARD_SECONDS, JITTER,
+        WINDOW_SECONDS[full],
+    )  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.model_steps", json.dumps(job._asdict())]
+    done = cluster.mpirun(
+        [1] * hosts,
+        command,
+        TIMEOUT_SECONDS,
+        options=[*ps_hosts.BOTH_WAYS, *YIELD, *options],
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(lines) != 1 + len(cases):
+        raise Error(
+            f"{hosts} hosts, {mbits:g} Mbit/s: exit code {done.returncode} after "
+            f"{len(lines)} results: {done.stdout.strip()[-300:]}",
+            hint="`hpctrain doctor` says whether MPI and Horovod work here.",
+        )
+    alone, *found = lines
+    place = {"hosts": hosts, "link_Mbps": mbits, "bytes": BYTES, "emulated": True}
+    parts = ("forward_seconds", "backward_seconds", "update_seconds")
+    return [
+        {**place, **each, **{part: alone[part] for part in parts}, "jitter": JITTER}
+        for each in found
+    ]
+
+
+def record_of(point: Point) -> Record:
+    """A point as the fit takes it."""
+    strategy = str(point["strategy"])
+    return Record(
+        strategy=strategy,
+        ranks=point["hosts"],
+        nodes=point["hosts"],
+        bytes=point["bytes"],
+        seconds=point["seconds"],
+        link_bytes_per_second=1e6 * point["link_Mbps"] / 8,
+        forward_seconds=point["forward_seconds"],
+        backward_seconds=point["backward_seconds"],
+        update_seconds=point["update_seconds"],
+        buckets=BUCKETS if strategy.startswith("horovod") else LAYERS,
+        jitter=point["jitter"],
+        compression_ratio=point.get("compression_ratio", 1.0),
+        encode_seconds_per_byte=point.get("encode_seconds_per_byte", 0.0),
+        decode_seconds_per_byte=point.get("decode_seconds_per_byte", 0.0),
+    )
+
+
+def predicted(points: Sequence[Point]) -> tuple[list[Point], list[Record]]:
+    """Points with the errors of predictions, and the records that these are made of."""
+    records = [record_of(point) for point in points]
+    points = [
+        {**point, "machine_bound": point["cores_busy"] > 1 - IDLE, "seconds_predicted": None}
+        for point in points
+    ]
+    for kind in ("horovod", "ps"):
+        some = [n for n, record in enumerate(records) if record.known_strategy.kind == kind]
+        left_out = {
+            "error": lambda record: record.place,
+            "error_hosts": lambda record: record.nodes,
+            "error_rates": lambda record: record.link_bytes_per_second,
+        }
+        for key, by in left_out.items():
+            if len({by(records[n]) for n in some}) < 2:
+                continue
+            errors = held_out([records[n] for n in some], KNOWN, by)
+            for n, error in zip(some, errors, strict=True):
+                points[n][key] = error
+                if key == "error":
+                    points[n]["seconds_predicted"] = points[n]["seconds"] * (1 + error)
+    return points, records
+
+
+def family(point: Point) -> str:
+    """A strategy without its number of servers."""
+    name, _, rest = str(point["strategy"]).partition("+")
+    return "+".join(filter(None, [name.partition(":")[0], rest]))
+
+
+def summaries(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Errors by strategy, by hosts, by rate, and in all."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(family(point), []).append(point)
+    for hosts in sorted({point["hosts"] for point in points}):
+        groups[f"{hosts} hosts"] = [p for p in points if p["hosts"] == hosts]
+    for mbits in sorted({point["link_Mbps"] for point in points}):
+        groups[f"{mbits:g} Mbit/s"] = [p for p in points if p["link_Mbps"] == mbits]
+    groups["all"] = list(points)
+    groups["all that the machine does not bound"] = [p for p in points if not p["machine_bound"]]
+    found = []
+    for name, some in groups.items():
+        entry: dict[str, Any] = {"group": name, "points": len(some)}
+        for key in ("error", "error_hosts", "error_rates"):
+            sizes = [abs(point[key]) for point in some if key in point]
+            if sizes:
+                entry |= {f"median_{key}": statistics.median(sizes), f"largest_{key}": max(sizes)}
+        found.append(entry)
+    return found
+
+
+def shown(points: Sequence[Point], groups: Sequence[dict[str, Any]]) -> str:
+    """The tables."""
+    rows = [["hosts", "Mbit/s", "strategy", "step ms", "least..most", "predicted", "error"]]
+    for p in points:
+        span = f"{1e3 * p['seconds_low']:.0f}..{1e3 * p['seconds_high']:.0f}"
+        mark = "*" if p["machine_bound"] else ""
+        step, foretold = 1e3 * p["seconds"], 1e3 * p["seconds_predicted"]
+        rows.append([str(p["hosts"]), f"{p['link_Mbps']:g}", p["strategy"], f"{step:.0f}{mark}",
+                     span, f"{foretold:.0f}", f"{p['error']:+.0%}"])  # fmt: skip
+    errors = [["error", "points", "median", "largest", "hosts", "rates"]]
+    for each in groups:
+        keys = ("median_error", "largest_error", "median_error_hosts", "median_error_rates")
+        cells = [f"{each[key]:.1%}" if key in each else "" for key in keys]
+        errors.append([each["group"], str(each["points"]), *cells])
+    return f"{table(rows)}\n* bound by this machine's cores\n\n{table(errors)}"
+
+
+def plot(points: Sequence[Point], file: Path) -> None:
+    """Predicted by measured."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 6), layout="constrained")
+    names = list(dict.fromkeys(map(family, points)))
+    for number, name in enumerate(names):
+        some = [point for point in points if family(point) == name]
+        x = [1e3 * point["seconds"] for point in some]
+        y = [1e3 * point["seconds_predicted"] for point in some]
+        axis.plot(x, y, "ov^sD<>"[number % 7], color=f"C{number % 10}", label=name, markersize=4)
+    ends = [1e3 * f(p["seconds"] for p in points) for f in (min, max)]
+    axis.plot(ends, ends, "k-", linewidth=0.8)
+    for factor in (0.85, 1.15):
+        axis.plot(ends, [factor * end for end in ends], "k:", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="measured step, ms (emulated compute)",
+             ylabel="predicted from other places, ms", title="dotted: 15 % off")  # fmt: skip
+    axis.legend(fontsize=7)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def read(files: Iterable[Path]) -> list[Point]:
+    """What earlier runs measured.
+
+    Raises:
+        Error: A file is not one of this benchmark's.
+    """
+    points = []
+    for file in files:
+        try:
+            points += json.loads(file.read_text(encoding="utf-8"))["measured"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Error(
+                f"{file} is no model.json: {error}.", hint="--out of this benchmark writes it."
+            ) from error
+    return points
+
+
+def numbers(text: str) -> list[float]:
+    """Of an option: with commas."""
+    return [float(part) for part in text.split(",")]
+
+
+def main(command: Sequence[str] | None = None) -> None:
+    """Measure, or take what was measured; then predict."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="model.json of earlier runs")
+    parser.add_argument("--full", action="store_true", help="all strategies, for longer")
+    parser.add_argument("--hosts", type=numbers, default=HOSTS, help="default: 2,4,8")
+    parser.add_argument("--mbits", type=numbers, default=MBITS, help="default: 100,200,400")
+    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a plot")
+    arguments = parser.parse_args(command)
+    try:
+        points = read(arguments.files)
+        if not arguments.files:
+            for hosts, mbits in itertools.product(map(int, arguments.hosts), arguments.mbits):
+                began, load = time.perf_counter(), os.getloadavg()[0]
+                some = measure(hosts, mbits, arguments.full)
+                points += [{**point, "load_before": load} for point in some]
+                took = time.perf_counter() - began
+                line = f"{hosts} hosts, {mbits:g} Mbit/s: {len(some)} strategies in {took:.0f} s"
+                print(line, file=sys.stderr, flush=True)
+        measured = points
+        if len({(point["hosts"], point["link_Mbps"]) for point in points}) > 1:
+            points, records = predicted(points)
+            groups = summaries(points)
+            print(shown(points, groups))
+        else:
+            records, groups = [], []
+            print(f"one place alone predicts nothing; {len(points)} measurements")
+    except Error as error:
+        raise SystemExit(str(error)) from error
+    if arguments.out:
+        write(arguments.out, "model", points, measured=measured, errors=groups)
+        content = [record.model_dump(mode="json") for record in records]
+        (arguments.out / "records.json").write_text(json.dumps(content, indent=1) + "\n")
+        if records and importlib.util.find_spec("matplotlib") is not None:
+            plot(points, arguments.out / "model.png")
+
+
+if __name__ == "__main__":
+    main()
