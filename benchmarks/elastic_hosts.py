@@ -46,7 +46,7 @@ from benchmarks import elastic_tasks
 from benchmarks.elastic_engines import ENGINES, WORKERS, Work
 from benchmarks.output import table, write
 from hpctrain import process
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, can_have_hosts, missing
 
 KINDS = {"worker": "kill", "first": "kill", "cable": "cut"}
 NAME = "elastic_hosts"
@@ -225,6 +225,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="begin no run after so long")
     parser.add_argument("--out", type=Path, help="folder for all records, as JSON and CSV")
     options = parser.parse_args()
+    if lacking := missing() or ("" if can_have_hosts() else "root, or namespaces"):
+        parser.error(f"no Slurm cluster can be had here: no {lacking}. HINT: see CONTRIBUTING.md.")
     task, data = ("digits", None) if options.data is None else ("cifar10", options.data.resolve())
     work = Work(task, data, options.batch_size, options.steps)
     records: list[dict[str, Any]] = []
