@@ -1,6 +1,6 @@
 """What `--elastic` costs while nothing fails: the same training with it and without, in turn.
 
-    python -m benchmarks.elastic_overhead --pairs 150
+    python -m benchmarks.elastic_overhead --seconds 200
 
 Elastic training is started by another mpirun, and MPI by other parameters, so the two cannot share
 processes. Two worlds of two ranks are up at once, `hpctrain train --elastic ulfm` under
@@ -21,6 +21,7 @@ import signal
 import socket
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,9 +34,10 @@ from benchmarks.output import table, write
 from hpctrain.process import cores, mpirun, search_path
 
 RANKS, BATCH = 2, 128
-BLOCK_STEPS = {"Cifar10": 6, "Perceptron": 150}
+BLOCK_STEPS = {"Cifar10": 4, "Perceptron": 100}
 START_SECONDS, BLOCK_SECONDS = 120.0, 60.0
 WARM_UP = 5
+STEPS = 1_000_000  # more than there is time for
 RESAMPLES = 10_000
 
 
@@ -70,13 +72,13 @@ def _line(gate: socket.socket) -> dict[str, Any]:
     return read
 
 
-def launch(name: str, model: str, elastic: bool, folder: Path, steps: int) -> subprocess.Popen[str]:
+def launch(name: str, model: str, elastic: bool, folder: Path) -> subprocess.Popen[str]:
     """Start a world."""
     options = {"gate": folder / "gate", "world": name, "block": BLOCK_STEPS[model]}
     command = [
         *mpirun(RANKS), *(["--with-ft", "ulfm"] if elastic else []),
         "hpctrain", "train", f"{elastic_gate.__file__}:{model}", "--strategy", "horovod",
-        "--elastic", "ulfm" if elastic else "off", "--steps", str(steps),
+        "--elastic", "ulfm" if elastic else "off", "--steps", str(STEPS),
         "--batch-size", str(BATCH), "--out", str(folder / name),
         "--set", "checkpoint.every_steps=1000000000", "--set", "log.tensorboard=false",
     ]  # fmt: skip
@@ -93,20 +95,19 @@ def launch(name: str, model: str, elastic: bool, folder: Path, steps: int) -> su
     )
 
 
-def measure(model: str, pairs: int, control: bool) -> list[tuple[float, float]]:
-    """Seconds of a block with and without, for each pair."""
+def measure(model: str, duration: float, control: bool) -> list[tuple[float, float]]:
+    """Seconds of a block with and without, for each pair that there is time for."""
     first = "control" if control else "elastic"
     with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as listener:
         folder = Path(name)
         listener.bind(str(folder / "gate"))
         listener.listen()
         listener.settimeout(START_SECONDS)
-        steps = BLOCK_STEPS[model] * (pairs + WARM_UP + 1)
         worlds = {first: World(), "off": World()}
         started = []
         try:
             for each in worlds:
-                started.append(launch(each, model, each == "elastic", folder, steps))
+                started.append(launch(each, model, each == "elastic", folder))
             for _ in range(RANKS * len(worlds)):
                 gate, _ = listener.accept()
                 gate.settimeout(BLOCK_SECONDS)
@@ -115,9 +116,10 @@ def measure(model: str, pairs: int, control: bool) -> list[tuple[float, float]]:
                 worlds[who["world"]].gates.append(gate)
             for world in worlds.values():
                 world.signal(signal.SIGSTOP)
-            seconds = []
-            for number in range(WARM_UP + pairs):
-                turn = [first, "off"] if number % 2 else ["off", first]
+            seconds: list[tuple[float, float]] = []
+            began = time.monotonic()
+            while len(seconds) < 2 * WARM_UP or time.monotonic() - began < duration:
+                turn = [first, "off"] if len(seconds) % 2 else ["off", first]
                 took = {each: worlds[each].block() for each in turn}
                 seconds.append((took[first], took["off"]))
             return seconds[WARM_UP:]
@@ -164,15 +166,16 @@ def record(model: str, control: bool, seconds: list[tuple[float, float]]) -> dic
 def main() -> None:
     """Run the pairs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=60, help="of each model")
     parser.add_argument("--models", default=",".join(BLOCK_STEPS))
     parser.add_argument("--control", action="store_true", help="both worlds without --elastic")
     parser.add_argument("--out", type=Path, help="folder for the records, as JSON and CSV")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worlds end with it
     records = []
     rows = [["model", "pairs", "off: step ms", "elastic: step ms", "ratio", "95%"]]
     for model in options.models.split(","):
-        seconds = measure(model, options.pairs, options.control)
+        seconds = measure(model, options.seconds, options.control)
         records.append({**record(model, options.control, seconds), "seconds": seconds})
         each = records[-1]
         low, high = each["ratio_interval_95"]
