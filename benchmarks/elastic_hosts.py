@@ -36,6 +36,7 @@ import random
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -219,7 +220,7 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--engines", default="hpctrain", help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--data", type=Path, help="shards of CIFAR-10; without: the digits")
-    parser.add_argument("--batch-size", type=int, default=36, help="of all three ranks")
+    parser.add_argument("--batch-size", type=int, default=24, help="of all three ranks")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--patience", type=float, default=60, help="seconds without a step")
     parser.add_argument("--seconds", type=float, help="begin no run after so long")
@@ -236,6 +237,7 @@ def main() -> int:
     cases = itertools.product(
         range(options.runs), options.kinds.split(","), options.engines.split(",")
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster ends with it
     began = time.monotonic()
     cluster = Cluster(4)
     try:
