@@ -159,7 +159,8 @@ def one(
         host = target(kind, ENGINES[engine].driver, workers)
         hit = time.monotonic()
         getattr(cluster, KINDS[kind])(host)
-        record |= {"host": host, "outcome": watch(run, host, patience)}
+        load = round(os.getloadavg()[0], 1)
+        record |= {"host": host, "outcome": watch(run, host, patience), "load": load}
         left = [each for each in elastic_tasks.read(run) if each.host != host and each.ends]
         survivors = [each for each in left if each.ends[0] < hit]
         stalls = [stall_seconds(each.ends, hit) for each in survivors]
