@@ -1,142 +1,264 @@
 """How long training stands still when a host of a Slurm job is killed, or its cable is cut.
 
-    python -m benchmarks.elastic_hosts --runs 10 --data shards
+    python -m benchmarks.elastic_hosts --runs 10 --data shards --engines hpctrain,stock,stock-tuned
 
-A real Slurm cluster of four hosts in namespaces of this machine (root, and Slurm's packages, are
-needed). Each run is a job of three of them, submitted with ``--elastic``; at a random step
+A real Slurm cluster of four hosts in namespaces of this machine (root, and Slurm's and ssh's
+packages, are needed). Each run is a job with ranks on three of them: ``hpctrain submit --elastic``,
+or stock elastic Horovod (see elastic_engines.py) with the same model, data and global batch. At a
+random step
 
 - a host with neither rank 0 nor the batch script is killed (``worker``),
-- the host with rank 0, the batch script and srun is killed (``first``),
-- or a host's cable is cut (``cable``).
+- the host with rank 0, the batch script and the launcher is killed (``first``); of ``stock-tuned``,
+  whose batch script and launcher are on a fourth host, that with rank 0,
+- or the cable of a host as in the first case is cut (``cable``).
 
-The stall is from the end of the last step before the loss to the end of the next one, as the event
-in the metrics has it, and so has a step in it; the usual step is beside it. A run is good if it is
-completed by the processes that are left, and the trace of samples has each once an epoch. There are
-more ranks than cores here: all points are oversubscribed.
+The stall is from the end of the last step before the loss to the end of the next one, so it has a
+step in it; the usual step is beside it. It is that of the survivor that stood still longest. All
+engines' processes write down the ends of their steps in the same way. A run goes on if the
+processes that are left complete it; if none of them ends a step for ``--patience`` seconds, it does
+not. Of its steps, those are done again that had ended for a survivor, and were not kept. What
+steps consumed that count is in the trace of samples: some twice, or some never. There are more
+ranks than cores here: all points are oversubscribed.
 
-One line of JSON for each run, then a table; all of it in ``--out``.
+The kinds and engines take turns. With ``--out``, what is there already is not run again, so that
+runs can be made in parts of ``--seconds``. One line of JSON for each run, then a table; all of it
+in ``--out``. The exit code is 1 if hpctrain did not go on, or its samples are not each taken once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import os
 import random
 import shutil
+import signal
 import statistics
+import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks import elastic_tasks
+from benchmarks.elastic_engines import ENGINES, WORKERS, Work
 from benchmarks.output import table, write
-from hpctrain.elastic import ledger
-from tests.slurm.cluster import Cluster
+from hpctrain import process
+from tests.slurm.cluster import Cluster, can_have_hosts, missing
 
-KINDS = {"worker": ("kill", "n3"), "first": ("kill", "n1"), "cable": ("cut", "n3")}
-HOSTS, LOG_STEPS = 3, 2
-SECONDS = 240.0
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """What a run has recorded so far."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+KINDS = {"worker": "kill", "first": "kill", "cable": "cut"}
+NAME = "elastic_hosts"
+START_SECONDS = 120.0
 
 
-def one(cluster: Cluster, kind: str, number: int, task: list[str], steps: int) -> dict[str, Any]:
+class Samples(NamedTuple):
+    """What the trace of a run says: steps that ended more than once, and samples that counted.
+
+    Attributes:
+        redone: Steps that ended, and were done again in another world.
+        twice: Samples that were consumed more than once in an epoch.
+        missed: Samples that an epoch went past.
+    """
+
+    redone: int
+    twice: int
+    missed: int
+
+
+def samples(run: Path) -> Samples:
+    """Read the trace; of each step counts what the last world did in which it ended."""
+    begun: dict[tuple[int, tuple[int, ...]], dict[int, Any]] = {}
+    ended: dict[int, dict[tuple[int, ...], list[int]]] = {}
+    for path in sorted((run / "trace").glob("*.jsonl")):
+        number = int(path.stem.partition("-")[2])
+        for text in path.read_text().split("\n")[:-1]:
+            line = json.loads(text)
+            if "begun" in line:
+                begun.setdefault((line["begun"], tuple(line["world"])), {})[number] = line
+            elif "ended" in line:
+                ended.setdefault(line["ended"], {})[tuple(line["world"])] = line["members"]
+    consumed: dict[int, Counter[int]] = {}
+    stops: dict[int, int] = {}
+    for step in sorted(ended):
+        world, members = max(ended[step].items())
+        for member in members:
+            line = begun[step, world][member]
+            consumed.setdefault(line["epoch"], Counter()).update(line["samples"])
+            stops[line["epoch"]] = line["stop"]
+    return Samples(
+        sum(len(worlds) > 1 for worlds in ended.values()),
+        sum(sum(count > 1 for count in each.values()) for each in consumed.values()),
+        sum(max(0, stop - len(consumed[epoch])) for epoch, stop in stops.items()),
+    )
+
+
+def stall_seconds(ends: list[float], hit: float) -> float | None:
+    """The longest time between two ends of steps, from the last one before the fault on."""
+    before = max((end for end in ends if end <= hit), default=None)
+    if before is None or ends[-1] <= hit:
+        return None
+    since = [end for end in ends if end >= before]
+    return max(later - earlier for earlier, later in itertools.pairwise(since))
+
+
+def target(kind: str, driver: str, workers: list[elastic_tasks.Process]) -> str:
+    """The host to lose."""
+    hosts = {worker.host: worker.rank for worker in workers}
+    zero = next(host for host, rank in hosts.items() if rank == 0)
+    if kind == "first":
+        return driver if driver in hosts else zero
+    return max(host for host in hosts if host not in (driver, zero))
+
+
+def processes(folder: Path) -> list[int]:
+    """The processes whose command names a folder."""
+    found = process.run(["pgrep", "--full", str(folder)], timeout_seconds=10).stdout
+    return [int(word) for word in found.split()]
+
+
+def watch(run: Path, host: str, patience: float) -> str:
+    """Wait for the end of a run that has lost a host; what became of it."""
+    began = looked = time.monotonic()
+    while not (run / "result.json").exists():
+        now = time.monotonic()
+        left = [each for each in elastic_tasks.read(run) if each.host != host]
+        if now - max([began, *(each.ends[-1] for each in left if each.ends)]) > patience:
+            return f"no step for {patience:.0f} s"
+        if now - looked > 1:
+            looked = now
+            if not processes(run):
+                return "all processes ended"
+        time.sleep(0.02)
+    return "went on"
+
+
+def one(
+    cluster: Cluster, engine: str, kind: str, number: int, work: Work, patience: float
+) -> dict[str, Any]:
     """A run, and what became of it."""
-    how, host = KINDS[kind]
     generator = random.Random(f"{kind}-{number}")
-    at = generator.randrange(steps // 4, steps // 2)
+    at = generator.randrange(work.steps // 4, work.steps // 2)
+    pause = generator.uniform(0, 0.2)
     folder = Path(tempfile.mkdtemp(prefix="elastic-hosts-"))
     run = folder / "run"
-    submit = [
-        "hpctrain", "submit", *task, "--nodes", str(HOSTS), "--elastic", "--trace-samples",
-        "--steps", str(steps), "--set", f"log.every_steps={LOG_STEPS}",
-        "--set", "log.tensorboard=false", "--out", str(run), "--time", "20:00",
-    ]  # fmt: skip
-    record: dict[str, Any] = {"kind": kind, "run": number, "step": at, "verdict": "good"}
-    job = cluster.call(*submit, cwd=folder).split()[1].rstrip(":")
+    record: dict[str, Any] = {"engine": engine, "kind": kind, "run": number, "step": at}
+    host, job = "", ENGINES[engine].submit(cluster, work, run)
     try:
-        deadline = time.monotonic() + SECONDS
-        hit = False
-        while not (run / "result.json").exists() and time.monotonic() < deadline:
-            lines = metrics(run)
-            if not hit and lines and lines[-1]["step"] >= at:
-                time.sleep(generator.uniform(0, 0.2))
-                getattr(cluster, how)(host)
-                hit = True
+        deadline = time.monotonic() + START_SECONDS
+        while not (
+            len(workers := elastic_tasks.read(run)) == WORKERS
+            and min(len(each.ends) for each in workers) >= at
+        ):
+            if time.monotonic() > deadline:
+                return {**record, "outcome": "did not start", "log": log(folder)}
             time.sleep(0.01)
-        lines = metrics(run)
-        lost = [line for line in lines if "lost" in line]
-        rates = [line["samples_per_second"] for line in lines if line["kind"] == "train"]
-        if not (run / "result.json").exists():
-            record["verdict"] = "not completed"
-        elif [line["host"] for line in lost] != [host]:
-            record["verdict"] = "other hosts were lost, or the run was started again"
-        elif wrong := ledger.check(run).wrong:
-            record["verdict"] = wrong[0]
-        if lost and rates:
-            batch = json.loads((run / "result.json").read_text())["samples"] / steps
-            record["stall_ms"] = lost[0]["step_ms"]
-            record["usual_step_ms"] = round(1e3 * batch / statistics.median(rates), 1)
+        time.sleep(pause)
+        host = target(kind, ENGINES[engine].driver, workers)
+        hit = time.monotonic()
+        getattr(cluster, KINDS[kind])(host)
+        load = round(os.getloadavg()[0], 1)
+        record |= {"host": host, "outcome": watch(run, host, patience), "load": load}
+        left = [each for each in elastic_tasks.read(run) if each.host != host and each.ends]
+        survivors = [each for each in left if each.ends[0] < hit]
+        stalls = [stall_seconds(each.ends, hit) for each in survivors]
+        if record["outcome"] != "went on":
+            record["log"] = log(folder)
+        elif len(left) != len(survivors) or any(each is None for each in stalls):
+            record["outcome"] = "went on in other processes"
+        else:
+            usual = [b - a for e in survivors for a, b in itertools.pairwise(e.ends) if b < hit]
+            record["stall_ms"] = round(1e3 * max(each for each in stalls if each is not None), 1)
+            record["usual_step_ms"] = round(1e3 * statistics.median(usual), 1)
+            record |= samples(run)._asdict()
+        return record
     finally:
-        if how == "cut":
+        if KINDS[kind] == "cut" and host:
             cluster.heal(host)
         cluster.run("scancel", job)
+        for pid in processes(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         cluster.mend()
         shutil.rmtree(folder, ignore_errors=True)
-    return record
+
+
+def log(folder: Path) -> str:
+    """The end of a run's log."""
+    text = "".join(path.read_text(errors="replace") for path in sorted(folder.rglob("*.out")))
+    return text[-2000:]
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    """A line for each kind."""
-    rows = [["what is lost", "runs", "good", "stall ms median", "max", "usual step ms"]]
-    for kind in KINDS:
-        some = [record for record in records if record["kind"] == kind]
-        stalls = [record["stall_ms"] for record in some if "stall_ms" in record]
-        if not stalls:
-            continue
-        usual = statistics.median(r["usual_step_ms"] for r in some if "usual_step_ms" in r)
-        good = sum(record["verdict"] == "good" for record in some)
-        rows.append(
-            [kind, str(len(some)), str(good), f"{statistics.median(stalls):.0f}",
-             f"{max(stalls):.0f}", f"{usual:.0f}"]
-        )  # fmt: skip
+    """A line for each kind and engine; stalls in milliseconds."""
+    rows = [["what is lost: engine", "runs", "went on", "stall: median", "quartiles", "max",
+             "usual step", "steps done again", "samples twice", "never"]]  # fmt: skip
+    for kind, engine in itertools.product(KINDS, ENGINES):
+        some = [each for each in records if (each["kind"], each["engine"]) == (kind, engine)]
+        good = [each for each in some if each["outcome"] == "went on"]
+        row = [f"{kind}: {engine}", str(len(some)), str(len(good))]
+        if good:
+            stalls = [each["stall_ms"] for each in good]
+            low, middle, high = (
+                statistics.quantiles(stalls, n=4, method="inclusive")
+                if len(stalls) > 1
+                else stalls * 3
+            )
+            usual = statistics.median(each["usual_step_ms"] for each in good)
+            row += [f"{middle:.0f}", f"{low:.0f}-{high:.0f}", f"{max(stalls):.0f}", f"{usual:.0f}"]
+            row += [str(sum(each[name] for each in good)) for name in Samples._fields]
+        if some:
+            rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return table(rows)
 
 
 def main() -> int:
-    """Run all; 1 if anything was wrong."""
+    """Run all; 1 if anything was wrong with hpctrain."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=2, help="of each kind")
+    parser.add_argument("--runs", type=int, default=2, help="of each kind and engine")
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--engines", default="hpctrain", help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--data", type=Path, help="shards of CIFAR-10; without: the digits")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=24, help="of all three ranks")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--patience", type=float, default=60, help="seconds without a step")
+    parser.add_argument("--seconds", type=float, help="begin no run after so long")
     parser.add_argument("--out", type=Path, help="folder for all records, as JSON and CSV")
     options = parser.parse_args()
-    task = (
-        ["digits"] if options.data is None else ["cifar10", "--data", str(options.data.resolve())]
+    if lacking := missing() or ("" if can_have_hosts() else "root, or namespaces"):
+        parser.error(f"no Slurm cluster can be had here: no {lacking}. HINT: see CONTRIBUTING.md.")
+    task, data = ("digits", None) if options.data is None else ("cifar10", options.data.resolve())
+    work = Work(task, data, options.batch_size, options.steps)
+    records: list[dict[str, Any]] = []
+    if options.out is not None and (options.out / f"{NAME}.json").exists():
+        records = json.loads((options.out / f"{NAME}.json").read_text())["records"]
+    there = {(each["run"], each["kind"], each["engine"]) for each in records}
+    cases = itertools.product(
+        range(options.runs), options.kinds.split(","), options.engines.split(",")
     )
-    task += ["--batch-size", str(options.batch_size)]
-    records = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster ends with it
+    began = time.monotonic()
     cluster = Cluster(4)
     try:
         cluster.up()
-        for number in range(options.runs):
-            for kind in options.kinds.split(","):
-                records.append(one(cluster, kind, number, task, options.steps))
-                print(json.dumps(records[-1]), flush=True)
+        for number, kind, engine in cases:
+            if (number, kind, engine) in there:
+                continue
+            if options.seconds is not None and time.monotonic() - began > options.seconds:
+                break
+            records.append(one(cluster, engine, kind, number, work, options.patience))
+            print(json.dumps(records[-1]), flush=True)
+            if options.out is not None:
+                write(options.out, NAME, records, task=work.task, batch_size=work.batch_size)
     finally:
         cluster.down()
     print(summary(records))
-    if options.out is not None:
-        write(options.out, "elastic_hosts", records)
-    return int(any(record["verdict"] != "good" for record in records))
+    ours = [each for each in records if each["engine"] == "hpctrain"]
+    return int(
+        any(each["outcome"] != "went on" or each["twice"] or each["missed"] for each in ours)
+    )
 
 
 if __name__ == "__main__":

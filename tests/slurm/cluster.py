@@ -261,6 +261,10 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         _do([*self._inside(name), "ip", "link", "set", "eth0", "up"])
         self._slurmd(name)
 
+    def enter(self, name, *arguments):
+        """Run a command on a host, as its root; it must succeed, and what it starts may stay."""
+        _do([*self._inside(name), *arguments], self.environment)
+
     def kill(self, name):
         """Lose a node at once: a power cut, or (several slurmd on one host) set down."""
         if self.hosts:
