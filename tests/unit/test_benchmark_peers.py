@@ -109,9 +109,9 @@ def test_ranks_train_on_parts_of_the_same_batches():
     kind = peers_models.Kind(lambda: torch.nn.Linear(3, 10), (3,), 2)
     for rank in range(2):
         place = peers_cases.Place(rank, 2, "", torch.device("cpu"))
-        record, moved = peers_cases.train(case, kind, place, steps=2)
-        assert len(record["times_ms"]) == 2 and not moved.any()
+        record, moved = peers_cases.train(case, kind, place, steps=peers_cases.POOL)
+        assert len(record["times_ms"]) == peers_cases.POOL and not moved.any()
     mine, others = (list(each) for _, each in itertools.groupby(seen, key=lambda each: each[0]))
-    assert len(mine) == len(others) == peers_cases.WARM_UP + 2
+    assert len(mine) == len(others) == peers_cases.WARM_UP + peers_cases.POOL
     assert torch.equal(mine[0][1], mine[peers_cases.POOL][1])
     assert not any(torch.equal(a[1], b[1]) for a in mine for b in others)
