@@ -4,8 +4,8 @@
     python -m benchmarks.model --full --hosts 8 --mbits 100 --out results/8x100
     python -m benchmarks.model results/*/model.json --out results
 
-The first measures steps of strategies on 2, 4 and 8 hosts (ps_hosts.py) with links of three rates,
-the second all strategies at some of these places, and the third takes what was measured before.
+The first measures steps of some strategies on 2, 4 and 8 hosts (ps_hosts.py) with links of two
+rates, the second all strategies at some places, and the third takes what was measured before.
 
 Exchange and update are hpctrain's own; computing is emulated (model_steps.py says how), so that a
 rank on each of 8 hosts computes at full speed on 2 cores. Horovod runs its MPI operations. Open
@@ -281,13 +281,14 @@ def main(command: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path, help="model.json of earlier runs")
     parser.add_argument("--full", action="store_true", help="all strategies, for longer")
     parser.add_argument("--hosts", type=numbers, default=HOSTS, help="default: 2,4,8")
-    parser.add_argument("--mbits", type=numbers, default=MBITS, help="default: 100,200,400")
+    parser.add_argument("--mbits", type=numbers, help="default: 100,400; with --full 200, too")
     parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a plot")
     arguments = parser.parse_args(command)
+    rates = arguments.mbits or (MBITS if arguments.full else (min(MBITS), max(MBITS)))
     try:
         points = read(arguments.files)
         if not arguments.files:
-            for hosts, mbits in itertools.product(map(int, arguments.hosts), arguments.mbits):
+            for hosts, mbits in itertools.product(map(int, arguments.hosts), rates):
                 began, load = time.perf_counter(), os.getloadavg()[0]
                 some = measure(hosts, mbits, arguments.full)
                 points += [{**point, "load_before": load} for point in some]
