@@ -21,7 +21,7 @@ def point(hosts, mbits, strategy):
         "update_seconds": 0.001, "jitter": 0.05, "cores_busy": 0.5,
     }  # fmt: skip
     record = model.record_of(measured)
-    machine = Machine(1e-9, record.update_seconds / record.bytes)
+    machine = Machine(5e-10, record.update_seconds / record.bytes)
     network = Network(record.link_bytes_per_second, 0.9, 3e-4)
     step = predict(record.job, record.known_strategy, network, machine)
     seconds = step.step_seconds
