@@ -94,16 +94,20 @@ ENGINES: dict[str, Hpctrain | Stock] = {
 
 LISTED = """\
 #!/bin/bash
-sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=idle,alloc,mix --format=%N:1
+down=" $(sinfo --noheader --Node --states=down,drain,fail --format=%N | tr '\\n' ' ')"
+for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+  [[ $down == *" $host "* ]] || echo "$host:1"
+done
 """
 
-# Without the driver's host. The probe asks slurmd.
+# Without the driver's host, and with a probe, which asks slurmd.
 PROBED = """\
 #!/bin/bash
-for host in $(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --states=idle,alloc,mix \\
-              --format=%N); do
-  [ "$host" != "$(hostname)" ] && timeout 1 bash -c "</dev/tcp/$host/6818" 2>/dev/null &&
-    echo "$host:1"
+down=" $(sinfo --noheader --Node --states=down,drain,fail --format=%N | tr '\\n' ' ')"
+answers() { timeout 1 bash -c "</dev/tcp/$1/6818" 2>/dev/null; }
+for host in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+  [[ $host == $(hostname) || $down == *" $host "* ]] && continue
+  answers "$host" || answers "$host" && echo "$host:1"
 done
 exit 0
 """

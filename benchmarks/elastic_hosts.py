@@ -52,6 +52,8 @@ from tests.slurm.cluster import Cluster, can_have_hosts, missing
 KINDS = {"worker": "kill", "first": "kill", "cable": "cut"}
 NAME = "elastic_hosts"
 START_SECONDS = 120.0
+SILENCE_SECONDS = 15.0  # without a step, before it is looked whether there are processes left
+POLL_SECONDS = 0.1
 
 
 class Samples(NamedTuple):
@@ -121,17 +123,15 @@ def processes(folder: Path) -> list[int]:
 
 def watch(run: Path, host: str, patience: float) -> str:
     """Wait for the end of a run that has lost a host; what became of it."""
-    began = looked = time.monotonic()
+    began = time.monotonic()
     while not (run / "result.json").exists():
-        now = time.monotonic()
+        time.sleep(POLL_SECONDS)
         left = [each for each in elastic_tasks.read(run) if each.host != host]
-        if now - max([began, *(each.ends[-1] for each in left if each.ends)]) > patience:
+        idle = time.monotonic() - max([began, *(each.ends[-1] for each in left if each.ends)])
+        if idle > patience:
             return f"no step for {patience:.0f} s"
-        if now - looked > 1:
-            looked = now
-            if not processes(run):
-                return "all processes ended"
-        time.sleep(0.02)
+        if idle > SILENCE_SECONDS and not processes(run):
+            return "all processes ended"
     return "went on"
 
 
@@ -154,7 +154,7 @@ def one(
         ):
             if time.monotonic() > deadline:
                 return {**record, "outcome": "did not start", "log": log(folder)}
-            time.sleep(0.01)
+            time.sleep(0.02)
         time.sleep(pause)
         host = target(kind, ENGINES[engine].driver, workers)
         hit = time.monotonic()
