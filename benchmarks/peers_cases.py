@@ -123,6 +123,7 @@ def ddp(
         static_graph=True,
         broadcast_buffers=False,
     )
+    KEPT.append(wrapped)
     yield training_step(wrapped, optimizer)
     distributed.destroy_process_group()
 
@@ -247,6 +248,11 @@ def train(case: Case, kind: Kind, place: Place, steps: int) -> tuple[dict[str, A
     return {"times_ms": times[WARM_UP:], "losses": losses}, moved
 
 
+KEPT: list[nn.Module] = []
+"""What would hang for good if it were taken apart: the last to hold a process group of gloo's ends
+it with Python's lock in hand, for which that group's own thread may be waiting."""
+
+
 def end_with_parent() -> None:
     """Have this process killed when its launcher is.
 
@@ -279,6 +285,8 @@ def child(name: str, models: str, steps: str, folder: str, own_cores: str) -> No
         record, moved = train(CASES[name], MODELS[kind], place, int(steps))
         np.save(f"{folder}/{kind}.{launch.rank}.npy", moved.numpy())
         Path(f"{folder}/{kind}.{launch.rank}.json").write_text(json.dumps(record))
+    if KEPT:
+        os._exit(0)
 
 
 if __name__ == "__main__":
