@@ -34,7 +34,7 @@ def launched(hpctrain, ranks, *arguments, seconds=90):
     ],
 )
 def test_losses(hpctrain, plan, ranks, epochs):
-    """Also of rank 0, and while the others recover; a new one comes for each, if there is time."""
+    """Also of rank 0, and while the others recover; where there is time, a new one comes."""
     done = hpctrain(
         "chaos", "--out", "run", "--plan", plan, "--",
         "hpctrain", "launch", "-np", ranks, "--",
@@ -46,8 +46,8 @@ def test_losses(hpctrain, plan, ranks, epochs):
     assert outcome["verdict"] == "good" and outcome["returncode"] == 0
     result = result_of(hpctrain.folder / "run")
     sizes = [change["size"] for change in result["world"]]
-    assert min(sizes) == ranks - plan.count("rank") or len(set(sizes)) > 1
-    assert sizes[0] == ranks and sizes[-1] == ranks
+    assert sizes[0] == ranks and min(sizes) < ranks
+    assert sizes[-1] == ranks or epochs < 20
     assert result["metrics"]["final"]["val_accuracy"] > 0.97
 
 
