@@ -21,8 +21,9 @@ steps consumed that count is in the trace of samples: some twice, or some never.
 ranks than cores here: all points are oversubscribed.
 
 The kinds and engines take turns. With ``--out``, what is there already is not run again, so that
-runs can be made in parts of ``--seconds``. One line of JSON for each run, then a table; all of it
-in ``--out``. The exit code is 1 if hpctrain did not go on, or its samples are not each taken once.
+runs can be made in parts of ``--seconds``, and ``--runs 0`` only prints the table. One line of JSON
+for each run, then a table; all of it in ``--out``. The exit code is 1 if hpctrain did not go on, or
+its samples are not each taken once.
 """
 
 from __future__ import annotations
@@ -238,14 +239,14 @@ def main() -> int:
     cases = itertools.product(
         range(options.runs), options.kinds.split(","), options.engines.split(",")
     )
+    left = [case for case in cases if case not in there]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster ends with it
     began = time.monotonic()
     cluster = Cluster(4)
     try:
-        cluster.up()
-        for number, kind, engine in cases:
-            if (number, kind, engine) in there:
-                continue
+        if left:
+            cluster.up()
+        for number, kind, engine in left:
             if options.seconds is not None and time.monotonic() - began > options.seconds:
                 break
             records.append(one(cluster, engine, kind, number, work, options.patience))
