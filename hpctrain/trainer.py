@@ -428,15 +428,15 @@ class Trainer:
         statistics = optimizer.statistics()
         if not sums:  # another rank has them
             return
-        waited = sums["input_wait_seconds"] / self.world.size
+        waited = sums["input_wait_seconds"]
         values: dict[str, Any] = {"epoch": round(self.epochs, 3), **metrics}
         values["lr"] = optimizer.param_groups[0]["lr"]
         if optimizer.grad_norm is not None:
             values["grad_norm"] = float(optimizer.grad_norm)
         values["samples_per_second"] = sums["samples"] / seconds
         # Means over ranks: how long a step stood still for its batch.
-        values["input_wait_ms"] = 1e3 * waited / steps
-        values["input_wait_share"] = waited / seconds
+        values["input_wait_ms"] = 1e3 * waited / sums["steps"]
+        values["input_wait_share"] = waited / self.world.size / seconds
         self._lost += int(sums["lost_samples"])
         if self._lost:
             values["lost_samples"] = self._lost
