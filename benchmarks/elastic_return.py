@@ -31,7 +31,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.elastic_hosts import metrics
 from benchmarks.output import table, write
 from hpctrain.elastic import ledger
 from tests.slurm.cluster import Cluster
@@ -45,6 +44,14 @@ FIGURES = {
     "join_stall_ms": "stall for the joining, ms",
     "usual_step_ms": "usual step, ms",
 }
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What a run has recorded so far."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
 def until(condition: Callable[[], object], deadline: float) -> bool:
