@@ -103,7 +103,8 @@ class Seats:
             return
         if code == 2 or seat.failures >= MOST_FAILURES:
             where = self._way.hosts[number] or "a node"
-            self._driver.end(code or 1, f"a rank on {where} did not start: exit code {code}")
+            why = f"a rank on {where} did not start: exit code {code}."
+            self._driver.end(code or 1, f"{why} HINT: what it said stands above, or in --logs.")
 
     def _pause(self, seat: _Seat, *, failed: bool) -> None:
         first, most = PAUSE_SECONDS

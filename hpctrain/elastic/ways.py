@@ -142,8 +142,6 @@ class Pool:
         self._options = options
         self._script = folder / "rank.sbatch"
         self._log = folder / "%x-%j.out"
-        self._states: dict[str, commands.State] = {}
-        self._asked = 0.0
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._script.write_text('#!/bin/bash\nexec "$@"\n')
@@ -166,9 +164,10 @@ class Pool:
         try:
             while True:
                 await asyncio.sleep(ASK_SECONDS)
-                states = await asyncio.to_thread(commands.states, [job])
-                if job not in states or states[job].over:
-                    return 0
+                with contextlib.suppress(Error):  # where Slurm does not answer, the job may live
+                    states = await asyncio.to_thread(commands.states, [job])
+                    if job not in states or states[job].over:
+                        return 0
         finally:
             with contextlib.suppress(Error):
                 await asyncio.shield(asyncio.to_thread(commands.cancel, job))
