@@ -5,11 +5,31 @@ Only where MPI has loaded the library into this process; where not, nothing here
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 
 from hpctrain.errors import PeerLost
 from hpctrain.process import loaded
+
+_BOOL = 1
+
+
+class _Data(ctypes.Union):
+    _fields_ = (("flag", ctypes.c_bool), ("largest", ctypes.c_void_p * 3))
+
+
+class _Value(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_uint16), ("data", _Data))
+
+
+class _Info(ctypes.Structure):
+    """``pmix_info_t`` of the PMIx standard, section 3.2."""
+
+    _fields_ = (("key", ctypes.c_char * 512), ("flags", ctypes.c_uint32), ("value", _Value))
+
+
+_COLLECT = _Info(b"pmix.collect", 0, _Value(_BOOL, _Data(flag=True)))
 
 
 def fence(timeout_seconds: float) -> None:
@@ -25,7 +45,8 @@ def fence(timeout_seconds: float) -> None:
     pmix = loaded("libpmix.so")
     if pmix is None or not pmix.PMIx_Initialized():
         return
-    thread = threading.Thread(target=pmix.PMIx_Fence, args=(None, 0, None, 0), daemon=True)
+    arguments = (None, 0, ctypes.byref(_COLLECT), ctypes.c_size_t(1))
+    thread = threading.Thread(target=pmix.PMIx_Fence, args=arguments, daemon=True)
     thread.start()
     thread.join(timeout_seconds)
     if thread.is_alive():
