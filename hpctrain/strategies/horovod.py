@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import ctypes
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain import pmix, process
+from hpctrain import pmix
 from hpctrain.config import ElasticConfig, HorovodConfig
 from hpctrain.elastic.choose import choose, set_parameters
 from hpctrain.elastic.gloo import Gloo
@@ -23,16 +22,14 @@ from hpctrain.errors import Error, PeerLost
 from hpctrain.process import cores, ended_after, loaded
 from hpctrain.strategies.base import ElasticOptimizer, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
+from hpctrain.strategies.horovod_communicator import HorovodCommunicator
 from hpctrain.strategies.views import adopt, dense_view
-from hpctrain.world import Alone, Part, World, equal_part
+from hpctrain.world import Alone, World
 
 # What Horovod can reduce. bfloat16 is not among them (horovod issue 4047) and goes as float32.
 _REDUCIBLE = (torch.float16, torch.float32, torch.float64)
 
 _THREAD_MULTIPLE = 3  # what all implementations call it
-
-YIELDING_SECONDS = 2e-3
-"""How long a wait only yields its core; waking from a sleep would delay a short one too much."""
 
 
 def _import() -> Any:
@@ -47,133 +44,6 @@ def _import() -> Any:
             hint="run `hpctrain horovod build`.",
         ) from error
     return hvd
-
-
-class HorovodCommunicator:
-    """The world as Horovod sees it."""
-
-    def __init__(
-        self, hvd: Any, timeout_seconds: float, membership: Membership | None = None
-    ) -> None:
-        self._hvd = hvd
-        self._membership = membership
-        self.timeout_seconds = timeout_seconds
-
-    @property
-    def rank(self) -> int:
-        """This process, 0 to ``size - 1``."""
-        return int(self._hvd.rank())
-
-    @property
-    def size(self) -> int:
-        """How many processes take part."""
-        return int(self._hvd.size())
-
-    @property
-    def local_rank(self) -> int:
-        """This process among those of its host."""
-        return int(self._hvd.local_rank())
-
-    @property
-    def local_size(self) -> int:
-        """How many processes run on this host."""
-        return int(self._hvd.local_size())
-
-    def part(self, epoch: int, batch: int) -> Part:
-        """As much as every other rank has."""
-        return equal_part(self.rank, self.size)
-
-    def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sum a contiguous tensor over all ranks, in place."""
-        self.wait(self.start_all_reduce(tensor, "hpctrain.all_reduce", self._hvd.Sum))
-
-    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
-        """Overwrite a contiguous tensor with the root's, in place."""
-        with _peers(self):
-            handle = self._hvd.broadcast_async_(tensor, root, name="hpctrain.broadcast")
-        self.wait(handle)
-
-    def barrier(self) -> None:
-        """Return when every rank has come here."""
-        self.all_reduce(torch.zeros(1))
-
-    def start_all_reduce(self, tensor: torch.Tensor, name: str, operation: Any) -> int:
-        """Begin an all-reduce in place; give what this returns to :meth:`wait`."""
-        with _peers(self):
-            return int(self._hvd.allreduce_async_(tensor, name=name, op=operation))
-
-    def wait(self, handle: int) -> None:
-        """Wait for a collective, for ``timeout_seconds`` at most.
-
-        Horovod's own wait spins on a core until the end of time. This one offers its core to others
-        at once, and soon sleeps, because ranks and their MPI threads often outnumber cores.
-
-        Raises:
-            PeerLost: The time is up, or Horovod says that a peer failed.
-        """
-        start = time.monotonic()
-        while not self._hvd.poll(handle):
-            waited = time.monotonic() - start
-            if waited < YIELDING_SECONDS:
-                os.sched_yield()
-                continue
-            if self._membership is not None:
-                self._membership.watch()
-            if waited > self.timeout_seconds:
-                others = ", ".join(str(r) for r in range(self.size) if r != self.rank)
-                raise PeerLost(
-                    f"rank {self.rank} of {self.size} on {os.uname().nodename} waited "
-                    f"{waited:.0f} s for an exchange with ranks {others}.",
-                    hint="one of them hangs or was stopped; its own log says where. Horovod "
-                    "names ranks that lag behind above, if it could.",
-                )
-            time.sleep(min(waited / 8, 1e-3))
-        with _peers(self):
-            self._hvd.synchronize(handle)
-
-    def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
-        """Not needed: the ranks go in lockstep."""
-        raise NotImplementedError
-
-    def remember(self, value: Any) -> None:
-        """Nobody will join."""
-
-    def stop(self) -> None:
-        """Not needed: the ranks go in lockstep."""
-        raise NotImplementedError
-
-    def abort(self, reason: str) -> None:
-        """End the others, too, where the launcher would not."""
-        if self._membership is not None:
-            process.abort = self._membership.abort
-
-    def close(self) -> None:
-        """Leave the world: every rank has to, and none before all have come."""
-        if self._membership is None:
-            self.barrier()
-        else:
-            try:
-                self.barrier()
-            except PeerLost:
-                process.mpi_is_whole = False
-            self._membership.leave()
-        if process.mpi_is_whole:
-            self._hvd.shutdown()
-
-
-@contextlib.contextmanager
-def _peers(comm: HorovodCommunicator) -> Iterator[None]:
-    """Horovod's exceptions, as the one that hpctrain has for a lost peer."""
-    from horovod.common.exceptions import HorovodInternalError
-
-    try:
-        yield
-    except HorovodInternalError as error:
-        raise PeerLost(
-            f"rank {comm.rank} on {os.uname().nodename} lost a peer: {error}.",
-            hint="look for the first error of another rank; `--resume auto` goes on from the last "
-            "checkpoint.",
-        ) from error
 
 
 @dataclass
