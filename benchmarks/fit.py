@@ -2,8 +2,8 @@
 
     python -m benchmarks.fit RECORDS.json --out results
 
-RECORDS.json is a list of measurements (keys: docs/model.md). Each strategy has software of its own,
-and so is fitted for itself; --together fits one set to all. The error of a prediction is that for a
+RECORDS.json is a list of measurements (keys: docs/model.md). Strategies that exchange in the same way
+are fitted together, and each of these families for itself; --together fits one set to all. The error of a prediction is that for a
 place (ranks, nodes, rate of the links) of which the fit saw nothing.
 
 Prints tables; --out gets fit.json, which `hpctrain advise --fit` takes, and fit.csv.
@@ -23,11 +23,10 @@ from hpctrain.model.fit import Record, fit, held_out, read_records
 
 
 def groups_of(records: Sequence[Record], together: bool) -> dict[str, list[Record]]:
-    """Records by strategy, without its number of servers."""
+    """Records by family of strategies."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        strategy = record.known_strategy
-        name = "all" if together else strategy.kind
+        name = "all" if together else record.known_strategy.family
         groups.setdefault(name, []).append(record)
     return groups
 

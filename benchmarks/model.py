@@ -12,13 +12,13 @@ rank on each of 8 hosts computes at full speed on 2 cores. Horovod runs its MPI 
 MPI is told to take the ring for `horovod`; for `horovod+halving` it is left alone, and then takes
 Rabenseifner's algorithm for messages of these sizes (coll_tuned_decision_fixed.c of Open MPI 5).
 
-The model's parameters are fitted to all places but one, once for Horovod and once for the parameter
-servers, and predict that one: a number of hosts and a rate of their links. The table has how far
-that is off, by strategy. `hosts` is the same, but all places with that number of hosts are left
-out, and `rates` all with that rate. Measured is a mean step; of three windows the median. While it
-is measured, all cores are watched: where they idle for less than a tenth of the time, the point is
-marked `*`, because there this machine is the bound, and not the links that it emulates. (Horovod's
-threads always ask for the next message, so for it that says nothing.)
+The model's parameters are fitted to all places but one, for each family of strategies (those that
+exchange in the same way), and predict that one: a number of hosts and a rate of their links. The
+table has how far that is off, by strategy. `hosts` is the same, but all places with that number of
+hosts are left out, and `rates` all with that rate. Measured is a mean step; of three windows the
+median. While it is measured, all cores are watched: where they idle for less than a tenth of the
+time, the point is marked `*`, because there this machine is the bound, and not the links that it
+emulates. (Horovod's threads always ask for the next message, so for it that says nothing.)
 
 Prints tables; --out gets model.json, model.csv, a plot, and records.json for benchmarks.fit.
 """
@@ -165,8 +165,9 @@ def predicted(points: Sequence[Point]) -> tuple[list[Point], list[Record]]:
         }
         for point, record in zip(points, records, strict=True)
     ]
-    for kind in ("horovod", "ps"):
-        some = [n for n, record in enumerate(records) if record.known_strategy.kind == kind]
+    families = [record.known_strategy.family for record in records]
+    for each in dict.fromkeys(families):
+        some = [n for n, family in enumerate(families) if family == each]
         left_out = {
             "error": lambda record: record.place,
             "error_hosts": lambda record: record.nodes,
@@ -183,7 +184,7 @@ def predicted(points: Sequence[Point]) -> tuple[list[Point], list[Record]]:
     return points, records
 
 
-def family(point: Point) -> str:
+def without_number(point: Point) -> str:
     """A strategy without its number of servers."""
     name, _, rest = str(point["strategy"]).partition("+")
     return "+".join(filter(None, [name.partition(":")[0], rest]))
@@ -193,7 +194,7 @@ def summaries(points: Sequence[Point]) -> list[dict[str, Any]]:
     """Errors by strategy, by hosts, by rate, and in all."""
     groups: dict[str, list[Point]] = {}
     for point in points:
-        groups.setdefault(family(point), []).append(point)
+        groups.setdefault(without_number(point), []).append(point)
     for hosts in sorted({point["hosts"] for point in points}):
         groups[f"{hosts} hosts"] = [p for p in points if p["hosts"] == hosts]
     for mbits in sorted({point["link_Mbps"] for point in points}):
@@ -236,9 +237,9 @@ def plot(points: Sequence[Point], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 6), layout="constrained")
-    names = list(dict.fromkeys(map(family, points)))
+    names = list(dict.fromkeys(map(without_number, points)))
     for number, name in enumerate(names):
-        some = [point for point in points if family(point) == name]
+        some = [point for point in points if without_number(point) == name]
         x = [1e3 * point["seconds"] for point in some]
         y = [1e3 * point["seconds_predicted"] for point in some]
         axis.plot(x, y, "ov^sD<>"[number % 7], color=f"C{number % 10}", label=name, markersize=4)

@@ -158,7 +158,8 @@ class Adviser:
         return Prediction(nodes, nodes * self.ranks_per_node, strategy, value, good, bad)
 
     def _step(self, nodes: int, strategy: Strategy, end: str) -> Breakdown:
-        known = self.fits.get(strategy.kind, self.fits.get("all", {}))
+        names = (strategy.family, strategy.kind, "all")
+        known = next((self.fits[name] for name in names if name in self.fits), {})
         values = {name: getattr(span, end) for name, span in {**self.assumed, **known}.items()}
         machine = Machine(
             values.pop("reduce_seconds_per_byte") / self.speedup,

@@ -65,6 +65,12 @@ class Strategy:
         relaxed = self.ahead > 0 or self.backups > 0 or self.every > 1
         return not relaxed and self.compression.name == "none"
 
+    @property
+    def family(self) -> str:
+        """Those that exchange in the same way, whose software is to be fitted as one."""
+        parts = [self.kind, self.algorithm] if self.algorithm != "ring" else [self.kind]
+        return "+".join([*parts, *["colocated"] * self.colocated, *["async"] * (self.ahead > 0)])
+
     def workers(self, ranks: int) -> int:
         """Of so many ranks, those that compute."""
         return ranks - (self.servers if self.kind == "ps" and not self.colocated else 0)
