@@ -45,10 +45,10 @@ from hpctrain.errors import Error
 from hpctrain.model.fit import Record, held_out
 
 HOSTS, MBITS = (2, 4, 8), (100.0, 200.0, 400.0)
-BYTES, LAYERS, BUCKETS = 2**21, 8, 4
-FORWARD_SECONDS, BACKWARD_SECONDS, JITTER = 0.03, 0.06, 0.05
+BYTES, LAYERS, BUCKETS = 2**22, 8, 4
+FORWARD_SECONDS, BACKWARD_SECONDS, JITTER = 0.06, 0.12, 0.05
 WINDOW_SECONDS = {False: 0.5, True: 0.8}
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 900.0
 IDLE = 0.1
 YIELD = ("--mca", "mpi_yield_when_idle", "1")  # there are more ranks than cores
 # For Open MPI's tuned collectives: one collective, all-reduce (2), has one rule for all sizes of

@@ -27,6 +27,7 @@ from mpi4py import MPI
 from torch import nn
 
 import hpctrain
+from hpctrain import pmix
 from hpctrain.config import HorovodConfig, PsConfig
 from hpctrain.model.measure import codec
 from hpctrain.model.strategies import Compression, Strategy, strategy_of
@@ -224,7 +225,7 @@ def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     world = hpctrain.init()
     torch.set_num_threads(1)
-    MPI.COMM_WORLD.Barrier()
+    pmix.fence(TIMEOUT_SECONDS)
     alone = measure_alone(job)
     if world.launch.rank == 0:
         print(json.dumps(alone), flush=True)

@@ -258,7 +258,7 @@ def bring_up(mbits: float, head: str, names: Sequence[str]) -> list[int]:
             do(*inside, "ip", "link", "set", device, "up")
         # The host's end of the link limits what leaves it, the switch's end what reaches it.
         for place, device in (((), port), (inside, "eth0")):
-            limit = ("tbf", "rate", f"{mbits:g}mbit", "burst", str(burst), "latency", "10ms")
+            limit = ("tbf", "rate", f"{mbits:g}mbit", "burst", str(burst), "limit", str(burst + 2**20))
             do(*place, "tc", "qdisc", "add", "dev", device, "root", *limit)
     cases = "".join(f"{name}) host={pid};;\n" for name, pid in anchors.items())
     # Called as ssh would be: with a host, and a command for its shell.

@@ -13,7 +13,7 @@ from hpctrain.errors import Error
 
 SPIN_SECONDS = 300e-6
 SHORTEST_SLEEP, LONGEST_SLEEP = 20e-6, 0.5e-3
-PATIENT_SLEEP = 150e-6
+PATIENT_SLEEP, PATIENT_LOOKS = 150e-6, 4
 BLIND_SECONDS = 0.05
 """How long a worker with nothing under way does not look for messages."""
 
@@ -29,11 +29,12 @@ class Waiter:
     """Waits for the next look, longer the longer nothing happens.
 
     A server that looked all the time would take a core from the workers of its host; this one
-    answers a busy worker at once and an idle one within a millisecond.
+    answers a busy worker at once and an idle one within a millisecond. To look takes longer the
+    more peers there are, so it also waits for a multiple of what the look before took.
     """
 
     def __init__(self) -> None:
-        self._since = time.monotonic()
+        self._since = self._woke = time.monotonic()
         self._sleep = SHORTEST_SLEEP
 
     def wait(self, moved: bool, *, patient: bool = False) -> None:
@@ -43,15 +44,16 @@ class Waiter:
             moved: Whether something has.
             patient: Nobody waits for this thread, and somebody else could use its core.
         """
-        if patient and not moved:
-            time.sleep(PATIENT_SLEEP)
-            return
         now = time.monotonic()
+        looked = now - self._woke
         if moved:
             self._since, self._sleep = now, SHORTEST_SLEEP
+        elif patient:
+            time.sleep(max(PATIENT_SLEEP, PATIENT_LOOKS * looked))
         elif now - self._since > SPIN_SECONDS:
-            time.sleep(self._sleep)
+            time.sleep(max(self._sleep, looked))
             self._sleep = min(LONGEST_SLEEP, self._sleep * 1.2)
+        self._woke = time.monotonic()
 
 
 class Loop(threading.Thread):
