@@ -5,8 +5,8 @@
 
 A host has a name, a network, processes and a /dev/shm of its own, so that neither MPI nor PyTorch
 finds a way from one to another but the network; files, cores and memory are shared by all. A link
-joins every host to a switch and passes so many megabits a second in each direction. Delay is not
-emulated. Needs root, iproute2, util-linux and Open MPI.
+joins every host to a switch and passes so many megabits a second in each direction; what waits for
+it is dropped from a megabyte on, as by a small switch. Delay is not emulated. Needs root, iproute2, util-linux and Open MPI.
 
 Everything lives in namespaces that have no names and within one PID namespace, whose first process,
 the head, ends when the pipe from this one closes. Thus nothing outside is touched, nothing is left
