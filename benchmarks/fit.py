@@ -2,9 +2,10 @@
 
     python -m benchmarks.fit RECORDS.json --out results
 
-RECORDS.json is a list of measurements (keys: docs/model.md). Strategies that exchange in the same way
-are fitted together, and each of these families for itself; --together fits one set to all. The error of a prediction is that for a
-place (ranks, nodes, rate of the links) of which the fit saw nothing.
+RECORDS.json is a list of measurements (keys: docs/model.md). Strategies that exchange in the same
+way are fitted together, and each of these families for itself; --together fits one set to all. The
+error of a prediction is that for a place (ranks, nodes, rate of the links) of which the fit saw
+nothing.
 
 Prints tables; --out gets fit.json, which `hpctrain advise --fit` takes, and fit.csv.
 """

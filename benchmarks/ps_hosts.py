@@ -6,7 +6,8 @@
 A host has a name, a network, processes and a /dev/shm of its own, so that neither MPI nor PyTorch
 finds a way from one to another but the network; files, cores and memory are shared by all. A link
 joins every host to a switch and passes so many megabits a second in each direction; what waits for
-it is dropped from a megabyte on, as by a small switch. Delay is not emulated. Needs root, iproute2, util-linux and Open MPI.
+it is dropped from a megabyte on, as by a small switch. Delay is not emulated. Needs root, iproute2,
+util-linux and Open MPI.
 
 Everything lives in namespaces that have no names and within one PID namespace, whose first process,
 the head, ends when the pipe from this one closes. Thus nothing outside is touched, nothing is left
@@ -56,6 +57,7 @@ LAUNCH = {
 SPACES = ("--net", "--uts", "--ipc", "--mount")
 UNSHARE = ("unshare", *SPACES, "--pid", "--fork", "--kill-child", "--mount-proc")
 BOOT = f"hostname {{name}} && mount -t tmpfs tmpfs {OWN} && echo up && exec sleep infinity"
+QUEUE_BYTES = 2**20  # of a switch, before what comes is dropped
 # For mpirun: acknowledgements must not wait behind megabytes in a socket, else what could go both
 # ways at once goes one way after the other.
 BOTH_WAYS = ("--mca", "btl_tcp_sndbuf", "131072")
@@ -258,7 +260,8 @@ def bring_up(mbits: float, head: str, names: Sequence[str]) -> list[int]:
             do(*inside, "ip", "link", "set", device, "up")
         # The host's end of the link limits what leaves it, the switch's end what reaches it.
         for place, device in (((), port), (inside, "eth0")):
-            limit = ("tbf", "rate", f"{mbits:g}mbit", "burst", str(burst), "limit", str(burst + 2**20))
+            limit = ("tbf", "rate", f"{mbits:g}mbit", "burst", str(burst))
+            limit += ("limit", str(burst + QUEUE_BYTES))
             do(*place, "tc", "qdisc", "add", "dev", device, "root", *limit)
     cases = "".join(f"{name}) host={pid};;\n" for name, pid in anchors.items())
     # Called as ssh would be: with a host, and a command for its shell.

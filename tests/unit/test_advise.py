@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hpctrain.errors import Error
-from hpctrain.model.advise import Adviser, assumptions, read_fit, row_of, sweep
+from hpctrain.model.advise import Adviser, Span, assumptions, read_fit, row_of, sweep
 from hpctrain.model.inputs import Network, even_buckets, network_of
 from hpctrain.model.measure import Measured
 from hpctrain.model.strategies import Compression
@@ -101,6 +101,24 @@ def test_fits_take_the_place_of_assumptions(tmp_path):
     file.write_text(json.dumps({"records": [record]}))
     without = adviser(fits=read_fit(file)).named(4, ["ps:2"], codec)[0].step
     assert without.exposed < assumed.named(4, ["ps:2"], codec)[0].step.exposed
+
+
+def test_the_nearest_fit_counts():
+    """That of the family; else of those of its kind; else of all."""
+    share = {"link_share": Span(0.5, 0.5, 0.5)}
+    less = {"link_share": Span(0.1, 0.1, 0.1)}
+
+    def step(spec, fits):
+        return adviser(fits=fits).named(4, [spec], codec)[0].step
+
+    fits = {"all": less, "ps": less, "ps+colocated+async": share}
+    for spec in ("ps:4+colocated+async", "ps:4+colocated+ssp:3"):
+        assert step(spec, fits) == step(spec, {"all": share})
+    assert step("ps:4+colocated", fits) == step("ps:4+colocated", {"all": less})
+    assert step("horovod+halving", fits) == step("horovod+halving", {"all": less})
+    assert step("horovod+halving", {"horovod+halving": share}) == step(
+        "horovod+halving", {"horovod": share}
+    )
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"records": [{"strategy": "ps"}]}'])
