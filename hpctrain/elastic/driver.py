@@ -187,6 +187,8 @@ class Driver:
                     self._go_on()
             finally:
                 welcome.cancel()
+        except asyncio.CancelledError:
+            return  # the run is over; before Python 3.12 the event loop would print a traceback
         except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError) as error:
             self.say(f"a connection ended: {type(error).__name__} {error}".rstrip())
         finally:
