@@ -4,8 +4,8 @@
 
 A real Slurm cluster of three hosts in namespaces of this machine (root, and Slurm's packages, are
 needed), and a pool of three jobs of one rank each, by ``hpctrain launch --pool 3``. At a random
-step a host is killed; the others go on. When Slurm has set it down, after 10 s in this cluster, it is
-switched on again. (Before that Slurm takes it for completing its job, for a minute.) Measured are
+step a host is killed; the others go on. When Slurm has set it down, after 10 s in this cluster, it
+is switched on again. (Before that Slurm takes its job for completing, for a minute.) Measured are
 
 - the stall of the others at the loss: from the end of the last step before to the end of the next,
 - from when Slurm has the node again to the end of the first step that its new rank takes part in,
