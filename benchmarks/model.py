@@ -286,10 +286,10 @@ def main(command: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path, help="model.json of earlier runs")
     parser.add_argument("--full", action="store_true", help="all strategies, for longer")
     parser.add_argument("--hosts", type=numbers, default=HOSTS, help="default: 2,4,8")
-    parser.add_argument("--mbits", type=numbers, help="default: 100,400; with --full 200, too")
+    parser.add_argument("--mbits", type=numbers, help="default: 200,400; with --full 100, too")
     parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a plot")
     arguments = parser.parse_args(command)
-    rates = arguments.mbits or (MBITS if arguments.full else (min(MBITS), max(MBITS)))
+    rates = arguments.mbits or (MBITS if arguments.full else MBITS[1:])
     try:
         points = read(arguments.files)
         if not arguments.files:
