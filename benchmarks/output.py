@@ -19,7 +19,7 @@ from hpctrain.report.cases import section
 from hpctrain.report.drawing import save
 
 SCHEMA = 1
-PACKAGES = ("hpctrain", "torch", "numpy", "scipy")
+PACKAGES = ("hpctrain", "torch", "mpi4py", "numpy", "scipy")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

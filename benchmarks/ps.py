@@ -23,12 +23,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -42,6 +40,7 @@ import torch
 from torch import nn
 
 from benchmarks import ps_hosts, ps_lite, ps_peers
+from benchmarks.output import spread, spread_of, table, write
 from benchmarks.ps_peers import COUNT, LR, MOMENTUM, WARM_UP, Result, milliseconds
 from hpctrain.errors import Error
 from hpctrain.process import cores
@@ -51,7 +50,6 @@ CHILD = (sys.executable, "-m", "benchmarks.ps", "--child")
 KEY = "5a" * 32
 WIDTH, DEPTH = 1024, 24  # 25,190,400 parameters
 COMPUTE_OVER_EXCHANGE = 3
-ENDS = ("", "_min", "_max")
 HOST_WORKERS, HOST_SERVERS = 4, (1, 2, 4)
 TARGETS = [
     ("torch_rpc", "over_messages", ">=", 5.0),
@@ -318,8 +316,7 @@ def record_of(case: Case, results: dict[str, list[Result]]) -> dict[str, Any]:
         if key in ("times_ms", "memcpy_ms", "server_MB"):
             record[key] = values
         elif type(values[0]) in (int, float) and key not in ("rounds", "bytes"):
-            ends = statistics.median(values), min(values), max(values)
-            record |= {key + end: value for end, value in zip(ENDS, ends, strict=True)}
+            record |= spread_of(key, values)
     failures = [each["failed"] for each in rounds if "failed" in each]
     return {**record, "failed": failures} if failures else record
 
@@ -336,26 +333,17 @@ def verdicts(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def shown(records: Sequence[dict[str, Any]]) -> str:
     """Medians of each group's cases, and from where to where the rounds' ratios go."""
-    lines = []
+    tables = []
     for group, fields in FIELDS.items():
         rows = [[group, *fields]]
         for record in (record for record in records if record["group"] == group):
-            cells = [cell(record, field) for field in fields]
+            cells = [spread(record, field) for field in fields]
             rows.append([record["case"] + "*" * record["oversubscribed"], *cells])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows if len(rows) > 1 else ():
-            pairs = zip(row, widths, strict=True)
-            lines.append("  ".join(text.ljust(width) for text, width in pairs).rstrip())
-    return "\n".join([*lines, "* more ranks than cores"])
-
-
-def cell(record: dict[str, Any], field: str) -> str:
-    """Of the table."""
-    if field not in record:
-        return "failed" if "failed" in record else ""
-    return "{:.3g} ({:.3g}..{:.3g})".format(*(record[field + end] for end in ENDS))
+        if len(rows) > 1:
+            tables.append(table(rows))
+    return "\n".join([*tables, "* more ranks than cores"])
 
 
 def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
@@ -369,7 +357,8 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
     panels = ((axes[0], "exchange", "over_memcpy"), (axes[1], "codecs", "over_messages"))
     for axis, group, field in panels:
         bars = [each for each in records if each["group"] == group and field in each]
-        errors = [[abs(each[field + end] - each[field]) for each in bars] for end in ENDS[1:]]
+        ends = (f"{field}_min", f"{field}_max")
+        errors = [[abs(each[end] - each[field]) for each in bars] for end in ends]
         names, sizes = [each["case"] for each in bars], [each[field] for each in bars]
         axis.bar_label(axis.barh(names, sizes, xerr=errors), fmt="%.2g", padding=4)
         axis.set(title=group, xlabel=f"time {field}".replace("_", " "))
@@ -379,19 +368,6 @@ def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
     axes[2].set(title="hosts", xlabel="servers", ylabel="MB/s", ylim=(0, None))
     axes[2].legend()
     figure.savefig(file, dpi=150)
-
-
-def write(records: Sequence[dict[str, Any]], document: dict[str, Any], folder: Path) -> None:
-    """The files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ps.json").write_text(json.dumps(document, indent=2) + "\n")
-    flat = [{k: v for k, v in each.items() if not isinstance(v, list)} for each in records]
-    with (folder / "ps.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for each in flat for key in each)))
-        writer.writeheader()
-        writer.writerows(flat)
-    if importlib.util.find_spec("matplotlib") is not None:
-        plot(records, folder / "ps.png")
 
 
 def main() -> None:
@@ -412,10 +388,6 @@ def main() -> None:
     parser.add_argument("--host-mb", type=float, default=102, help="of parameters on these hosts")
     parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a chart")
     arguments = parser.parse_args()
-    names = ("hpctrain", "torch", "mpi4py", "numpy")
-    environment: dict[str, Any] = {name: importlib.metadata.version(name) for name in names}
-    environment |= {"python": platform.python_version(), "machine": platform.machine()}
-    environment |= {"cores": cores(), "load": os.getloadavg()[0], "repeats": arguments.repeats}
     with tempfile.TemporaryDirectory() as folder:
         try:
             if arguments.ps_lite:
@@ -427,12 +399,13 @@ def main() -> None:
             raise SystemExit(str(error)) from error
     records = [record_of(case, results) for case in cases]
     targets = verdicts(records)
-    print(table(records))
+    print(shown(records))
     for each in targets:
         print(*each.values())
     if arguments.out:
-        head = {"schema": 1, "benchmark": "ps", "environment": environment}
-        write(records, {**head, "targets": targets, "records": records}, arguments.out)
+        write(arguments.out, "ps", records, targets=targets, repeats=arguments.repeats)
+        if importlib.util.find_spec("matplotlib") is not None:
+            plot(records, arguments.out / "ps.png")
 
 
 if __name__ == "__main__":

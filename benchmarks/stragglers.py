@@ -31,7 +31,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -40,9 +39,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hpctrain import __version__
+from benchmarks.output import environment, table
 from hpctrain.errors import Error
-from hpctrain.process import cores, mpirun, run
+from hpctrain.process import mpirun, run
 from hpctrain.ps.consistency import parse
 
 SCHEMA = 1
@@ -51,7 +50,6 @@ SLOW_RANK, SLOW_FACTOR = 1, 4.0
 SHARE_STEPS = 4
 MODES = ("sync", "sync+speed", "backup:1", "ssp:3", "ssp:3+speed", "async")
 TASK_FILE = Path(__file__).with_name("stragglers_tasks.py")
-PACKAGES = ("torch", "mpi4py", "numpy")
 BINS = (0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 Run = dict[str, Any]
 
@@ -215,14 +213,6 @@ def summary(mode: str, runs: dict[str, list[Run]]) -> dict[str, Any]:
     return {**record, "runs": runs[mode]}
 
 
-def version_of(package: str) -> str | None:
-    """Of what is installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def record_of(runs: dict[str, list[Run]], arguments: argparse.Namespace) -> dict[str, Any]:
     """What goes to the JSON file."""
     return {
@@ -237,19 +227,13 @@ def record_of(runs: dict[str, list[Run]], arguments: argparse.Namespace) -> dict
         "slow_factor": SLOW_FACTOR,
         "share_steps": SHARE_STEPS,
         "seeds": arguments.seeds,
-        "versions": {
-            "python": platform.python_version(),
-            "hpctrain": __version__,
-            **{package: version_of(package) for package in PACKAGES},
-        },
-        "machine": platform.machine(),
-        "cores": cores(),
+        "environment": environment(),
         "load_before": arguments.load,
         "modes": {mode: summary(mode, runs) for mode in runs},
     }
 
 
-def table(record: dict[str, Any]) -> str:
+def shown(record: dict[str, Any]) -> str:
     """A line for each mode."""
     rows = [
         ["mode", f"s to {record['target']:g}", "spread", "x sync", "spread", "final", "staleness",
@@ -271,20 +255,12 @@ def table(record: dict[str, Any]) -> str:
                 number(entry["delay_mean"], ".2f"),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            text.rjust(width) if place else text.ljust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
     about = (
         f"{record['task']}, emulated compute: {record['step_ms']:g} ms for an equal share of a "
         f"batch, {record['slow_factor']:g} times that on one of {record['workers']} workers; "
-        f"{record['seeds']} seeds, {record['cores']} cores"
+        f"{record['seeds']} seeds, {record['environment']['cores']} cores"
     )
-    return "\n".join([about, *lines])
+    return f"{about}\n{table(rows)}"
 
 
 def number(value: float | None, form: str, otherwise: str = "-") -> str:
@@ -299,22 +275,20 @@ def span(values: Sequence[float] | None, form: str) -> str:
 
 def write_csv(record: dict[str, Any], file: Path) -> None:
     """A line a run, each with where it was."""
-    versions = {f"{name}_version": value for name, value in record["versions"].items()}
     about = {
         key: record[key]
         for key in ("schema", "benchmark", "emulated_compute", "task", "target", "epochs", "batch",
-                    "step_ms", "workers", "servers", "slow_factor", "machine", "cores",
-                    "load_before")
+                    "step_ms", "workers", "servers", "slow_factor", "load_before")
     }  # fmt: skip
     measured = ("seed", "seconds", "steps", "final_accuracy", "total_seconds", "staleness_mean",
                 "delay_mean", "failed")  # fmt: skip
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["mode", *measured, *about, *versions])
+        writer.writerow(["mode", *measured, *about, *record["environment"]])
         for mode, entry in record["modes"].items():
             for each in entry["runs"]:
                 values = [each.get(key) for key in measured]
-                writer.writerow([mode, *values, *about.values(), *versions.values()])
+                writer.writerow([mode, *values, *about.values(), *record["environment"].values()])
 
 
 def plot(record: dict[str, Any], files: Sequence[Path]) -> None:
@@ -430,7 +404,7 @@ def main(command: Sequence[str] | None = None) -> None:
         record = record_of(runs_of(arguments), arguments)
     except Error as error:
         raise SystemExit(str(error)) from error
-    print(table(record))
+    print(shown(record))
     if arguments.out is None:
         return
     out: Path = arguments.out
