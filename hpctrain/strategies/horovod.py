@@ -373,9 +373,11 @@ def _set_defaults(world: World) -> None:
     # Buckets are whole already: fusing them again would copy, and make sums depend on timing.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     # Over TCP, Open MPI would put a bucket on its way in one piece, and the word that the other
-    # direction waits for behind it: then one goes after the other instead of both at once.
+    # direction waits for behind it, or behind megabytes in a socket: then one goes after the other
+    # instead of both at once.
     os.environ.setdefault("OMPI_MCA_btl_tcp_flags", "send,inplace")
-    os.environ.setdefault("OMPI_MCA_btl_tcp_links", "2")
+    os.environ.setdefault("OMPI_MCA_btl_tcp_sndbuf", "131072")
+    os.environ.setdefault("OMPI_MCA_btl_tcp_links", "4")
     if world.local_size * 2 > cores():
         # A rank computes and communicates; where cores are fewer than that, MPI must not spin.
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
