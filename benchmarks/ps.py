@@ -381,11 +381,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", default=",".join(FIELDS), help="groups, or cases of the table")
     parser.add_argument("--rounds", type=int, default=2, help="of processes")
-    parser.add_argument("--repeats", type=int, default=12, help="timed in each process")
+    parser.add_argument("--repeats", type=int, default=6, help="timed in each process")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for each process")
     parser.add_argument("--ps-lite", type=Path, help="folder with a checkout of ps-lite, to build")
     parser.add_argument("--mbits", type=float, default=1000, help="of the emulated hosts' links")
-    parser.add_argument("--host-mb", type=float, default=102, help="of parameters on these hosts")
+    parser.add_argument("--host-mb", type=float, default=20, help="of parameters on these hosts")
     parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a chart")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
