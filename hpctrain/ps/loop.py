@@ -30,7 +30,8 @@ class Waiter:
 
     A server that looked all the time would take a core from the workers of its host; this one
     answers a busy worker at once and an idle one within a millisecond. To look takes longer the
-    more peers there are, so it also waits for a multiple of what the look before took.
+    more peers there are, so it also waits for a multiple of what the look before took, within a
+    bound.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class Waiter:
             patient: Nobody waits for this thread, and somebody else could use its core.
         """
         now = time.monotonic()
-        looked = now - self._woke
+        looked = min(now - self._woke, LONGEST_SLEEP)
         if moved:
             self._since, self._sleep = now, SHORTEST_SLEEP
         elif patient:
@@ -53,6 +54,10 @@ class Waiter:
         elif now - self._since > SPIN_SECONDS:
             time.sleep(max(self._sleep, looked))
             self._sleep = min(LONGEST_SLEEP, self._sleep * 1.2)
+        self.woke()
+
+    def woke(self) -> None:
+        """A look begins now; to be said where something else was waited for."""
         self._woke = time.monotonic()
 
 
@@ -99,6 +104,7 @@ class Loop(threading.Thread):
                     else:
                         self._woken.wait(BLIND_SECONDS)
                         self._woken.clear()
+                        waiter.woke()
         except Error as error:
             self._failed(error)
         except Exception as error:
