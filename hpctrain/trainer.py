@@ -112,6 +112,7 @@ class Trainer:
         self._computed: list[tuple[dict[str, torch.Tensor], int]] = []  # means of a step
         self._next_mark: _Mark | None = None
         self._regroups = False
+        self._came_late = False  # and has not asked yet what the metrics are called
         self._launch = 0  # how often the run was started before
         self._ledger: Ledger | None = None
         self.state = TrainState(model, optimizer, self._loader)
@@ -198,7 +199,7 @@ class Trainer:
         self._start = start
         self._loader.load_state_dict(start["loader"])
         self.state.counters.step, self.state.counters.samples = start["step"], start["samples"]
-        self._train_meter.names, self._validation_meter.names = start["metrics"]
+        self._came_late = True
 
     def wrap(self) -> None:
         """Start every rank from rank 0's model and optimizer, and wrap the optimizer."""
@@ -310,6 +311,11 @@ class Trainer:
         optimizer, counters = self.optimizer, self.state.counters
         assert optimizer is not None
         lockstep = self.strategy.lockstep
+        if self._came_late:
+            # Not earlier: the others may have learned it at the very step before this rank's first.
+            self._came_late = False
+            metrics = self.strategy.joined["metrics"]
+            self._train_meter.names, self._validation_meter.names = metrics
         recorder.advance(counters.step)
         self.tell(recorder)
         if interruption is not None:

@@ -104,7 +104,7 @@ class Answers:
                     lead,
                     first.norm,
                     pull,
-                    first.schedule.applied.get(worker, 0),
+                    max(held.schedule.applied.get(worker, 0) for held, _ in some),
                 ),
                 payloads,
             )

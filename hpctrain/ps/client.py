@@ -65,7 +65,7 @@ class Client:
         stopped: Whether training is to end early.
         awaited: Whether the caller's thread waits for the polling thread.
         counted: Its clock, as the servers count it.
-        joined: Workers that came later.
+        joined: Workers that came later, and the clocks of their first collectives.
         behind: Rounds that went by without this worker at its last step.
     """
 
@@ -111,7 +111,7 @@ class Client:
         self._beaten = 0.0
         self._lead = 0
         self.counted = 0
-        self.joined: list[int] = []
+        self.joined: dict[int, int] = {}
         self.left = False
 
     # For the caller's thread.
@@ -161,6 +161,20 @@ class Client:
         """Say which servers there were at the beginning, and which are lost."""
         self._initial_servers = sorted(servers)
         self.lost = dict.fromkeys(lost, "it was lost before this worker came")
+
+    def take_part(self) -> list[int]:
+        """Be one of the workers from now on, at the clock of the slowest; returns who they are.
+
+        Where all take each step together, the others may be about the collectives of the step
+        before: this worker's first are those after its own first step.
+        """
+        self.clock = self.counted
+        since = self.clock + 1 if self._consistency.lockstep else 0
+        members = dict(self.ask("joined", since).value)
+        # Before this worker's pushes: who ends the step that they are part of has heard of it.
+        self._do(lambda: self._tell(wire.Joined(self.me, since)))
+        self.joined |= {other: first for other, first in members.items() if first > since}
+        return [worker for worker in members if worker not in self.joined]
 
     def begin(self, weight: float, hyper: list[list[float]]) -> None:
         """Begin a step.
@@ -401,10 +415,8 @@ class Client:
                 self.stopped |= message.stop
             case wire.Lost():
                 self._lose(message.peer, message.reason)
-            case wire.Joined() if message.worker not in self.joined:
-                self.joined.append(message.worker)
-            case wire.Joined():  # another server has said so before
-                pass
+            case wire.Joined():
+                self.joined[message.worker] = message.since
             case wire.Forgotten():
                 raise PeerLost(
                     f"the servers went on without worker {self.me}: {message.reason}.",

@@ -264,8 +264,7 @@ class Ends:
         )  # fmt: skip
         future.wait()
         if self.recruit is not None:
-            self.client.clock = self.client.counted
-            self.client.ask("joined")
+            self.roles = self.roles._replace(workers=tuple(self.client.take_part()))
         return self.client
 
     def start(self) -> None:

@@ -50,6 +50,7 @@ class Coordinator:
         timeout_seconds: float,
     ) -> None:
         self.workers = sorted(workers)
+        self._since = dict.fromkeys(self.workers, 0)  # the clock of their first collectives
         self.stop = False
         self.divisions: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
         self._by_hand = dict(zip(self.workers, shares, strict=True)) if shares else None
@@ -72,6 +73,7 @@ class Coordinator:
         """A worker is done or lost."""
         if worker in self.workers:
             self.workers.remove(worker)
+        self._since.pop(worker, None)
         for number in list(self._reductions):
             self._finish_reduction(number)
         for number in list(self._broadcasts):
@@ -92,8 +94,19 @@ class Coordinator:
             self._answer(worker, question, known.value[1], known.data)
         return known is not None
 
-    def join(self, worker: int) -> None:
-        """A worker comes; it has a share from the next round that is not decided yet."""
+    def expect(self, worker: int, since: int = 0) -> None:
+        """A worker comes to all collectives from this clock on."""
+        self._since.setdefault(worker, since)
+
+    def join(self, worker: int, since: int = 0) -> None:
+        """A worker comes; it has a share from the next round that is not decided yet.
+
+        Args:
+            worker: Who.
+            since: The clock of the first collectives that it comes to: where all take each step
+                together the others may still be about those of the step before its first.
+        """
+        self.expect(worker, since)
         self.workers = sorted({*self.workers, worker})
         self._shares.setdefault(worker, max(1, min(self._shares.values(), default=1)))
 
@@ -106,7 +119,7 @@ class Coordinator:
         """Who is waited for, where a collective takes too long; else nothing."""
         for number, given in self._reductions.items():
             if time.monotonic() - self._began[number] > self._timeout_seconds:
-                missing = [str(worker) for worker in self.workers if worker not in given]
+                missing = [str(worker) for worker in self._expected(number) if worker not in given]
                 return ", ".join(missing)
         for number, asked in self._broadcasts.items():
             late = time.monotonic() - self._began[number] > self._timeout_seconds
@@ -170,8 +183,8 @@ class Coordinator:
         self._answer(worker, question, self._noted)
 
     def _joined(self, worker: int, question: wire.Ask) -> None:
-        self.join(worker)
-        self._answer(worker, question, None)
+        self.join(worker, int(question.value))
+        self._answer(worker, question, sorted(self._since.items()))
 
     def _stop(self, worker: int, question: wire.Ask) -> None:
         self.stop = True
@@ -185,9 +198,14 @@ class Coordinator:
         self._began.setdefault(number, time.monotonic())
         self._finish_reduction(number)
 
+    def _expected(self, number: str) -> list[int]:
+        """Who comes to a collective: its name begins with its clock."""
+        clock = int(number.partition(".")[0])
+        return [worker for worker, since in self._since.items() if since <= clock]
+
     def _finish_reduction(self, number: str) -> None:
         given = self._reductions[number]
-        if any(worker not in given for worker in self.workers):
+        if any(worker not in given for worker in self._expected(number)):
             return
         del self._reductions[number], self._began[number]
         dtype = DTYPES.get(next(iter(given.values())).value[1], torch.int64)
@@ -219,7 +237,7 @@ class Coordinator:
 
     def _finish_broadcast(self, number: str) -> None:
         asked = self._broadcasts[number]
-        if any(worker not in asked for worker in self.workers):
+        if any(worker not in asked for worker in self._expected(number)):
             return
         del self._broadcasts[number], self._began[number]
         if _giver(asked) is None:  # the root was lost before it gave

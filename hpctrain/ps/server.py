@@ -103,6 +103,7 @@ class Server:
         self._resting: set[int] = set()  # workers that push nothing more, lost ones too
         self._regions: Regions | None = None
         self._opened = False
+        self._closing = False  # whether a worker pushes nothing more: nobody else may come
         self._completed = False  # whether a worker has done all of its steps
 
     def _shares(self) -> list[int] | None:
@@ -224,6 +225,7 @@ class Server:
             case wire.Lost():
                 self._lose(message.peer, message.reason)
             case wire.Rest():
+                self._closing = True
                 self._rest(link.peer)
             case wire.Leave():
                 self._leave(link.peer, message.threads)
@@ -233,6 +235,8 @@ class Server:
                 self.over = True
             case wire.Join():
                 self._join(link)
+            case wire.Joined():
+                self._joined(link.peer, message)
             case wire.Abort():
                 raise message.error()
             case wire.Freeze() | wire.Frozen() | wire.Cut() | wire.Kept() | wire.Fetch():
@@ -327,7 +331,7 @@ class Server:
     @property
     def growable(self) -> bool:
         """Whether a new worker would find something to do."""
-        return bool(self.store.layout and self.workers and not self._completed)
+        return bool(self.store.layout and self.workers and not self._closing)
 
     def greet(self, link: Link) -> None:
         """A new worker can be talked with; it will ask to join when it is ready."""
@@ -335,6 +339,9 @@ class Server:
 
     def _join(self, link: Link) -> None:
         worker = link.peer
+        if self._closing:
+            link.send(wire.Over())
+            return
         self.newcomers.pop(worker, None)
         self.workers[worker] = link
         self._begun.add(worker)
@@ -343,13 +350,20 @@ class Server:
             if self.primary(index):
                 held.wants[worker] = True
                 self._answers.answer(held, worker)
-        for other in self.workers.values():
-            other.send(wire.Joined(worker))
+        if not self.consistency.lockstep:
+            self.coordinator.expect(worker)
+
+    def _joined(self, worker: int, message: wire.Joined) -> None:
+        if worker in self.workers:
+            self.coordinator.join(worker, message.since)
+            for other in self.workers:
+                if other != worker:
+                    self.workers[other].send(message)
 
     def _leave(self, worker: int, threads: int) -> None:
         if self.newcomers.pop(worker, None) is not None:
             return
-        self._completed = True
+        self._closing = self._completed = True
         self.order.left(worker, threads)
         self._forget_worker(worker)
         if not self.workers:

@@ -252,9 +252,15 @@ class Join(Message):
 
 
 class Joined(Message):
-    """A worker takes part from now on; to the workers."""
+    """A worker takes part: from itself, before its first push, and on to the other workers.
+
+    Attributes:
+        worker: Who.
+        since: The clock of the first collectives that it comes to.
+    """
 
     worker: int
+    since: int
 
 
 class Rest(Message):

@@ -40,8 +40,9 @@ class PsCommunicator:
         self._computed = (0.0, 0.0)
 
     def _workers(self) -> list[int]:
-        everyone = [*self._ends.roles.workers, *self._client.joined]
-        return sorted({worker for worker in everyone if worker not in self._client.lost})
+        client = self._client
+        came = {worker for worker, since in client.joined.items() if since <= client.clock}
+        return sorted({*self._ends.roles.workers, *came} - client.lost.keys())
 
     @property
     def rank(self) -> int:
@@ -171,7 +172,7 @@ class PsOptimizer(DistributedOptimizer):
             ends.record.check_layout(self._layout)
         self._client = self._open(clip_norm)
         self._told = 0 if ends.recruit is None else len(self._client.lost)
-        self._met = 0  # of those that joined later
+        self._met: set[int] = set()  # of those that joined later
         self._host_weights = self._views(self._client.weights)
         self._host_gradients = self._views(self._client.gradients)
         # On a GPU, parameters and gradients stay there; the flats are where they are sent from.
@@ -407,8 +408,9 @@ class PsOptimizer(DistributedOptimizer):
     def changes(self) -> list[Change]:
         """Who was lost, and who joined, since the last time."""
         client, roles = self._client, self._ends.roles
-        news: list[tuple[int, str | None]] = [(rank, None) for rank in client.joined[self._met :]]
-        self._met += len(news)
+        came = [rank for rank, since in client.joined.items() if since <= client.clock]
+        news: list[tuple[int, str | None]] = [(r, None) for r in came if r not in self._met]
+        self._met.update(came)
         lost = list(client.lost.items())[self._told :]
         self._told += len(lost)
         found = []

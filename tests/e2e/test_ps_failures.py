@@ -126,7 +126,9 @@ def changes(result):
 
 def test_a_new_worker_for_a_lost_one(start):
     """It imports and builds its model while the others go on, and then has a share of the work."""
-    job = start(2, 2, "--set", "ps.workers=2", epochs=60)
+    # Most of the time between two steps of theirs is that of collectives, which it must not join.
+    always = ("--set", "train.validate_every_steps=1", "--set", "log.every_steps=1")
+    job = start(2, 2, "--set", "ps.workers=2", *always, epochs=30)
     assert job.reached(HIT_AT) and job.hit(1, "SIGKILL")
     result = assert_completed(job)
     assert changes(result) == [(2, "start"), (1, "worker 1"), (2, "worker 4")]

@@ -120,7 +120,7 @@ class Simulation:
         client = self.clients[worker]
         while not client.settled():
             yield
-        for _ in range(steps):
+        for step in range(steps):
             clock = client.clock
             self.history.append((worker, clock, self.slowest()))
             weight = weights(worker, clock)
@@ -138,14 +138,13 @@ class Simulation:
             while not client.settled():
                 yield
             client.end()
-            if worker == 0:
-                yield from self.between_steps(client, steps)
+            yield from self.between_steps(worker, client, last=step == steps - 1)
         client._do(lambda: client._leave(types.SimpleNamespace(set=lambda: None)))
 
-    def between_steps(self, client, steps):
-        """What the first worker does there besides."""
+    def between_steps(self, worker, client, *, last):
+        """What a worker does there besides."""
         due = self._snapshot_tick is not None and self.tick >= self._snapshot_tick
-        if (due or client.clock == steps) and self.snapshot is None:
+        if worker == 0 and (due or last) and self.snapshot is None:
             yield from self._take_snapshot(client)
 
     def snapshot_after(self, tick):

@@ -203,7 +203,7 @@ def test_a_worker_tells_its_speed_in_parts_of_batches():
         asked.append(value)
         return types.SimpleNamespace(value=[[0, 1], [3, 1], False])
 
-    client = types.SimpleNamespace(ask=ask, me=0, lost={}, joined=[], stopped=False)
+    client = types.SimpleNamespace(ask=ask, me=0, lost={}, joined={}, clock=0, stopped=False)
     ends = types.SimpleNamespace(
         client=client,
         roles=types.SimpleNamespace(workers=[0, 1]),
@@ -273,6 +273,21 @@ def test_a_reduction_does_not_wait_for_a_lost_worker(gave):
         asking.coordinator.leave(5)
     expected = [1111.0] if gave else [111.0]  # what a worker gave before it was lost counts
     assert sums(asking.answers[0]) == sums(asking.answers[1]) == expected
+
+
+def test_a_reduction_does_not_wait_for_who_comes_after_it():
+    """The others are still about the step before the newcomer's first one."""
+    asking = Asking()
+    asking.reduce(0, "7.1", 1.0)
+    assert asking.ask(8, "joined", 8).value == [(0, 0), (1, 0), (2, 0), (5, 0), (8, 8)]
+    asking.reduce(1, "7.1", 10.0)
+    asking.reduce(2, "7.1", 100.0)
+    assert sums(asking.reduce(5, "7.1", 1000.0)) == [1111.0]
+    asking.answers.clear()
+    for worker in WORKERS:
+        asking.reduce(worker, "8.1", 1.0)
+    assert not asking.answers
+    assert sums(asking.reduce(8, "8.1", 1.0)) == [5.0]
 
 
 def test_several_reductions_at_a_time():

@@ -27,8 +27,8 @@ class Run(Simulation):
         self.wanted = list(snapshots)
         self.taken = []
 
-    def between_steps(self, client, steps):
-        while self.wanted and self.wanted[0] <= client.clock:
+    def between_steps(self, worker, client, *, last):
+        while worker == 0 and self.wanted and self.wanted[0] <= client.clock:
             self.wanted.pop(0)
             yield from self._take_snapshot(client)
             snapshot = self.snapshot
