@@ -171,7 +171,7 @@ def measure_steps(
     names = ["none", *codecs]
     with tempfile.TemporaryDirectory() as folder, ps_hosts.hosts(HOSTS, mbits) as cluster:
         command = [*CHILD, ",".join(names), str(steps), str(rounds), folder]
-        done = cluster.mpirun([1] * HOSTS, command, seconds, options=ps_hosts.BOTH_WAYS)
+        done = cluster.mpirun([1] * HOSTS, command, seconds)
         file = Path(folder) / "result.json"
         if done.returncode or not file.exists():
             raise Error(f"steps at {mbits:g} Mbit/s: code {done.returncode}: {done.stdout[-300:]}")

@@ -115,7 +115,7 @@ def run(
         [1] * hosts,
         command,
         TIMEOUT_SECONDS,
-        options=[*ps_hosts.BOTH_WAYS, *YIELD, *options],
+        options=[*YIELD, *options],
     )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or len(lines) != 1 + len(cases):

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from mpi4py import MPI
 from torch import nn
 
 import hpctrain
@@ -222,6 +221,8 @@ def _busy() -> tuple[float, float]:
 
 def main() -> None:
     """Measure all cases; rank 0 of each prints a line of JSON."""
+    from mpi4py import MPI  # not before: strategies have settings that MPI reads at its start
+
     job = Job(**json.loads(sys.argv[1]))
     world = hpctrain.init()
     torch.set_num_threads(1)

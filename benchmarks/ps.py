@@ -197,8 +197,7 @@ def on_hosts(servers: int, mbits: float, seconds: float, run: Callable[..., Resu
     with ps_hosts.hosts(ranks, mbits) as cluster:
 
         def start(command: Sequence[str], seconds: float, each: Sequence[int] = ()) -> Any:
-            options = ps_hosts.BOTH_WAYS
-            return cluster.mpirun(each or [1] * ranks, command, seconds, options=options)
+            return cluster.mpirun(each or [1] * ranks, command, seconds)
 
         link = (sys.executable, "-m", "benchmarks.ps_hosts", "--rank", str(mbits))
         done = start(link, seconds, [1, *[0] * (ranks - 2), 1])

@@ -6,8 +6,8 @@
 A host has a name, a network, processes and a /dev/shm of its own, so that neither MPI nor PyTorch
 finds a way from one to another but the network; files, cores and memory are shared by all. A link
 joins every host to a switch and passes so many megabits a second in each direction; what waits for
-it is dropped from a megabyte on, as by a small switch. Delay is not emulated. Needs root, iproute2,
-util-linux and Open MPI.
+it is dropped from a megabyte on, as by a small switch. Delay is not emulated. TCP avoids congestion
+as Linux does by default. Needs root, iproute2, util-linux and Open MPI.
 
 Everything lives in namespaces that have no names and within one PID namespace, whose first process,
 the head, ends when the pipe from this one closes. Thus nothing outside is touched, nothing is left
@@ -36,6 +36,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+from hpctrain import network
 from hpctrain.errors import Error
 from hpctrain.process import run, search_path, which
 
@@ -58,9 +59,7 @@ SPACES = ("--net", "--uts", "--ipc", "--mount")
 UNSHARE = ("unshare", *SPACES, "--pid", "--fork", "--kill-child", "--mount-proc")
 BOOT = f"hostname {{name}} && mount -t tmpfs tmpfs {OWN} && echo up && exec sleep infinity"
 QUEUE_BYTES = 2**20  # of a switch, before what comes is dropped
-# For mpirun: acknowledgements must not wait behind megabytes in a socket, else what could go both
-# ways at once goes one way after the other.
-BOTH_WAYS = ("--mca", "btl_tcp_sndbuf", "131072")
+CONGESTION = "cubic"  # how TCP avoids it: Linux's default, whatever this host has
 _numbers = itertools.count()
 
 
@@ -258,6 +257,8 @@ def bring_up(mbits: float, head: str, names: Sequence[str]) -> list[int]:
         do(*inside, "ip", "address", "add", f"{addresses[name]}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             do(*inside, "ip", "link", "set", device, "up")
+        route = (f"{NETWORK}.0/24", "dev", "eth0", "congctl", CONGESTION)
+        do(*inside, "ip", "route", "replace", *route)
         # The host's end of the link limits what leaves it, the switch's end what reaches it.
         for place, device in (((), port), (inside, "eth0")):
             limit = ("tbf", "rate", f"{mbits:g}mbit", "burst", str(burst))
@@ -312,6 +313,8 @@ def do(*command: str) -> None:
 def measure(mbits: float, repeats: int = 3) -> None:
     """Rank 0 of two on hosts of their own prints what a link passes, in bytes of payload."""
     import numpy as np
+
+    network.both_ways()
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -374,7 +377,7 @@ def main() -> None:
             up_seconds = time.perf_counter() - start
             command = [sys.executable, "-m", "benchmarks.ps_hosts", "--rank"]
             command.append(str(arguments.mbits))
-            done = cluster.mpirun([1, 1], command, timeout_seconds=120, options=BOTH_WAYS)
+            done = cluster.mpirun([1, 1], command, timeout_seconds=120)
     except Error as error:
         raise SystemExit(str(error)) from error
     if done.returncode:

@@ -269,14 +269,14 @@ def ours(
         key: To encrypt by.
         settings: Of ``PsConfig``.
     """
-    from mpi4py import MPI
-
     from hpctrain.ps.cipher import VARIABLE
     from hpctrain.strategies.parameter_server import PsCommunicator
 
     os.environ.pop(VARIABLE, None)
     os.environ.update({VARIABLE: key} if key else {})
     ends, client, hyper = connected(count, settings)
+    from mpi4py import MPI  # not before: hpctrain.ps has settings that MPI reads at its start
+
     if client is None:
         MPI.COMM_WORLD.gather(0.0)
         return {}

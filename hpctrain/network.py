@@ -1,8 +1,22 @@
-"""This host's addresses, and whether others are there."""
+"""This host's addresses, whether others are there, and how MPI goes over TCP."""
 
 from __future__ import annotations
 
+import os
 import socket
+
+TCP = {"flags": "send,inplace", "sndbuf": "131072"}
+
+
+def both_ways() -> None:
+    """Have Open MPI carry both directions of a TCP link at once; it reads this at its start.
+
+    Else it puts a message on its way in one piece, and what the other direction waits for (that a
+    message may be sent; an acknowledgement) behind it, or behind megabytes in a socket: then one
+    direction goes after the other. The user's own settings are left alone.
+    """
+    for name, value in TCP.items():
+        os.environ.setdefault(f"OMPI_MCA_btl_tcp_{name}", value)
 
 
 def address_towards(other: str) -> str:

@@ -19,6 +19,7 @@ from hpctrain.elastic.choose import choose, set_parameters
 from hpctrain.elastic.gloo import Gloo
 from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Membership, Progress
 from hpctrain.errors import Error, PeerLost
+from hpctrain.network import both_ways
 from hpctrain.process import cores, ended_after, loaded
 from hpctrain.strategies.base import ElasticOptimizer, check_trainable
 from hpctrain.strategies.broadcast import broadcast_tree
@@ -372,11 +373,7 @@ def _set_defaults(world: World) -> None:
     """Settings that Horovod and MPI read once, at their start; the user's own are left alone."""
     # Buckets are whole already: fusing them again would copy, and make sums depend on timing.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-    # Over TCP, Open MPI would put a bucket on its way in one piece, and the word that the other
-    # direction waits for behind it, or behind megabytes in a socket: then one goes after the other
-    # instead of both at once.
-    os.environ.setdefault("OMPI_MCA_btl_tcp_flags", "send,inplace")
-    os.environ.setdefault("OMPI_MCA_btl_tcp_sndbuf", "131072")
+    both_ways()
     os.environ.setdefault("OMPI_MCA_btl_tcp_links", "4")
     if world.local_size * 2 > cores():
         # A rank computes and communicates; where cores are fewer than that, MPI must not spin.
