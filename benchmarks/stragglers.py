@@ -2,7 +2,8 @@
 
     python -m benchmarks.stragglers --out results
 
-A mode is a consistency, with `+speed` where workers' shares of a batch go by their speed. Each run
+A mode is a consistency, with `+speed` where workers' shares of a batch go by their speed, as they do
+by themselves with ssp, and `+equal` where they are equal, as they are with all others. Each run
 is an `hpctrain train` of its own under mpirun, with the same task, rates, batches and epochs; the
 modes take turns, seed by seed, so that whatever else the machine does falls on all alike.
 
@@ -17,7 +18,7 @@ rank 0 had done its own.
 
 With equal shares ssp:S gets no further than S steps ahead of the slow worker, and from then on all
 go at its pace: the bound means that. It pays where workers are slow now and then, or where a slow
-worker has less to do: ssp:S+speed.
+worker has less to do.
 
 Prints a table; --out gets stragglers.json, .csv (a line a run) and, where matplotlib is installed,
 .png and .svg.
@@ -48,7 +49,7 @@ SCHEMA = 1
 WORKERS, SERVERS = 4, 1
 SLOW_RANK, SLOW_FACTOR = 1, 4.0
 SHARE_STEPS = 4
-MODES = ("sync", "sync+speed", "backup:1", "ssp:3", "ssp:3+speed", "async")
+MODES = ("sync", "sync+speed", "backup:1", "ssp:3", "ssp:3+equal", "async")
 TASK_FILE = Path(__file__).with_name("stragglers_tasks.py")
 BINS = (0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 Run = dict[str, Any]
@@ -90,7 +91,6 @@ def command_of(mode: str, seed: int, folder: Path, arguments: argparse.Namespace
     setting: Setting = arguments.setting
     consistency, _, shares = mode.partition("+")
     settings = {
-        "ps.shares": shares or "equal",
         "ps.share_steps": SHARE_STEPS,
         "train.validate_every_steps": setting.validate_every,
         # Only the best are kept, by every mode alike.
@@ -110,6 +110,8 @@ def command_of(mode: str, seed: int, folder: Path, arguments: argparse.Namespace
     ]
     if arguments.data:
         command += ["--data", str(arguments.data)]
+    if shares:
+        settings["ps.shares"] = shares
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     return command

@@ -254,10 +254,10 @@ class PsConfig(Section):
     pull_every: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = Field(
         1, description="Steps between pulls of new weights; a list: by worker."
     )
-    shares: Literal["equal", "speed"] | list[NonNegativeInt] = Field(
-        "equal",
+    shares: Literal["equal", "speed"] | list[NonNegativeInt] | None = Field(
+        None,
         description="Parts of each global batch by worker: `equal`, by measured `speed`, or a "
-        "list.",
+        "list. Unset: `speed` with ssp, which else goes at the pace of the slowest; `equal` without.",
     )
     share_steps: int = Field(
         32, ge=1, description="Steps between looks at who takes part and, by speed, at shares."

@@ -13,6 +13,7 @@ from hpctrain.errors import Error, PeerLost
 from hpctrain.ps import wire
 from hpctrain.ps.answers import Answers
 from hpctrain.ps.codec import make_codec
+from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.coordinator import Coordinator
 from hpctrain.ps.forgotten import Forgotten
 from hpctrain.ps.gradients import Gradients
@@ -107,9 +108,12 @@ class Server:
         self._completed = False  # whether a worker has done all of its steps
 
     def _shares(self) -> list[int] | None:
-        if isinstance(self.config.shares, list):
-            return self.config.shares
-        return None if self.config.shares == "speed" else [1] * len(self.workers)
+        shares = self.config.shares
+        if isinstance(shares, list):
+            return shares
+        if shares is None:
+            shares = "speed" if consistency_of(self.config).mode == "ssp" else "equal"
+        return None if shares == "speed" else [1] * len(self.workers)
 
     # What moves it on.
 
