@@ -2,8 +2,8 @@
 
     python -m benchmarks.stragglers --out results
 
-A mode is a consistency, with `+speed` where workers' shares of a batch go by their speed, as they do
-by themselves with ssp, and `+equal` where they are equal, as they are with all others. Each run
+A mode is a consistency, with `+speed` where workers' shares of a batch go by their speed, as they
+do by themselves with ssp, and `+equal` where they are equal, as they are with all others. Each run
 is an `hpctrain train` of its own under mpirun, with the same task, rates, batches and epochs; the
 modes take turns, seed by seed, so that whatever else the machine does falls on all alike.
 
@@ -385,8 +385,8 @@ def arguments_of(command: Sequence[str] | None) -> argparse.Namespace:
             parse(consistency)
         except Error as error:
             parser.error(f"{error.message} {error.hint}")
-        if plus and shares != "speed":
-            parser.error(f"mode {mode}: what follows the + can only be speed")
+        if plus and shares not in ("speed", "equal"):
+            parser.error(f"mode {mode}: what follows the + can only be speed or equal")
     if arguments.seeds < 1:
         parser.error("--seeds must be 1 or more")
     if arguments.task == "cifar10" and arguments.data is None:

@@ -257,7 +257,7 @@ class PsConfig(Section):
     shares: Literal["equal", "speed"] | list[NonNegativeInt] | None = Field(
         None,
         description="Parts of each global batch by worker: `equal`, by measured `speed`, or a "
-        "list. Unset: `speed` with ssp, which else goes at the pace of the slowest; `equal` without.",
+        "list. Unset: `speed` with ssp, which else goes at the slowest one's pace; else `equal`.",
     )
     share_steps: int = Field(
         32, ge=1, description="Steps between looks at who takes part and, by speed, at shares."

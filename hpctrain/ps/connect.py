@@ -22,6 +22,7 @@ from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.layout import Layout
 from hpctrain.ps.link import Link, LocalLink, MPILink
 from hpctrain.ps.loop import Loop, Waiter
+from hpctrain.ps.memory import zeros
 from hpctrain.ps.order_log import Record, check_unused
 from hpctrain.ps.recruit import Recruit, Recruiter
 from hpctrain.ps.roles import Roles, assign
@@ -323,7 +324,7 @@ class Ends:
     def _memory(self, layout: Layout) -> Regions:
         """This worker's memory, where its host's servers can reach it if there are any."""
         size = region_bytes(layout)
-        own = Regions({self.me: torch.zeros(2 * size, dtype=torch.uint8)})
+        own = Regions({self.me: zeros(2 * size)})
         if self._sharing is None:
             return own
         borrows = self._sharing.common not in (None, self.me)

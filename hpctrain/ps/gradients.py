@@ -8,6 +8,7 @@ import torch
 
 from hpctrain.ps.codec import Codec, sum_rows
 from hpctrain.ps.held import Held, Pushed
+from hpctrain.ps.memory import zeros
 
 
 class Gradients:
@@ -24,7 +25,7 @@ class Gradients:
     def buffer(self, size: int) -> torch.Tensor:
         """So many bytes of memory."""
         free = self._pool[size]
-        return free.pop() if free else torch.empty(size, dtype=torch.uint8)
+        return free.pop() if free else zeros(size)
 
     def recycle(self, buffer: torch.Tensor | None) -> None:
         """Nobody needs this memory any more."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hpctrain.errors import Error, nearest
 from hpctrain.lamb import Lamb, lamb_update
+from hpctrain.ps.memory import zeros
 
 State = dict[str, Tensor]
 Numbers = Sequence[float]
@@ -58,7 +59,10 @@ class Rule(ABC):
 
     def new_state(self, weights: Tensor) -> State:
         """The state before the first update of these weights."""
-        return {name: torch.zeros_like(weights) for name in self.state_names}
+        return {
+            name: zeros(weights.nbytes).view(weights.dtype).view_as(weights)
+            for name in self.state_names
+        }
 
     def apply(
         self,

@@ -12,6 +12,7 @@ from hpctrain.ps import wire
 from hpctrain.ps.consistency import Replayed, Schedule, consistency_of
 from hpctrain.ps.held import Held
 from hpctrain.ps.layout import Layout
+from hpctrain.ps.memory import zeros
 from hpctrain.ps.order_log import OrderLog
 from hpctrain.ps.placement import Placement, place, without
 from hpctrain.ps.rules import Rule, rule_named
@@ -116,7 +117,7 @@ class Store:
         if self.consistency.lockstep and self.placement[index][0] == self._me:
             weights = self.regions.common(piece)
         if weights is None:
-            weights = torch.zeros(piece.elements, dtype=flat.torch_dtype)
+            weights = zeros(self.sizes[index]).view(flat.torch_dtype)
         state = self.rule.new_state(weights)
         schedule: Schedule
         recorded = self.order.recorded(index)
