@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +14,18 @@ import pytest
 from hpctrain.process import mpirun, run, search_path
 
 TIMEOUT_SECONDS = 120
+
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch):
+    """A place of its own for temporary files of what a test starts.
+
+    An mpirun that was killed leaves some that are named after its process number, and a later one
+    with that number would not start.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield
 
 
 class Command:
