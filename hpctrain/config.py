@@ -73,6 +73,9 @@ class DataConfig(Section):
     worker_kind: Literal["thread", "process"] = Field(
         "thread", description="`process` for transforms in plain Python, or with global randomness."
     )
+    drop_last: bool = Field(
+        False, description="Leave out the incomplete batch at the end of an epoch."
+    )
     on_bad_shard: Literal["stop", "skip"] = Field(
         "stop", description="`skip` leaves out the samples of unreadable shards, and counts them."
     )
@@ -98,7 +101,9 @@ class TrainConfig(Section):
     )
     dtype: Literal["float32", "float64", "bf16"] = Field(
         "float32",
-        description="Arithmetic. `bf16` keeps float32 parameters and computes under autocast.",
+        description="Arithmetic. `float64` makes float32 parameters, buffers and samples float64 "
+        "(complex64: complex128); `bf16` keeps float32 and computes under autocast. What the "
+        "task makes of other types stays.",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="Largest 2-norm of the whole gradient; larger ones are scaled down."
@@ -111,6 +116,17 @@ class TrainConfig(Section):
     )
     patience: int | None = Field(
         None, ge=1, description="Stop after so many validations without a better monitored metric."
+    )
+    nonfinite: Literal["stop", "skip", "allow"] = Field(
+        "stop",
+        description="Where a loss, or a parameter, is no number: end the run at the next log line, "
+        "validation or checkpoint; `skip` leaves out steps whose gradient is not finite (and waits "
+        "for the device in each); `allow` goes on. All are counted, and none such is saved.",
+    )
+    sync_batchnorm: bool = Field(
+        False,
+        description="With horovod: BatchNorm takes its statistics of the global batch instead of "
+        "each rank's part of it.",
     )
     deterministic: bool = Field(
         False, description="Refuse kernels whose result depends on timing (matters on GPUs)."

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +23,7 @@ from hpctrain.data.source import Source
 from hpctrain.data.stage import folder_of
 from hpctrain.errors import Error, nearest
 from hpctrain.lamb import Lamb
+from hpctrain.seeds import set_start_seeds
 
 READY = {
     "digits": "hpctrain.tasks.digits:Digits",
@@ -30,7 +32,7 @@ READY = {
     "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
 }
 
-Loss = torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]
+Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]
 
 
 class Task:
@@ -52,7 +54,7 @@ class Task:
 
     def model(self) -> nn.Module:
         """A new model. Random numbers are seeded before, so every rank builds the same one."""
-        raise NotImplementedError(f"{type(self).__name__} must define model()")
+        raise _undefined(self, "model()", "return the network, a torch.nn.Module.")
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """The mean loss over a batch's samples; with it, if wanted, further means by name.
@@ -64,7 +66,7 @@ class Task:
         Returns:
             A scalar, or a scalar and a dict of scalars such as ``{"accuracy": ...}``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define loss()")
+        raise _undefined(self, "loss(model, batch)", "return the mean loss over the batch.")
 
     def data(self, config: DataConfig) -> dict[str, Source]:
         """Samples by split: ``train``, and where there is one ``validation``.
@@ -130,6 +132,10 @@ class Task:
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
+def _undefined(task: Task, method: str, hint: str) -> Error:
+    return Error(f"task {type(task).__name__} must define {method}.", hint=hint)
+
+
 def _open(path: Path, config: DataConfig) -> ShardSet:
     staged = folder_of(path, config.stage_dir) if config.stage_dir else None
     return ShardSet(path, on_bad_shard=config.on_bad_shard, staged=staged)
@@ -153,23 +159,26 @@ class TaskTransform:
         training: Passed to it.
         spec: What :func:`load_task` finds the task by.
         options: What :func:`make_task` gave it.
+        seed: Of the run, for random numbers drawn while the task is made.
     """
 
     task: Task
     training: bool
     spec: str
     options: dict[str, Any]
+    seed: int = 0
 
     def __call__(self, batch: Batch) -> Batch:
         """The transformed batch."""
         return self.task.transform(batch, self.training)
 
     def __reduce__(self) -> Any:
-        return _transform_anew, (self.training, self.spec, self.options)
+        return _transform_anew, (self.training, self.spec, self.options, self.seed)
 
 
-def _transform_anew(training: bool, spec: str, options: dict[str, Any]) -> TaskTransform:
-    return TaskTransform(make_task(load_task(spec), options), training, spec, options)
+def _transform_anew(training: bool, spec: str, options: dict[str, Any], seed: int) -> TaskTransform:
+    set_start_seeds(seed)  # as where the others were made
+    return TaskTransform(make_task(load_task(spec), options), training, spec, options, seed)
 
 
 def load_task(spec: str) -> type[Task]:
