@@ -85,10 +85,10 @@ class _OverRanks(_BatchNorm):
         momentum: Any = self.momentum
         if momentum is None:  # the mean of all batches
             assert self.num_batches_tracked is not None
-            momentum = 1.0 / self.num_batches_tracked.clamp(min=1)
+            momentum = 1.0 / self.num_batches_tracked.clamp(min=1).double()
         unbiased = variance * (count / (count - 1).clamp(min=1))
         for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-            running += counts * momentum * (new.to(running.dtype) - running)
+            running += counts.double() * momentum * (new.to(running.dtype) - running)
 
 
 class _OverRanks1d(_OverRanks, nn.BatchNorm1d):

@@ -458,6 +458,7 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
                 raise Error(
                     f"{source}: unknown key '{key}'.", hint=nearest(key, known, "`hpctrain config`")
                 )
+            _check_text(source, key, value)
             origin[key] = source
             put(merged, key, value)
     try:
@@ -472,6 +473,17 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
             f"{origin.get(key, 'configuration')}: {key} = {first['input']!r}: {first['msg']}.",
             hint=description(key) if key in known else "see `hpctrain config`.",
         ) from error
+
+
+def _check_text(source: str, key: str, value: Any) -> None:
+    """Refuse bytes of the command line or the environment that are no text."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise Error(
+            f"{source}: {key} = {value!a} is not UTF-8 text.",
+            hint="rename the file or folder; the run's files are written in UTF-8.",
+        ) from None
 
 
 def _flatten(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Any]]:

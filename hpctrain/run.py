@@ -90,8 +90,9 @@ def run(config: RunConfig, say: Callable[[str], None]) -> int:
     """
     if config.resume == "auto" and config.out is None:
         raise Error("--resume auto without --out.", hint="say which run to go on with: --out DIR.")
+    kind = load_task(config.task, config.seed)
     set_start_seeds(config.seed)  # for what is drawn while the task is made, alike on all ranks
-    task = make_task(load_task(config.task), config.options)
+    task = make_task(kind, config.options)
     world = init()
     if config.data.stage_dir is not None:
         _stage(config, world, say)
