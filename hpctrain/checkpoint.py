@@ -48,7 +48,8 @@ def save(folder: Path, state: Any) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / TENSORS)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary / TENSORS)
         head = {
             "format": FORMAT,
             "version": VERSION,

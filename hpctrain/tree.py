@@ -165,12 +165,17 @@ def _join_tensor(mark: dict[str, Any], parts: dict[str, torch.Tensor]) -> torch.
     if mark[_SPARSE] == "coo":
         size = mark["size"]
         return torch.sparse_coo_tensor(
-            parts["indices"], parts["values"], size, is_coalesced=True, check_invariants=False
+            parts["indices"], parts["values"], size, is_coalesced=True, check_invariants=True
         )
     layout = next(each for each, names in _LAYOUTS.items() if names[0] == mark[_SPARSE])
     _, outer, inner = _LAYOUTS[layout]
     return torch.sparse_compressed_tensor(
-        parts[outer], parts[inner], parts["values"], mark["size"], layout=layout
+        parts[outer],
+        parts[inner],
+        parts["values"],
+        mark["size"],
+        layout=layout,
+        check_invariants=True,
     )
 
 

@@ -88,8 +88,9 @@ def tensors():
     plain = [dense.to(kind) for kind in (torch.float32, torch.bfloat16, torch.complex64,
              torch.complex128, torch.int16, torch.bool, torch.float8_e4m3fn)]  # fmt: skip
     layouts = [dense.t(), dense[::2, 1:], dense[:1].expand(3, 4), torch.linalg.qr(dense)[0],
-               torch.zeros(0, 3), torch.tensor(1.5), torch.zeros(3, dtype=torch.uint16)]  # fmt: skip
-    sparse = [torch.eye(4).to_sparse(), torch.eye(4).to_sparse_csr(), torch.eye(4).to_sparse_csc()]
+        torch.zeros(0, 3), torch.tensor(1.5), torch.zeros(3, dtype=torch.uint16)]  # fmt: skip
+    eye = torch.eye(4)
+    sparse = [eye.to_sparse(), eye.to_sparse_csr(), eye.to_sparse_csc()]
     quantized = [
         torch.quantize_per_tensor(dense.float(), 0.1, zero, kind)
         for kind, zero in ((torch.quint8, 3), (torch.qint8, -2), (torch.qint32, 0))
