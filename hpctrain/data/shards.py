@@ -290,7 +290,7 @@ def check(path: Path, shard: ShardEntry) -> None:
     """
     try:
         # A FIFO that nobody writes to would be waited for.
-        with open(path, "rb", opener=_without_waiting) as file:  # noqa: PTH123
+        with open(path, "rb", opener=_without_waiting) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")
