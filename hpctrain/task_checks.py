@@ -52,6 +52,21 @@ _FOREIGN = {
 _OWN = ("model", "loss", "data", "transform", "optimizer", "defaults", "monitor", "mode")
 
 
+def check_defined(task: Task) -> None:
+    """Refuse a task that lacks what every task must have.
+
+    Raises:
+        Error: It does.
+    """
+    kind = type(task)
+    missing = [n for n in ("model", "loss") if getattr(kind, n) is getattr(Task, n)]
+    if missing:
+        raise Error(
+            f"task {kind.__name__} must define {' and '.join(f'{name}()' for name in missing)}.",
+            hint="the README has a task in about 20 lines.",
+        )
+
+
 def splits_of(task: Task, config: RunConfig) -> dict[str, Source]:
     """The task's samples by split.
 

@@ -47,7 +47,7 @@ from hpctrain.strategies.base import (
 )
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.task import Task, TaskTransform
-from hpctrain.task_checks import checked_loss, model_of, optimizer_of, splits_of
+from hpctrain.task_checks import check_defined, checked_loss, model_of, optimizer_of, splits_of
 from hpctrain.world import Alone, Even, World
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
@@ -92,6 +92,13 @@ class Trainer:
         self.dtype = DTYPES[config.train.dtype]
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
+        check_defined(task)
+        if config.train.nonfinite == "skip" and strategy.name == "ps":
+            raise Error(
+                "train.nonfinite=skip cannot be used with strategy 'ps': when the world's gradient "
+                "is known, the servers have used it.",
+                hint="use stop or allow, or --strategy horovod.",
+            )
         set_start_seeds(config.seed)  # the same start on every rank
         self.splits = splits_of(task, config)
         self._validation = self._validates()
