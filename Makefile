@@ -1,7 +1,11 @@
 # What people type. `make train` and `make test` do everything on a fresh machine.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+# Where pip gets torch; empty: where it gets everything. On Linux, PyPI's torch is a CUDA build.
+TORCH_INDEX ?=
 NP     ?= 2
+# Cells of the matrix of set-ups; empty: all.
+CELLS  ?=
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -20,7 +24,7 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos format clean
+.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos matrix format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +56,9 @@ mpi-test: horovod  ## tests that run inside a world, of 2 ranks and of 3
 chaos: horovod  ## ranks killed and stopped at random, 200 times (about half an hour)
 	$(BIN)/python -m benchmarks.elastic_kills --runs 200
 
+matrix:  ## set-ups with other torches, Pythons and MPIs, each in a new environment (hours)
+	$(PYTHON) -m benchmarks.install_matrix $(CELLS)
+
 horovod: $(VENV)/.horovod
 
 format: $(VENV)/.installed  ## mend what ruff can
@@ -63,7 +70,9 @@ clean:  ## forget the environment (the wheel cache stays)
 
 $(VENV)/.installed: setup.py pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(if $(TORCH_INDEX)$(shell command -v nvidia-smi),,@echo 'No GPU here. PyPI has CUDA builds\
+	 of torch alone, gigabytes of downloads; README.md says how to have a CPU build.')
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 
