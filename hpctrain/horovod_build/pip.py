@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from hpctrain.errors import Error
 from hpctrain.process import run
 
 TIMEOUT_SECONDS = 3600
-SHOWN_EVERY_SECONDS = 10.0
+SHOWN_EVERY_SECONDS = 15.0
 
 
 class Log:
@@ -28,9 +29,12 @@ class Log:
     def __init__(self, path: Path) -> None:
         self._file = path.open("w", encoding="utf-8")
         self._began = time.monotonic()
-        self._next = self._began + SHOWN_EVERY_SECONDS
+        self._where = "started"
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._show, daemon=True)
 
     def __enter__(self) -> Log:
+        self._watch.start()
         return self
 
     def __exit__(
@@ -39,20 +43,27 @@ class Log:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._over.set()
+        self._watch.join()
         self._file.close()
 
     def line(self, text: str) -> None:
-        """Keep a line, and show where the build is if that was long ago."""
+        """Keep a line; it is where the build is."""
         self._file.write(text)
         self._file.flush()
-        if time.monotonic() >= self._next and text.strip():
-            progress = re.match(r"\s*(\[ *\d+%\]) .*?([^/]+?)(?:\.o)?\s*$", text)
-            self.say(f"{progress[1]} {progress[2]}" if progress else text.strip()[:60])
+        progress = re.match(r"\s*(\[ *\d+%\]) .*?([^/]+?)(?:\.o)?\s*$", text)
+        if progress:
+            self._where = f"{progress[1]} {progress[2]}"
+        elif "%]" not in self._where and text.strip():
+            self._where = text.strip()[:60]
 
     def say(self, what: str) -> None:
         """Tell the person, with the time since the start."""
         click.echo(f"  {time.monotonic() - self._began:4.0f} s  {what}")
-        self._next = time.monotonic() + SHOWN_EVERY_SECONDS
+
+    def _show(self) -> None:
+        while not self._over.wait(SHOWN_EVERY_SECONDS):
+            self.say(self._where)
 
 
 def pip(
