@@ -149,8 +149,6 @@ def _gpu_links(chain: Toolchain, work: Path) -> dict[str, str]:
     if cuda and not any((Path(cuda) / lib / "libcudart.so").exists() for lib in ("lib64", "lib")):
         home = str(_linked(Path(cuda), work / "cuda", "lib64"))
         changed |= {name: home for name, value in chain.environment.items() if value == cuda}
-        # nvcc looks where it is itself, and not where a link to it is.
-        changed["LIBRARY_PATH"] = f"{home}/lib64"
     if nccl and not (Path(nccl) / "lib" / "libnccl.so").exists():
         changed["HOROVOD_NCCL_HOME"] = str(_linked(Path(nccl), work / "nccl", "lib"))
     return changed

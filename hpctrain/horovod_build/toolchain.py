@@ -216,7 +216,9 @@ def _cuda_hint(version: str) -> str:
     hint = "load your site's cuda module, or set CUDA_HOME"
     if int(version.split(".")[0]) < 13:
         return f"{hint}."
-    wheels = " ".join(f"'nvidia-cuda-{part}=={version}.*'" for part in ("nvcc", "runtime", "cccl"))
+    # All of them of one version: nvcc lets pip take newer ones, whose output its ptxas refuses.
+    parts = ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
+    wheels = " ".join(f"'nvidia-{part}=={version}.*'" for part in parts)
     return f"{hint}, or `pip install {wheels}`."
 
 
@@ -232,8 +234,9 @@ def _need_kernels(cuda_home: Path, hint: str) -> None:
         command = [str(cuda_home / "bin" / "nvcc"), "-std=c++17", "-c", str(source)]
         done = run([*command, "-o", f"{name}/trial.o"], timeout_seconds=120)
     if done.returncode != 0:
-        lines = [line for line in done.stdout.splitlines() if "error" in line] or [done.stdout]
-        raise Error(f"{command[0]} does not compile a small kernel: {lines[0][:200]}.", hint=hint)
+        lines = [line for line in done.stdout.splitlines() if re.search("error|fatal", line)]
+        said = (lines or [done.stdout])[0][:200]
+        raise Error(f"{command[0]} does not compile a small kernel: {said}.", hint=hint)
 
 
 def _nvidia_wheels() -> list[Path]:

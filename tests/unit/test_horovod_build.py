@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hpctrain.errors import Error
-from hpctrain.horovod_build import mpi, patches, pip, toolchain
+from hpctrain.horovod_build import build, mpi, patches, pip, toolchain
 from hpctrain.horovod_build.mpi import Seen
 from hpctrain.horovod_build.pip import Log
 from hpctrain.process import run
@@ -95,6 +95,57 @@ def test_a_python_without_headers_is_refused_first(an_mpi, monkeypatch, tmp_path
     monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(Error, match="headers are not there"):
         toolchain.find(gpu=False)
+
+
+@pytest.fixture
+def pips_cuda(monkeypatch, tmp_path):
+    """A machine whose only CUDA toolkit is pip's, with an nvcc on PATH that is only a wrapper."""
+    wrapper = tmp_path / "usr" / "bin" / "nvcc"
+    home = tmp_path / "nvidia" / "cu13"
+    for path in (
+        *("bin/nvcc", "include/cuda_runtime.h", "nvvm/bin/cicc", "lib/libcudart_static.a"),
+        *("lib/libcudart.so.13", "lib/cmake/cccl/cccl-config.cmake"),
+    ):
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        (home / path).touch()
+    wrapper.parent.mkdir(parents=True)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(toolchain, "which", lambda program: wrapper)
+    monkeypatch.setattr(toolchain, "_nvidia_wheels", lambda: [home.parent])
+    return home
+
+
+def test_pips_cuda_is_a_toolkit(pips_cuda, tmp_path):
+    assert toolchain._cuda_home() == pips_cuda
+    names = ("HOROVOD_CUDA_HOME", "CUDAToolkit_ROOT", "CUDA_HOME")
+    chain = toolchain.Toolchain({}, dict.fromkeys(names, str(pips_cuda)))
+    links = tmp_path / "work" / "cuda"
+    assert build._gpu_links(chain, links.parent) == dict.fromkeys(names, str(links))
+    assert (links / "lib64" / "libcudart.so").resolve() == pips_cuda / "lib" / "libcudart.so.13"
+    assert (links / "lib64" / "libcudart_static.a").exists()
+    assert (links / "bin" / "nvcc").exists() and (links / "nvvm" / "bin" / "cicc").exists()
+
+
+def test_a_whole_toolkit_is_taken_as_it_is(pips_cuda, tmp_path):
+    (pips_cuda / "lib" / "libcudart.so").touch()
+    chain = toolchain.Toolchain({}, {"HOROVOD_CUDA_HOME": str(pips_cuda)})
+    assert build._gpu_links(chain, tmp_path / "work") == {}
+
+
+def test_what_to_install_for_gpus_is_said_by_torchs_cuda():
+    hint = toolchain._cuda_hint("13.0")
+    for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl"):
+        assert f"'nvidia-{name}==13.0.*'" in hint
+    assert "pip install" not in toolchain._cuda_hint("12.6")  # its wheels hold no nvcc
+
+
+def test_an_nvcc_that_cannot_compile_is_refused_first(pips_cuda):
+    nvcc = pips_cuda / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho trial.ptx, line 9 fatal: Unsupported .version 9.5\nexit 255\n")
+    nvcc.chmod(0o755)
+    with pytest.raises(Error, match="small kernel: .*Unsupported .version") as refused:
+        toolchain._need_kernels(pips_cuda, "install it")
+    assert refused.value.hint == "install it"
 
 
 @pytest.mark.parametrize(
