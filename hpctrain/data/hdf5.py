@@ -8,12 +8,14 @@ name any file that the reader can read.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import os
 import stat
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import h5py
 import hdf5plugin  # noqa: F401 - lets HDF5 itself read lz4, zstd and others
@@ -70,13 +72,25 @@ def open_file(path: Path, **options: Any) -> h5py.File:
         except OSError as error:
             first = error
     try:
-        return h5py.File(_Unlocked(os.fspath(path), "rb"), "r", **options)
+        file = h5py.File(_Unlocked(os.fspath(path), "rb"), "r", **options)
+        _through_python.add(file)
+        return file
     except OSError as error:
         first = first or error
     try:  # a writer that lets others read at the same time
         return h5py.File(path, "r", locking=False, swmr=True, **options)
     except (OSError, ValueError):
         raise first from None
+
+
+_through_python: WeakSet[h5py.File] = WeakSet()
+
+
+@atexit.register
+def _close() -> None:
+    """HDF5 closes what is open after Python has gone, and cannot call it then."""
+    for file in list(_through_python):
+        file.close()
 
 
 def spec_of_dataset(dataset: h5py.Dataset) -> FieldSpec:

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.order import Order, Positions, Shuffle
+from hpctrain.data.order import VERSION, Order, Positions, Shuffle, of_version
 from hpctrain.data.random import key, mix, uniform
 from hpctrain.data.source import OFFSETS, Arrays, Empty, Source
 from hpctrain.errors import Error
@@ -134,7 +134,8 @@ class _MixtureOrder:
     epoch: int
     shuffle: Shuffle
     lanes: int
-    _orders: dict[tuple[int, int], Order] = field(default_factory=dict)
+    version: int = VERSION
+    _orders: dict[tuple[int, int], Order] = field(default_factory=dict, init=False)
 
     def indices(self, positions: Positions) -> NDArray[np.int64]:
         pattern = self.mixture.pattern
@@ -158,9 +159,8 @@ class _MixtureOrder:
             share = float((self.mixture.pattern == number).mean())
             lanes = max(1, round(self.lanes * share))
             source = self.mixture.sources[number]
-            self._orders[number, round_] = source.order(
-                key(self.seed, number) >> 1, round_, self.shuffle, lanes
-            )
+            order = source.order(key(self.seed, number) >> 1, round_, self.shuffle, lanes)
+            self._orders[number, round_] = of_version(order, self.version)
         return self._orders[number, round_]
 
     def uniform(self, positions: Positions, count: int) -> NDArray[np.float32]:
