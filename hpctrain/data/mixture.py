@@ -110,6 +110,10 @@ class Mixture(Source):
                 result[rows] = part
         return None if result.all() else result
 
+    def nothing_left(self) -> bool:
+        """Whether all of all sources is lost."""
+        return all(source.nothing_left() for source in self.sources)
+
 
 def _pattern(weights: Sequence[float]) -> NDArray[np.int64]:
     """Which source each of PERIOD positions belongs to, each as evenly spread as can be."""
@@ -215,6 +219,10 @@ class Weighted(Source):
     def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """The source's."""
         return self._source.readable(indices)
+
+    def nothing_left(self) -> bool:
+        """The source's."""
+        return self._source.nothing_left()
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class EpochOrder:
 
     What does not fill whole blocks in every lane, less than ``lanes * block + block`` samples, is
     dealt to the lanes in runs. Each few lanes see theirs at a random moment of the epoch, so no
-    batch has much of it; the last batch, which may be smaller, takes its samples from lanes all over.
+    batch has much of it; the last batch, which may be smaller, is of lanes from all over.
 
     With a block of one sample, and with ``shuffle="full"``, the order is a keyed permutation of all
     samples; with ``"none"`` it is the samples' own.
