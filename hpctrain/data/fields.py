@@ -302,7 +302,9 @@ class _SequencesOfHdf5:
                 )
                 bad.shard = shard
                 raise bad from error
-            found = self._blocks[shard, number] = [as_bytes(row) for row in rows]
+            found = self._blocks[shard, number] = [
+                row.view(np.uint8).reshape(len(row), self._spec.row_bytes) for row in rows
+            ]
             self._bytes += sum(row.nbytes for row in found)
             while self._bytes > self._room and len(self._blocks) > 1:
                 self._bytes -= sum(row.nbytes for row in self._blocks.popitem(last=False)[1])
