@@ -14,8 +14,10 @@ import hdf5plugin  # noqa: F401 - so that what its filters compressed can be rea
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.importers.arrays import Arrays, Rows, Shape
+from hpctrain.data.importers.arrays import Arrays, Rows, array_of
 from hpctrain.data.importers.tar import reading
+from hpctrain.data.splits import Array
+from hpctrain.data.summary import Found
 
 CACHE_BYTES = 128 * 2**20
 """Of a dataset's chunks: each should be decompressed once, though it spans several blocks."""
@@ -24,17 +26,19 @@ CACHE_BYTES = 128 * 2**20
 class Hdf5(Arrays):
     """One HDF5 file."""
 
-    def shapes(self) -> dict[str, Shape]:
+    said = "datasets of HDF5"
+
+    def arrays(self, found: Found) -> dict[str, Array]:
         """All datasets, in groups and out of them."""
-        shapes: dict[str, Shape] = {}
+        arrays: dict[str, Array] = {}
 
         def note(name: str, node: Any) -> None:
             if isinstance(node, h5py.Dataset):
-                shapes[name] = (node.shape or (), node.dtype)
+                arrays[name] = array_of(node.shape or (), node.dtype)
 
         with h5py.File(self.path, "r") as file:
             file.visititems(note)
-        return shapes
+        return arrays
 
     @contextlib.contextmanager
     def open(self, names: list[str]) -> Iterator[Mapping[str, Rows]]:
