@@ -135,15 +135,40 @@ def _names(listed: str) -> tuple[str, ...]:
 )
 @click.option("--fields", default="", help="Datasets to take, with commas; else all of numbers.")
 @click.option("--no-checksums", is_flag=True, help="Do not read the files; `verify` knows less.")
-def adopt(sources: tuple[Path, ...], out: Path, fields: str, no_checksums: bool) -> None:
+@click.option(
+    "--no-splits", is_flag=True, help="Words such as train and test in names tell no splits."
+)
+@click.option("--dry-run", is_flag=True, help="Say what SOURCES hold; write nothing.")
+def adopt(
+    sources: tuple[Path, ...],
+    out: Path,
+    fields: str,
+    no_checksums: bool,
+    no_splits: bool,
+    dry_run: bool,
+) -> None:
     """Use HDF5 files as a shard set where they are: write an index, copy nothing.
 
     SOURCES are files, or folders of *.h5 and *.hdf5. Datasets with as many rows are the fields of
     a file's samples; names such as x_train or test/x tell splits.
     """
     from hpctrain.data.adopt import adopt as adopt_files
+    from hpctrain.data.adopt import look
 
-    _describe(adopt_files(sources, out, fields=_names(fields), checksums=not no_checksums))
+    names, told = _names(fields), not no_splits
+    if dry_run:
+        for line in look(sources, fields=names, names_tell_splits=told):
+            click.echo(line)
+        return
+    shards = adopt_files(
+        sources,
+        out,
+        fields=names,
+        checksums=not no_checksums,
+        names_tell_splits=told,
+        say=click.echo,
+    )
+    _describe(shards)
 
 
 @group.command()

@@ -176,14 +176,6 @@ def _group(parts: Mapping[str, tuple[str, str]], where: str) -> dict[str, dict[s
                 hint="rename one, or say which ones to take: --fields A,B.",
             )
         fields[of] = name
-    for fields in splits.values():
-        for of, name in fields.items():
-            if of.endswith(".offsets") and of.removesuffix(".offsets") in fields:
-                raise Error(
-                    f"{where}: {name} has the name by which a loader gives where the samples of "
-                    f"field {of.removesuffix('.offsets')} begin.",
-                    hint="rename it, or leave it out: --fields A,B says which ones to take.",
-                )
     return splits
 
 
@@ -231,14 +223,3 @@ def _same_fields(
 def listing(fields: Mapping[str, FieldSpec]) -> str:
     """Fields and what they are, in a line."""
     return ", ".join(f"{name} {spec}" for name, spec in fields.items())
-
-
-def split_in_name(name: str) -> str:
-    """The split that a word of a file's name names; "" if none does."""
-    return split_of_word(_file_word(name))
-
-
-def split_and_field(name: str) -> tuple[str, str]:
-    """``train_x``, ``x_train`` and ``train/x`` are field x of split train; ``x`` has no split."""
-    word, of = _parts(name)
-    return split_of_word(word), of

@@ -21,6 +21,7 @@ from hpctrain.data.shards import ShardSet
 from hpctrain.data.writer import Ragged, spec_of
 from hpctrain.errors import Error
 from hpctrain.launcher import ALONE, Launch
+from tests.waiting import SECONDS
 
 
 def import_data(source, destination, options=None):
@@ -264,8 +265,8 @@ def test_hdf5(tmp_path, names):
 
 def test_hdf5_that_cannot_be(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["names"] = ["a", "b"]
-    with pytest.raises(Error, match="names is an array of object"):
+        file["rows"] = np.zeros(3, [("a", "i4"), ("b", "f4")])
+    with pytest.raises(Error, match="rows is a table"):
         import_data(tmp_path / "a.h5", tmp_path / "s")
     (tmp_path / "b.h5").write_bytes(b"none")
     with pytest.raises(Error, match="b.h5 cannot be read"):
@@ -496,7 +497,7 @@ def test_ranks_take_nothing_of_an_earlier_run(tmp_path):
     thread.start()
     with ranks.Ranks(folder, Launch("mpirun", 0, 2, 0, 2)) as rank:
         rank.publish("new")
-        thread.join(10)
+        thread.join(SECONDS)
     assert got == ["new"]
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from hpctrain.data.importers.plan import Importer, ImportOptions
 from hpctrain.data.importers.tar import TARS, is_tar, reading
-from hpctrain.data.importers.tree import walk
 from hpctrain.data.importers.work import make
+from hpctrain.data.tree import walk
 from hpctrain.errors import Error
 from hpctrain.launcher import Launch, detect
 

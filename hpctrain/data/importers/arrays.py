@@ -98,11 +98,13 @@ class Arrays(Importer):
         if not sum(count for _, count in runs):
             raise Error(f"{self.path} holds no samples.", hint="one row a sample, such as x and y.")
         self._count(splits, arrays, found)
-        row_bytes = sum(spec.row_bytes for spec in fields.values())
+        size = sum(spec.row_bytes for spec in fields.values()) * sum(count for _, count in runs)
+        if any(spec.ragged for spec in fields.values()):
+            size = max(size, self.path.stat().st_size)
         return Survey(
             runs=runs,
             fields=fields,
-            bytes=row_bytes * sum(count for _, count in runs),
+            bytes=size,
             details={
                 "stamp": stamp(self.path),
                 "splits": [list(splits[split].items()) for split, _ in runs],

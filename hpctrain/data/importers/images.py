@@ -24,9 +24,9 @@ from hpctrain.data.importers.plan import (
     stamp,
 )
 from hpctrain.data.importers.tar import contents, files_in, is_plain
-from hpctrain.data.importers.tree import HIDDEN, NOWHERE, is_hidden, walk
 from hpctrain.data.index import FieldSpec
 from hpctrain.data.summary import Found
+from hpctrain.data.tree import HIDDEN, NOWHERE, is_hidden, walk
 from hpctrain.data.writer import Column, Ragged
 from hpctrain.errors import Error
 

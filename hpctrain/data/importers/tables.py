@@ -35,9 +35,9 @@ from hpctrain.data.importers.plan import (
     stamp,
 )
 from hpctrain.data.importers.tar import reading
-from hpctrain.data.importers.tree import walk
 from hpctrain.data.splits import splits_of_files
 from hpctrain.data.summary import MOST_COUNTED, Found
+from hpctrain.data.tree import walk
 from hpctrain.errors import Error
 
 DELIMITED = (".csv", ".tsv", ".csv.gz", ".tsv.gz")

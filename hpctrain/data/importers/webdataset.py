@@ -34,10 +34,10 @@ from hpctrain.data.importers.plan import (
     stamp,
 )
 from hpctrain.data.importers.tar import TARS, Member, contents, files_in, members
-from hpctrain.data.importers.tree import HIDDEN, is_hidden, walk
 from hpctrain.data.index import FieldSpec
 from hpctrain.data.splits import splits_of_files
 from hpctrain.data.summary import Found
+from hpctrain.data.tree import HIDDEN, is_hidden, walk
 from hpctrain.data.writer import Column, Ragged
 from hpctrain.errors import Error
 
