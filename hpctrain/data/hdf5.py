@@ -135,6 +135,17 @@ def _check_numbers(dtype: np.dtype[Any]) -> None:
         raise Unusable(f"is of type {dtype}, which torch does not have")
 
 
+def aside(dataset: h5py.Dataset) -> str:
+    """Why a dataset that nobody asked for is none of the samples; empty where it may be."""
+    if dataset.shape is None or dataset.ndim == 0:
+        return "a single value"
+    name = dataset.attrs.get("NAME", b"") if "CLASS" in dataset.attrs else b""
+    text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+    if text.startswith("This is a netCDF dimension but not a netCDF variable"):
+        return "a dimension without values"
+    return ""
+
+
 def stored_as_numpy(dataset: h5py.Dataset) -> bool:
     """Whether the file's bytes, once decompressed, are those of numpy's array."""
     return _same_bytes(dataset.id.get_type(), dataset.dtype.base)
