@@ -191,6 +191,8 @@ class Request:
                 job += f" --signal {self.warn.signal}"
             more = f" --elastic --relaunches {RELAUNCHES}" if self.template == "elastic" else ""
             blocks["job"] = f"job=({job}{more})"
+            if self.warn is not None:
+                blocks["signal"] = f"trap '' {self.warn.signal}"
         return render(self.template, blocks)
 
 
