@@ -23,6 +23,7 @@ setup(
             "templates/*.sh",
             "templates/*.def",
             "templates/sites/*.toml",
+            "shim/ssh",
         ],
     },
     python_requires=">=3.10",
