@@ -2,8 +2,8 @@
 # Trains a task on several nodes of a cluster whose scheduler is not Slurm.
 #
 # `hpctrain submit --site SITE --dry-run` fills in what stands between the lines `#% block` and
-# `#% endblock`; submit what it prints as your site says (qsub, bsub, flux batch). Nobody looks after
-# such a job: where it was interrupted, or ran out of time, submit it once more to go on.
+# `#% endblock`; submit what it prints as your site says (qsub, bsub, flux batch). Nobody looks
+# after such a job: where it was interrupted, or ran out of time, submit it once more to go on.
 #
 #% block made
 # Not filled in by `hpctrain submit`.
