@@ -72,9 +72,12 @@ def test_an_answer_that_is_lost_is_no_refusal(slurm, answer):
 def test_silence_is_outwaited(slurm):
     silent = refuse("slurm_load_jobs error: Socket timed out on send/recv operation")
     slurm("scontrol", scontrol([silent, silent, job("RUNNING")], [refuse(SILENCE), "true"]))
-    ended = iter([False] * 300 + [True] * 100)
-    assert requeue.requeue("7", 0, lambda: next(ended)) is None
-    assert sum("requeue" in call for call in slurm.calls("scontrol")) == 2
+
+    def asked():
+        return sum("requeue" in call for call in slurm.calls("scontrol"))
+
+    assert requeue.requeue("7", 0, lambda: asked() == 2) is None
+    assert asked() == 2
 
 
 def test_a_refusal_of_a_job_that_runs(slurm):
