@@ -20,7 +20,7 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos strangers fuzz format clean
+.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos requeues strangers fuzz format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ chaos: horovod  ## ranks killed and stopped at random, 200 times (about half an 
 
 strangers: horovod  ## 5,000 connections to each port of an elastic run (some minutes)
 	$(BIN)/python -m benchmarks.strangers
+
+requeues: horovod  ## jobs told that time is up at random moments, 200 times (about an hour)
+	$(BIN)/python -m benchmarks.requeues --requeues 200
 
 horovod: $(VENV)/.horovod
 

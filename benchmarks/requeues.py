@@ -16,16 +16,14 @@ of them does not hold. There are as many ranks as cores, or more.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from benchmarks.output import write
 from tests.slurm.cluster import Cluster, missing
@@ -43,23 +41,19 @@ class Controller:
     """The cluster's controller, which can be stopped for a while."""
 
     def __init__(self, cluster: Cluster) -> None:
-        config = str(cluster.folder / "slurm.conf")
-        (self._process,) = (
-            each
-            for each in psutil.process_iter(["name", "cmdline"])
-            if each.info["name"] == "slurmctld" and config in (each.info["cmdline"] or ())
-        )
+        self._cluster = cluster
+        self._silence = contextlib.ExitStack()
         self._until = 0.0
 
     def stop(self, seconds: float) -> None:
         """Stop it for so long; :meth:`look` lets it go on."""
-        self._process.send_signal(signal.SIGSTOP)
+        self._silence.enter_context(self._cluster.silent())
         self._until = time.monotonic() + seconds
 
     def look(self) -> bool:
         """Let it go on if it is time to; whether it answers."""
         if self._until and time.monotonic() > self._until:
-            self._process.send_signal(signal.SIGCONT)
+            self._silence.close()
             self._until = 0.0
         return self._until == 0.0
 

@@ -12,6 +12,7 @@ from hpctrain.compare import compare
 from hpctrain.errors import Error
 from hpctrain.run_folder import INTERRUPTED, RESULT
 from hpctrain.slurm import cli, commands, jobs
+from hpctrain.slurm.examine import examine
 from hpctrain.slurm.jobs import Submitted, describe, find, named, outcome, progress, wait
 from hpctrain.slurm.supervise import FAILURE
 
@@ -257,6 +258,25 @@ def test_more_than_a_partition_has(slurm):
     ):
         with pytest.raises(Error, match=message):
             commands.fits(asked)
+
+
+def test_what_doctor_says_of_a_site(tmp_path, slurm):
+    def findings(text):
+        (tmp_path / "here.toml").write_text(text)
+        found = examine({"HPCTRAIN_SITE": str(tmp_path / "here.toml")})
+        return [(each.level, each.detail.partition(": ")[2], each.hint) for each in found]
+
+    slurm("sinfo", "debug\nlong")
+    slurm("srun", "srun: MPI types are...\npmi2\npmix")
+    assert examine({"XDG_CONFIG_HOME": str(tmp_path)}) == []
+    assert findings('[options]\npartition = "long"') == [("ok", "as this machine has it", "")]
+    told = findings('mpi = "pmiks"\n[options]\npartition = "lon"\nnods = 2')
+    assert [level for level, _, _ in told] == ["note"] * 3
+    assert "--nods is no option" in told[0][1] and "did you mean 'nodes'" in told[0][2]
+    assert told[1][1:] == ("there is no partition 'lon' here", "did you mean 'long'?")
+    assert "no --mpi=pmiks" in told[2][1] and "pmix" in told[2][2]
+    ((_, text, _),) = findings('launcher = "ibrun -v"')
+    assert text == "its launcher ibrun is not on PATH"
 
 
 def test_comparing_runs(tmp_path):
