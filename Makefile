@@ -24,7 +24,7 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos strangers fuzz matrix format clean
+.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos strangers fuzz matrix format clean requeues
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ strangers: horovod  ## 5,000 connections to each port of an elastic run (some mi
 
 matrix:  ## set-ups with other torches, Pythons and MPIs, each in a new environment (hours)
 	$(PYTHON) -m benchmarks.install_matrix $(CELLS)
+
+requeues: horovod  ## jobs told that time is up at random moments, 200 times (about an hour)
+	$(BIN)/python -m benchmarks.requeues --requeues 200
 
 horovod: $(VENV)/.horovod
 

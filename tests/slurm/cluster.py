@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from hpctrain.process import run, search_path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
@@ -295,6 +297,21 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         """Put it back."""
         number = self.names.index(name) + 1
         _do([*self._inside("ctl"), "ip", "link", "set", f"port{number}", "up"])
+
+    @contextlib.contextmanager
+    def silent(self):
+        """Stop the controller meanwhile: afterwards it does what it was asked for."""
+        config = str(self.folder / "slurm.conf")
+        (controller,) = (
+            each
+            for each in psutil.process_iter(["name", "cmdline"])
+            if each.info["name"] == "slurmctld" and config in (each.info["cmdline"] or ())
+        )
+        controller.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            controller.send_signal(signal.SIGCONT)
 
     # Use.
 
