@@ -11,6 +11,7 @@ it the whole run; what any thread was about, and which processes there were, is 
 import faulthandler
 import io
 import os
+import signal
 import sys
 import threading
 
@@ -43,6 +44,12 @@ def pytest_configure(config):
         # One report is enough; what goes wrong on another rank is printed by tests/mpi/conftest.py.
         reporter._tw._file = io.StringIO()
     processes.adopt_orphans()
+    signal.signal(signal.SIGTERM, terminated)
+
+
+def terminated(number, frame):
+    """Asked to end: end what was started, too."""
+    pytest.exit(signal.Signals(number).name, returncode=128 + number)
 
 
 @pytest.fixture(autouse=True)
