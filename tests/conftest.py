@@ -39,6 +39,7 @@ END_SECONDS = 60.0
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "mpi: runs inside a world of several ranks")
+    config.addinivalue_line("markers", "slow: takes seconds; left out by `make test-fast`")
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if LAUNCH.rank > 0 and reporter is not None:
         # One report is enough; what goes wrong on another rank is printed by tests/mpi/conftest.py.
