@@ -24,7 +24,8 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos strangers fuzz matrix format clean requeues
+.PHONY: help train test test-fast check mpi-test slurm-test unit-test campaign conformance horovod \
+        chaos requeues strangers fuzz matrix format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +36,9 @@ train: horovod  ## set up, then train the digits on 2 ranks over Horovod
 test: check horovod  ## set up, then every check and test
 	$(MAKE) -j 2 slurm-test unit-test
 	$(MAKE) mpi-test
+
+test-fast: $(VENV)/.installed  ## the tests that need no world and take no time (under three minutes)
+	pytest tests/unit -m "not slow"
 
 check: $(VENV)/.installed  ## lint, format and types
 	ruff check .
@@ -49,9 +53,20 @@ slurm-test: horovod  ## tests on a Slurm cluster of their own
 unit-test: horovod  ## tests that start their own worlds, or need none
 	pytest tests/unit tests/e2e
 
+# An mpirun that was killed leaves files named after its process number, and a later one with that
+# number does not start. So here it has a folder of its own for them.
+OWN_TMP := export TMPDIR=$$(mktemp -d) && trap 'rm -rf "$$TMPDIR"' EXIT
+
 mpi-test: horovod  ## tests that run inside a world, of 2 ranks and of 3
-	mpirun -np 3 pytest tests/mpi
-	mpirun -np 2 pytest tests/mpi
+	$(OWN_TMP) && mpirun -np 3 pytest tests/mpi && mpirun -np 2 pytest tests/mpi
+
+ROUNDS ?= 20
+campaign: horovod  ## tests of random examples with new ones, so many ROUNDS, until one fails
+	for round in $$(seq $(ROUNDS)); do \
+	    pytest -q tests/unit -m hypothesis --hypothesis-profile=random || exit 1; done
+
+conformance: horovod  ## Horovod's own tests over MPI and Gloo, from a clone of it at HOROVOD_SOURCE
+	$(OWN_TMP) && python -m tests.conformance $(or $(HOROVOD_SOURCE),HOROVOD_SOURCE)
 
 chaos: horovod  ## ranks killed and stopped at random, 200 times (about half an hour)
 	$(BIN)/python -m benchmarks.elastic_kills --runs 200

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 
 from hpctrain.world import Alone
+from tests.waiting import SECONDS
 
 T = TypeVar("T")
-WAIT_SECONDS = 60.0
 
 
 class ThreadCommunicator(Alone):
@@ -23,9 +23,9 @@ class ThreadCommunicator(Alone):
 
     def _exchange(self, value: Any) -> list[Any]:
         self._given[self.rank] = value
-        self._meet.wait(WAIT_SECONDS)
+        self._meet.wait(SECONDS)
         taken = list(self._given)
-        self._meet.wait(WAIT_SECONDS)
+        self._meet.wait(SECONDS)
         return taken
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -56,5 +56,5 @@ def on_ranks(size: int, action: Callable[[ThreadCommunicator], T]) -> list[T | B
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(2 * WAIT_SECONDS)
+        thread.join(2 * SECONDS)
     return results
