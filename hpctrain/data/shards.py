@@ -29,6 +29,7 @@ from hpctrain.data.index import (
 from hpctrain.data.order import EpochOrder, Order, Shuffle
 from hpctrain.data.source import Arrays, Empty, Source
 from hpctrain.errors import Error, nearest
+from hpctrain.files import is_own, open_regular
 
 BLOCK_BYTES = 512 * 2**10
 """What is read at a stretch, about: parallel file systems move a megabyte as fast as a page."""
@@ -243,7 +244,7 @@ class ShardSplit(Source):
     def _path_of(self, shard: ShardEntry) -> Path:
         if self._staged is not None:
             copy = self._staged / staged_name(shard)
-            if copy.exists():
+            if is_own(self._staged) and is_own(copy):
                 return copy
         return self.path / shard.path
 
@@ -261,7 +262,7 @@ def check(path: Path, shard: ShardEntry) -> None:
         BadShard: It is missing, or differs from the index.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             head = file.read(HEAD_BYTES)
