@@ -287,8 +287,14 @@ class Driver:
         now = time.monotonic()
         for rank in list(self.ranks):
             silent = now - rank.heard
-            if silent > rank.hang_seconds and not rank.done:
+            if rank.done:
+                continue
+            if silent > rank.hang_seconds:
                 self._cut(rank, f"no sign of life for {silent:.1f} s")
+            elif silent > rank.hang_seconds / 2:
+                # A host looks for the way to another only when it has something to send. Where the
+                # network has changed, this may be what brings the rank's own messages here again.
+                rank.send("beat")
         if self.generation < 0:
             self._look_for_first(now)
         elif self._regroups_since is not None:

