@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
+import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+JSON_BYTES = 2**28
+"""Largest file of JSON that is read whole."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,6 +93,46 @@ def read_regular(path: Path | str, most_bytes: int) -> bytes:
     if len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", str(path))
     return content
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ValueError: It is not JSON, or is nested too deeply for what reads it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path | str, most_bytes: int = JSON_BYTES) -> Any:
+    """Return what a file of JSON says, whoever may have written it.
+
+    Args:
+        path: Of the file.
+        most_bytes: Largest size.
+
+    Raises:
+        OSError: It cannot be read, is not a regular file, or is larger.
+        ValueError: It is not JSON, or is nested too deeply.
+    """
+    return parse_json(read_regular(path, most_bytes))
+
+
+def json_lines(path: Path | str) -> Iterator[dict[str, Any]]:
+    """Give the objects of a file with one in a line; other lines, such as one cut off, are skipped.
+
+    Raises:
+        OSError: It cannot be read, or is not a regular file.
+    """
+    with open_regular(path) as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                record = parse_json(line)
+                if isinstance(record, dict):
+                    yield record
 
 
 def is_own(path: Path | str) -> bool:
