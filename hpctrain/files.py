@@ -89,10 +89,9 @@ def read_regular(path: Path | str, most_bytes: int) -> bytes:
         OSError: It cannot be read, is not a regular file, or is larger.
     """
     with open_regular(path) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", str(path))
-    return content
+        if os.fstat(file.fileno()).st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", str(path))
+        return file.read()
 
 
 def parse_json(text: bytes | str) -> Any:
