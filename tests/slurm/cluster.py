@@ -204,8 +204,8 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         hosts.write_text(f"127.0.0.1 localhost\n{NETWORK}.1 ctl\n{table}")
         self._raise("ctl")
         controller = self._inside("ctl")
-        # Without an address of its own a bridge has that of a port, and another one when that port is
-        # lost; then the other hosts' packets go astray until somebody asks for theirs.
+        # Without an address of its own a bridge has that of a port, and another one when that port
+        # is lost; then the other hosts' packets go astray until somebody asks for theirs.
         _do([*controller, "ip", "link", "add", "eth0", "address", BRIDGE, "type", "bridge"])
         _do([*controller, "ip", "address", "add", f"{NETWORK}.1/24", "dev", "eth0"])
         _do([*controller, "ip", "link", "set", "eth0", "up"])
