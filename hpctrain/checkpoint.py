@@ -23,7 +23,7 @@ from safetensors.torch import load, save_file
 
 from hpctrain import tree
 from hpctrain.errors import Error
-from hpctrain.files import sha256, sync
+from hpctrain.files import open_regular, read_json, sha256, sync
 
 TENSORS = "tensors.safetensors"
 REST = "state.json"
@@ -77,7 +77,7 @@ def load_verified(folder: Path) -> Any:
         Error: It is missing, incomplete or damaged; the file at fault is named.
     """
     try:
-        head = json.loads((folder / REST).read_bytes())
+        head = read_json(folder / REST)
         expected = head.pop("sha256")
         if head["format"] != FORMAT or _digest(head) != expected:
             raise Error(f"checkpoint {folder / REST} is damaged: its checksum differs.")
@@ -86,7 +86,8 @@ def load_verified(folder: Path) -> Any:
                 f"checkpoint {folder} is of version {head['version']}, not {VERSION}.",
                 hint="use the hpctrain that wrote it.",
             )
-        data = (folder / TENSORS).read_bytes()
+        with open_regular(folder / TENSORS) as file:
+            data = file.read()
         if hashlib.sha256(data).hexdigest() != head["tensors_sha256"]:
             raise Error(f"checkpoint {folder / TENSORS} is damaged: its checksum differs.")
         return tree.join(load(data), head["state"])
@@ -94,7 +95,9 @@ def load_verified(folder: Path) -> Any:
         raise Error(
             f"checkpoint {error.filename or folder} cannot be read: {error.strerror}."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except Error:
+        raise
+    except Exception as error:  # whatever it makes its readers say
         raise Error(f"checkpoint {folder} is damaged: {type(error).__name__}: {error}.") from error
 
 

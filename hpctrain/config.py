@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from hpctrain.errors import Error, nearest
+from hpctrain.files import read_regular
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +31,11 @@ else:
     import tomli as tomllib
 
 ENVIRONMENT_PREFIX = "HPCTRAIN__"
+
+TOML_BYTES = 2**20
+MOST_DEPTH = 64
+MOST_DOTS = 1000
+"""Bounds on a file of configuration: whoever wrote it, reading it takes no time and no memory."""
 
 Layer = dict[str, Any]
 """Nested mapping of section -> name -> value, as a TOML file gives it."""
@@ -385,15 +391,37 @@ def read_toml(path: Path) -> Layer:
         Error: The file cannot be read or is not TOML.
     """
     try:
-        with path.open("rb") as file:
-            layer: Layer = tomllib.load(file)
-            return layer
+        text = read_regular(path, TOML_BYTES).decode("utf-8")
+        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+            raise ValueError("a line with too many dots")
+        layer: Layer = tomllib.loads(text)
+        _check_depth(layer)
+        return layer
     except OSError as error:
         raise Error(
             f"cannot read {path}: {error.strerror}.", hint="check the path given to --config."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise Error(f"{path} is not TOML: {error}.", hint="see https://toml.io.") from error
+
+
+def _check_depth(layer: Layer) -> None:
+    """Refuse what is nested more deeply than a configuration ever is.
+
+    Raises:
+        ValueError: It is.
+    """
+    level: list[Any] = [layer]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MOST_DEPTH} deep")
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> Layer:
@@ -425,7 +453,7 @@ def value_of(text: str) -> Any:
     """A value typed on a command line: TOML where it parses as such, else the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

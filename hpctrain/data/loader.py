@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hpctrain.data.batch import Batch
 from hpctrain.data.buffers import Buffers
-from hpctrain.data.order import Order, Positions, Shuffle
+from hpctrain.data.order import VERSION, Order, Positions, Shuffle
 from hpctrain.data.read_ahead import Epoch, Maker, ReadAhead
 from hpctrain.data.source import Arrays, ArraySource, Empty, Source
 from hpctrain.errors import Error
@@ -60,7 +60,7 @@ class Loader:
         lost: Samples of this rank left out so far because their shards cannot be read.
 
     Raises:
-        Error: The source is empty.
+        Error: The source is empty; while iterating, also that every sample of an epoch is lost.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class Loader:
         self.lost = 0
         # The order's lanes: the batch size, but that of the epoch's beginning until its end.
         self._lanes = batch_size
+        self._order_version = VERSION
         self._buffers = Buffers(pinned=torch.cuda.is_available())
         self._ahead: ReadAhead | None = None
 
@@ -122,15 +123,16 @@ class Loader:
         self.epoch, self.cursor, self._lanes = place
 
     def _epoch(self) -> Epoch:
-        return Epoch(self.seed, self.epoch, self.shuffle, self._lanes)
+        return Epoch(self.seed, self.epoch, self.shuffle, self._lanes, self._order_version)
 
     def _order(self) -> Order:
-        return self.source.order(*self._epoch())
+        return self._epoch().order(self.source)
 
     def __iter__(self) -> Iterator[Batch]:
         if self.cursor == 0:
             self._lanes = self.batch_size
         samples = self.samples
+        taken = lost = 0
         while self.cursor < samples:
             # All is asked each time: the world, the batch size and the cursor may have changed.
             part = self.world.part(self.epoch, self.cursor // self.batch_size)
@@ -144,7 +146,13 @@ class Loader:
             # the batch, after its step, must get the place to go on from.
             self.cursor = batch.stop
             self.lost += batch.lost
+            taken, lost = taken + batch.samples, lost + batch.lost
             yield batch
+        if lost and not taken and self.source.nothing_left():
+            raise Error(
+                f"every sample of epoch {self.epoch} is lost: no shard can be read.",
+                hint="`hpctrain data verify` says what is wrong with them.",
+            )
         self.epoch += 1
         self.cursor = 0
         self._lanes = self.batch_size
@@ -169,7 +177,7 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts: plain values, for JSON."""
         place = {"epoch": self.epoch, "cursor": self.cursor, "lanes": self._lanes}
-        return {**place, **self._identity()}
+        return {**place, "order": self._order_version, **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
         """What a cursor means nothing without."""
@@ -181,6 +189,12 @@ class Loader:
         Raises:
             Error: The state is of other samples, or of another order.
         """
+        if int(state.get("order", 1)) not in range(1, VERSION + 1):
+            raise Error(
+                f"the checkpoint's epoch order is of version {state['order']}; this hpctrain has "
+                f"{VERSION}.",
+                hint="update hpctrain.",
+            )
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise Error(
@@ -191,6 +205,8 @@ class Loader:
         self.epoch = int(state["epoch"])
         self.cursor = int(state["cursor"])
         self._lanes = int(state["lanes"])
+        # The run keeps the rules it began with: those before they were noted are the first.
+        self._order_version = int(state.get("order", 1))
 
 
 def _among_fewer(part: Part, ranks: int) -> Part:

@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 from hpctrain.data.batch import Batch, cut
 from hpctrain.data.buffers import Buffers
 from hpctrain.data.chunks import BadShard
-from hpctrain.data.order import Shuffle
+from hpctrain.data.order import VERSION, Order, Shuffle, of_version
 from hpctrain.data.plan import Plan, Span
 from hpctrain.data.random import key
 from hpctrain.data.source import OFFSETS, Arrays, Source, native
@@ -49,6 +49,12 @@ class Epoch(NamedTuple):
     number: int
     shuffle: Shuffle
     lanes: int
+    version: int = VERSION
+
+    def order(self, source: Source) -> Order:
+        """A source's order, by the rules of this version."""
+        order = source.order(self.seed, self.number, self.shuffle, self.lanes)
+        return of_version(order, self.version)
 
     def following(self, lanes: int) -> Epoch:
         """The next one."""
@@ -202,7 +208,7 @@ class ReadAhead:
         if found is None:
             while len(self._plans) > 1:  # this epoch's and the next one's are wanted
                 del self._plans[next(iter(self._plans))]
-            found = Plan(self._maker.source.order(*epoch), part)
+            found = Plan(epoch.order(self._maker.source), part)
             self._plans[epoch, part] = found
         return found
 
@@ -322,7 +328,7 @@ def _begin_process(transform: Callable[[Batch], Batch] | None, source: Source) -
 def _make_in_process(epoch: Epoch, span: Span, part: Part) -> tuple[list[Batch], float]:
     if _Process.key != (epoch, part):
         _Process.key = (epoch, part)
-        _Process.plan = Plan(_Process.maker.source.order(*epoch), part)
+        _Process.plan = Plan(epoch.order(_Process.maker.source), part)
     began = time.perf_counter()
     batches = []
     for start, stop in span.batches():

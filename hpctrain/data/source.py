@@ -82,6 +82,10 @@ class Source(ABC):
         """Which of these samples are not known to be lost, of shape (n,); None: all."""
         return None
 
+    def nothing_left(self) -> bool:
+        """Whether every sample is lost."""
+        return False
+
     def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
         """The order in which an epoch's samples are seen."""
         return EpochOrder(len(self), seed, epoch, shuffle, lanes=lanes)

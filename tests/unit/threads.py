@@ -13,9 +13,9 @@ from hpctrain.recorder import Silent
 from hpctrain.strategies.base import DistributedOptimizer
 from hpctrain.trainer import Trainer
 from hpctrain.world import Alone, World
+from tests.waiting import SECONDS
 
 T = TypeVar("T")
-WAIT_SECONDS = 60.0
 
 
 class ThreadCommunicator(Alone):
@@ -27,9 +27,9 @@ class ThreadCommunicator(Alone):
 
     def _exchange(self, value: Any) -> list[Any]:
         self._given[self.rank] = value
-        self._meet.wait(WAIT_SECONDS)
+        self._meet.wait(SECONDS)
         taken = list(self._given)
-        self._meet.wait(WAIT_SECONDS)
+        self._meet.wait(SECONDS)
         return taken
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -60,7 +60,7 @@ def on_ranks(size: int, action: Callable[[ThreadCommunicator], T]) -> list[T | B
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(2 * WAIT_SECONDS)
+        thread.join(2 * SECONDS)
     return results
 
 
