@@ -175,24 +175,22 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 def _columns(tensor: torch.Tensor) -> NDArray[np.int64]:
     """A strided tensor's bytes as a matrix of integers of 64 bits: its columns' sums."""
     flat = tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
-    size = len(flat)
-    whole = size - size % (8 * _WIDTH)
-    columns = _add_rows(flat[:whole]) if whole else np.zeros(_WIDTH, np.int64)
-    if whole < size:
-        rest = flat[whole:].cpu().numpy().tobytes()
-        words = np.frombuffer(rest + bytes(-len(rest) % 8), np.int64)
-        columns[: len(words)] += words
-    columns[-1] += size
-    return columns
-
-
-def _add_rows(flat: torch.Tensor) -> NDArray[np.int64]:
-    if flat.device.type == "cpu":  # numpy's way through memory is several times as fast here
-        rows = flat.numpy().view(np.int64).reshape(-1, _WIDTH)
-        return np.asarray(np.add.reduce(rows, axis=0))
-    if flat.storage_offset() % 8:
-        flat = flat.clone()
-    return np.asarray(flat.view(torch.int64).view(-1, _WIDTH).sum(0).cpu())
+    words, left = divmod(len(flat), 8)
+    rest = words % _WIDTH
+    body = 8 * (words - rest)
+    if tensor.device.type == "cpu":  # numpy's way through memory is several times as fast here
+        data = flat.numpy()
+        columns = data[:body].view(np.int64).reshape(-1, _WIDTH).sum(0)
+    else:
+        whole = flat[:body] if flat.storage_offset() % 8 == 0 else flat[:body].clone()
+        columns = whole.view(torch.int64).view(-1, _WIDTH).sum(0).cpu().numpy()
+        data, body = flat[body:].cpu().numpy(), 0
+    if rest:
+        columns[:rest] += data[body : body + 8 * rest].view(np.int64)
+    if left:
+        columns[rest] += int.from_bytes(data[-left:].tobytes(), "little")
+    columns[-1] += len(flat)
+    return np.asarray(columns)
 
 
 def _weigh(columns: list[NDArray[np.int64]]) -> list[int]:
