@@ -20,7 +20,7 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos format clean
+.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos strangers fuzz format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ mpi-test: horovod  ## tests that run inside a world, of 2 ranks and of 3
 
 chaos: horovod  ## ranks killed and stopped at random, 200 times (about half an hour)
 	$(BIN)/python -m benchmarks.elastic_kills --runs 200
+
+strangers: horovod  ## 5,000 connections to each port of an elastic run (some minutes)
+	$(BIN)/python -m benchmarks.strangers
 
 horovod: $(VENV)/.horovod
 

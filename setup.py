@@ -18,7 +18,12 @@ setup(
         "hpctrain": ["py.typed"],
         "hpctrain.elastic": ["notify.c"],
         "hpctrain.report": ["page.html"],
-        "hpctrain.slurm": ["templates/*.sbatch", "templates/*.def", "templates/sites/*.toml"],
+        "hpctrain.slurm": [
+            "templates/*.sbatch",
+            "templates/*.def",
+            "templates/sites/*.toml",
+            "shim/ssh",
+        ],
     },
     python_requires=">=3.10",
     install_requires=[

@@ -7,14 +7,21 @@ import os
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Replace a file's content in one step; a crash leaves the old or the new, never half.
+
+    Args:
+        path: The file.
+        text: The new content.
+        private: Whether nobody but its owner may read it.
 
     Raises:
         OSError: It could not be written; the old content is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if private:
+            temporary.touch(0o600, exist_ok=False)
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)
         temporary.replace(path)

@@ -18,7 +18,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,13 +29,19 @@ from hpctrain.config import Section, read_toml
 from hpctrain.errors import Error
 from hpctrain.files import write_text
 from hpctrain.process import search_path
+from hpctrain.run_folder import INTERRUPTED_CODE, RESULT, STOP
 
 SPACE, JOURNAL = "space.toml", "journal.log"
 LOOK_SECONDS = 0.5
 STOP_SECONDS = 60.0
 """So long a trial that is given up may take to save and end."""
 
+GOING_ON = (INTERRUPTED_CODE, 128 + signal.SIGTERM)
+"""Exit codes of a trial that is to go on when its job is started again: by itself, or by Slurm."""
+
 HINT = "see `hpctrain sweep --help`."
+Execute = Callable[[Sequence[str], Path, Callable[[], None]], int]
+"""Runs a trial's command, given its run folder and what to call now and then; the exit code."""
 
 
 class Choice(Section):
@@ -141,13 +147,19 @@ def prepare(folder: Path, space_file: Path) -> Space:
     return read_space(own)
 
 
-def run_trial(folder: Path, space_file: Path, command: Sequence[str]) -> int:
-    """Train with values that were not tried yet; the exit code.
+def run_trial(
+    folder: Path, space_file: Path, command: Sequence[str], execute: Execute | None = None
+) -> int:
+    """Train with values that were not tried yet, or go on where this task of an array was.
 
     Args:
         folder: The sweep's.
         space_file: What to choose from, where the folder has no copy yet.
         command: A launcher, and ``hpctrain train TASK ...``.
+        execute: Runs a command to its end; None: as a process of this machine.
+
+    Returns:
+        The exit code; that of an interrupted run, which is to be gone on with, is 75.
 
     Raises:
         Error: The space is wrong, or Optuna is missing.
@@ -169,13 +181,17 @@ def run_trial(folder: Path, space_file: Path, command: Sequence[str]) -> int:
     ]
     words = [*command, *settings, "--out", str(run), "--resume", "auto"]
     print(f"trial {trial.number}: {json.dumps(chosen)}", flush=True)
-    pruned, code = _watch(words, trial, space, run)
-    result = run / "result.json"
+    watcher = _Watcher(trial, space, run)
+    code = (execute or _here)(words, run, watcher.look)
+    result = run / RESULT
     states = optuna.trial.TrialState
-    if pruned:
+    if watcher.given_up and not result.exists():
         sweep.tell(trial, state=states.PRUNED)
         print(f"trial {trial.number}: ended early: worse than the median", flush=True)
         return 0
+    if not result.exists() and code in GOING_ON:
+        print(f"trial {trial.number}: interrupted", flush=True)
+        return code
     if not result.exists():
         sweep.tell(trial, state=states.FAIL)
         print(f"trial {trial.number}: failed (exit code {code})", flush=True)
@@ -198,8 +214,9 @@ def _mine(sweep: Any) -> Any:
     """The trial that this task of a job array was at before it was started again."""
     import optuna
 
+    jobs = {_job(), os.environ.get("HPCTRAIN_CONTINUES")} - {None}
     for frozen in sweep.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        if _job() is not None and frozen.user_attrs.get("job") == _job():
+        if frozen.user_attrs.get("job") in jobs:
             return optuna.trial.Trial(sweep, frozen._trial_id)
     return None
 
@@ -208,33 +225,57 @@ def _toml(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (str, bool)) else repr(value)
 
 
-def _watch(words: Sequence[str], trial: Any, space: Space, run: Path) -> tuple[bool, int]:
-    """Run a trial's command; whether it was given up, and its exit code."""
+class _Watcher:
+    """Tells Optuna of a trial's validations, and has the run end where it is to be given up.
+
+    Attributes:
+        given_up: Whether it is.
+    """
+
+    def __init__(self, trial: Any, space: Space, run: Path) -> None:
+        self.given_up = False
+        self._trial = trial
+        self._metric = space.metric
+        self._run = run
+        # What it has told before it was started again.
+        self._told = max(trial.storage.get_trial(trial._trial_id).intermediate_values, default=-1)
+
+    def look(self) -> None:
+        """Look at the run."""
+        for step, value in _values(self._run, self._metric):
+            if step > self._told:
+                self._trial.report(value, step)
+                self._told = step
+        if not self.given_up and self._trial.should_prune():
+            self.given_up = True
+        if self.given_up:
+            with contextlib.suppress(OSError):
+                (self._run / STOP).touch()
+
+
+def _here(words: Sequence[str], run: Path, look: Callable[[], None]) -> int:
+    """Run a trial's command on this machine; its exit code."""
     environment = {**os.environ, "PATH": search_path()}
+    (run / STOP).unlink(missing_ok=True)
     try:
         process = subprocess.Popen(list(words), env=environment, start_new_session=True)
     except OSError as error:
         raise Error(f"cannot start {words[0]}: {error.strerror}.", hint=HINT) from error
-    before = signal.signal(signal.SIGTERM, lambda number, frame: (run / "stop").touch())
-    given_up: float | None = None
-    told = -1
+    before = signal.signal(signal.SIGTERM, lambda number, frame: (run / STOP).touch())
+    asked: float | None = None
     try:
         while process.poll() is None:
             time.sleep(LOOK_SECONDS)
-            for step, value in _values(run, space.metric):
-                if step > told:
-                    trial.report(value, step)
-                    told = step
-            if given_up is None and trial.should_prune():
-                given_up = time.monotonic()
-                (run / "stop").touch()
-            if given_up is not None and time.monotonic() - given_up > STOP_SECONDS:
+            look()
+            if asked is None and (run / STOP).exists():
+                asked = time.monotonic()
+            if asked is not None and time.monotonic() - asked > STOP_SECONDS:
                 os.killpg(process.pid, signal.SIGKILL)
     finally:
         signal.signal(signal.SIGTERM, before)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    return given_up is not None and not (run / "result.json").exists(), process.returncode
+    return process.returncode
 
 
 def _values(run: Path, metric: str) -> list[tuple[int, float]]:

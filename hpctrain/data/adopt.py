@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import h5py
 
+from hpctrain.data.chunks import CACHE_BYTES, block_rows
+from hpctrain.data.fields import SEQUENCES, is_mapped
+from hpctrain.data.hdf5 import (
+    Unusable,
+    datasets,
+    locate,
+    mapped_offset,
+    open_file,
+    own_bytes,
+    spec_of_dataset,
+)
 from hpctrain.data.index import FieldSpec, Index, SplitEntry
 from hpctrain.data.shards import ShardSet
+from hpctrain.data.source import check_names
 from hpctrain.data.splits import split_and_field, split_in_name
 from hpctrain.data.writer import entry_of, prepare, writing
 from hpctrain.errors import Error
 from hpctrain.files import sha256
 from hpctrain.process import cores
 from hpctrain.progress import progress
-
-# What is decompressed at a time: chunks of a sample each would cost more to find than to read.
-BLOCK_BYTES = 64 * 2**10
-MOST_ROWS = 2**16
 
 
 def adopt(
@@ -31,35 +37,52 @@ def adopt(
     *,
     fields: tuple[str, ...] = (),
     checksums: bool = True,
+    notes: list[str] | None = None,
 ) -> ShardSet:
     """Write an index for HDF5 files, each a shard of one split or of several.
 
     Datasets of one file with as many rows are the fields of its samples. A split is told by the
     dataset's name (``train_x``, ``x_test``, ``train/x``), or else by the file's; else it is
-    ``train``.
+    ``train``. Text, and HDF5's rows of varying length, are ragged fields.
 
     Args:
         sources: Files, or folders of files ``*.h5`` and ``*.hdf5``.
         folder: Where to put the index. The files are noted relative to it.
-        fields: Datasets to take; none: all that hold numbers.
+        fields: Datasets to take, or links to them within a file's folder; none: all datasets.
         checksums: Read every file once, so that `verify` can tell whether it has changed.
+        notes: Gets lines that say what was left out, and what reading the set will cost.
 
     Raises:
         Error: A file cannot be used, files differ in what they hold, or the index cannot be
             written.
     """
+    notes = [] if notes is None else notes
     files = [file for source in sources for file in _files(source)]
     prepare(folder)
-    index = Index({}, {})
-    chunks: set[int] = set()
+    adoption = _Adoption(folder, fields)
     for file in progress(files, what="files", total=len(files)):
-        _add(index, file, folder, fields, chunks)
-    index.chunk_samples = _block(chunks, index.fields)
+        try:
+            adoption.add(file)
+        except OSError as error:
+            raise Error(
+                f"{file} cannot be read as HDF5: {_line(error)}.",
+                hint="is it an HDF5 file, and whole? If it was left open by a program that died, "
+                "`h5clear -s FILE` mends it.",
+            ) from error
+    index = adoption.index
+    if not any(shard.samples for _, _, shard in index.shards()):
+        raise Error(f"{files[0]} holds no samples.", hint="its datasets have 0 rows.")
+    index.chunk_samples = adoption.block()
+    notes += adoption.notes()
     if checksums:
         _checksums(index, folder)
     with writing(folder):
         index.write(folder)
     return ShardSet(folder)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _files(source: Path) -> list[Path]:
@@ -73,100 +96,186 @@ def _files(source: Path) -> list[Path]:
     return [source]
 
 
-def _add(index: Index, path: Path, folder: Path, only: tuple[str, ...], chunks: set[int]) -> None:
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            for named, datasets in _datasets(file, path, only).items():
-                split = named or split_in_name(path.stem) or "train"
-                found = {field: file[name] for field, name in datasets.items()}
-                specs = {f: FieldSpec(d.dtype.str, tuple(d.shape[1:])) for f, d in found.items()}
-                index.fields = index.fields or specs
-                entry = index.splits.setdefault(split, SplitEntry(datasets))
-                if specs != index.fields or datasets != entry.datasets:
+class _Adoption:
+    """An index in the making.
+
+    Attributes:
+        index: So far.
+
+    Args:
+        folder: Of the index.
+        only: Datasets to take; none: all.
+    """
+
+    def __init__(self, folder: Path, only: tuple[str, ...]) -> None:
+        self.index = Index({}, {}, adopted=1)
+        self._folder = folder.resolve()
+        self._only = only
+        self._left_out: dict[str, str] = {}
+        # By field that is read in blocks: rows of the largest.
+        self._blocks: dict[str, int] = {}
+
+    def add(self, path: Path) -> None:
+        """Take a file, or the one that all names lead to.
+
+        Raises:
+            Error: It cannot be used.
+            OSError: It cannot be opened.
+        """
+        home, named = self._named(path)
+        with open_file(home) as file:
+            specs = self._specs(file, path, named)
+            for split, fields in _splits(specs, file, named, path).items():
+                found = {field: specs[name] for field, name in fields.items()}
+                places = {field: named[name] for field, name in fields.items()}
+                self.index.fields = self.index.fields or found
+                split = split or split_in_name(path.stem) or "train"
+                entry = self.index.splits.setdefault(split, SplitEntry(places))
+                if found != self.index.fields or places != entry.datasets:
                     raise Error(
-                        f"{path} holds {_listing(specs)}, others hold {_listing(index.fields)}.",
+                        f"{path} holds {_listing(found)}, others hold "
+                        f"{_listing(self.index.fields)}.",
                         hint="files of a set must have the same datasets; --fields picks some.",
                     )
                 offsets = {}
-                for dataset in found.values():
-                    offset = dataset.id.get_offset() if dataset.chunks is None else None
+                for field, place in places.items():
+                    dataset, spec = file[place], found[field]
+                    offset = mapped_offset(dataset, home, spec)
                     if offset is not None:
-                        offsets[dataset.name.lstrip("/")] = int(offset)
+                        offsets[place] = offset
                     elif dataset.size:
-                        chunks.add(int(dataset.chunks[0]) if dataset.chunks else 1)
-                samples = next(iter(found.values())).shape[0]
-                shard = entry_of(path, samples, offsets, digest=False)
-                place = os.path.relpath(path, folder)
+                        rows = SEQUENCES if spec.ragged else block_rows(dataset, spec.row_bytes)
+                        self._blocks[field] = max(rows, self._blocks.get(field, 0))
+                samples = file[next(iter(places.values()))].shape[0]
+                shard = entry_of(home, samples, offsets, digest=False)
+                # Relative paths are made of real ones: `..` leads out of a link's target.
+                place = os.path.relpath(home.resolve(), self._folder)
                 entry.shards.append(shard._replace(path=place))
-    except OSError as error:
-        raise Error(
-            f"{path} cannot be read as HDF5: {error}.", hint="is it an HDF5 file, and whole?"
-        ) from error
+
+    def _named(self, path: Path) -> tuple[Path, dict[str, str]]:
+        """The file that holds the data, and the datasets to look at: name -> place in it."""
+        if not self._only:
+            with open_file(path) as file:
+                names, others = datasets(file)
+            self._left_out |= others
+            if not names:
+                hint = "`h5ls -r` lists what it holds."
+                if others:
+                    hint = f"it has {next(iter(others.values()))}: adopt such files, or --fields."
+                raise Error(f"{path} holds no datasets.", hint=hint)
+            return path, {name: name for name in names}
+        found = {name: locate(path, name) for name in self._only}
+        homes = {home.resolve(): home for home, _ in found.values()}
+        if len(homes) > 1:
+            listing = ", ".join(f"{name} in {home}" for name, (home, _) in found.items())
+            raise Error(
+                f"{path}: its fields are in different files: {listing}.",
+                hint="`hpctrain data import` copies them together.",
+            )
+        return next(iter(homes.values())), {name: place for name, (_, place) in found.items()}
+
+    def _specs(self, file: h5py.File, path: Path, named: dict[str, str]) -> dict[str, FieldSpec]:
+        specs: dict[str, FieldSpec] = {}
+        unusable: dict[str, str] = {}
+        for name, place in named.items():
+            dataset = file[place]
+            if not self._only and (why := _aside(dataset)):
+                self._left_out[name] = why
+                continue
+            if not own_bytes(dataset):
+                # HDF5 reads zeros, without a word, where such a dataset's other files are missing.
+                raise Error(
+                    f"{path}: {name} is put together from other files.", hint="adopt those files."
+                )
+            try:
+                specs[name] = spec_of_dataset(dataset)
+            except Unusable as error:
+                unusable[name] = str(error)
+        if unusable:
+            name, why = next(iter(unusable.items()))
+            hint = f"leave it out: --fields {','.join(specs)}" if specs else "name others: --fields"
+            raise Error(f"{path}: {name} {why}.", hint=f"{hint}.")
+        if not specs:
+            raise Error(
+                f"{path} holds no datasets with samples.", hint="`h5ls -r` lists what it holds."
+            )
+        return specs
+
+    def block(self) -> int:
+        """Samples of a block of the epoch order: those of the field that is largest.
+
+        Of smaller fields more is decompressed than a block needs, and kept.
+        """
+        if not self._blocks:
+            return 0
+        fields = self.index.fields
+        return self._blocks[max(self._blocks, key=lambda field: fields[field].row_bytes)]
+
+    def notes(self) -> list[str]:
+        """What was left out, and what an epoch will decompress."""
+        notes = [f"left out: {name}, {why}" for name, why in self._left_out.items()]
+        block = self.block()
+        for split, entry in self.index.splits.items():
+            samples = sum(shard.samples for shard in entry.shards)
+            total, needed = 0, 0
+            for field, spec in self.index.fields.items():
+                if spec.ragged or is_mapped(entry.datasets[field], entry.shards):
+                    continue
+                size = samples * spec.row_bytes
+                again = -(-self._blocks.get(field, 1) // block) if size > CACHE_BYTES else 1
+                total, needed = total + size * again, needed + size
+            if total:
+                times = f", {total / needed:.1f} times the data" if total > needed else ""
+                notes.append(
+                    f"{split}: an epoch reads {total / 1e9:,.3g} GB of samples in chunks{times}, "
+                    f"{block} samples at a time; `hpctrain data import` makes shards to be mapped."
+                )
+        return notes
 
 
-def _datasets(file: h5py.File, path: Path, only: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
-    """Split -> field -> dataset of a file; split ``""`` where names tell none.
+def _aside(dataset: h5py.Dataset) -> str:
+    """Why a dataset that nobody asked for is none of the samples; empty where it may be."""
+    if dataset.shape is None or dataset.ndim == 0:
+        return "a single value"
+    name = dataset.attrs.get("NAME", b"") if "CLASS" in dataset.attrs else b""
+    text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+    if text.startswith("This is a netCDF dimension but not a netCDF variable"):
+        return "a dimension without values"
+    return ""
 
-    Args:
-        file: Open.
-        path: Of it, for errors.
-        only: Datasets to look at; none: all.
+
+def _splits(
+    specs: dict[str, FieldSpec], file: h5py.File, named: dict[str, str], path: Path
+) -> dict[str, dict[str, str]]:
+    """Split -> field -> name; split ``""`` where names tell none.
 
     Raises:
-        Error: There are none, or those of a split differ in length, or one cannot be used.
+        Error: Datasets of a split differ in length, or two would be the same field.
     """
     found: dict[str, dict[str, str]] = {}
-    lengths: dict[str, dict[str, int]] = {}
-
-    def visit(name: str, item: Any) -> None:
-        if not isinstance(item, h5py.Dataset) or (only and name not in only):
-            return
-        if item.ndim == 0:
-            if only:
-                raise Error(f"{path}: {name} is a single value.", hint="name others in --fields.")
-            return
-        if item.dtype.kind not in "biufc":
-            raise Error(
-                f"{path}: {name} is of type {item.dtype}, which cannot be trained on as it is.",
-                hint="leave it out with --fields.",
-            )
-        if item.is_virtual or item.external:
-            # HDF5 reads zeros, without a word, where such a dataset's other files are missing.
-            raise Error(
-                f"{path}: {name} is put together from other files.", hint="adopt those files."
-            )
+    for name in specs:
         split, field = split_and_field(name)
-        found.setdefault(split, {})[field] = name
-        lengths.setdefault(split, {})[name] = item.shape[0]
-
-    file.visititems(visit)
-    missing = [name for name in only if not any(name in names for names in lengths.values())]
-    if missing or not found:
-        what = f"no dataset {missing[0]}" if missing else "no datasets with samples"
-        raise Error(f"{path} holds {what}.", hint="`h5ls -r` lists what it holds.")
-    for names in lengths.values():
-        if len(set(names.values())) > 1:
-            listing = ", ".join(f"{name} {length}" for name, length in names.items())
+        if field in found.setdefault(split, {}):
+            raise Error(
+                f"{path}: {found[split][field]} and {name} would both be field {field}.",
+                hint="name one of them in --fields.",
+            )
+        found[split][field] = name
+    for fields in found.values():
+        lengths = {name: int(file[named[name]].shape[0]) for name in fields.values()}
+        if len(set(lengths.values())) > 1:
+            listing = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            common = max(lengths.values(), key=list(lengths.values()).count)
+            alike = ",".join(name for name, length in lengths.items() if length == common)
             raise Error(
                 f"{path}: datasets differ in length: {listing}.",
-                hint="one row a sample; name those that belong together in --fields a,b.",
+                hint=f"one row a sample; name those that belong together: --fields {alike}.",
             )
+        check_names(fields, str(path))
     return found
 
 
-def _block(chunks: set[int], fields: dict[str, FieldSpec]) -> int:
-    """Samples to decompress at a time: whole chunks of every dataset, if that is not too many."""
-    if not chunks:
-        return 0
-    rows = math.lcm(*chunks)
-    if rows > MOST_ROWS:
-        rows = max(chunks)
-    largest = max(1, *(spec.row_bytes for spec in fields.values()))
-    return int(rows * max(1, -(-BLOCK_BYTES // (largest * rows))))
-
-
 def _checksums(index: Index, folder: Path) -> None:
-
     paths = list({shard.path: None for _, _, shard in index.shards()})
     with ThreadPoolExecutor(cores()) as pool:
         digests = pool.map(lambda path: sha256(folder / path), paths)

@@ -22,15 +22,20 @@ from typing import Any
 
 import cramjam
 import h5py
-import hdf5plugin  # noqa: F401 - lets HDF5 itself read lz4 and zstd
 import numpy as np
 from numpy.typing import NDArray
 
+from hpctrain.data.hdf5 import open_file, own_bytes, spec_of_dataset, stored_as_numpy
+from hpctrain.data.index import FieldSpec
 from hpctrain.errors import Error
 
 # Numbers that The HDF Group registered for filters.
 DEFLATE, SHUFFLE, LZ4, ZSTD = 1, 2, 32004, 32015
 CACHE_BYTES = 2**31
+"""Of decompressed samples that a split keeps."""
+BLOCK_BYTES = 64 * 2**10
+"""What is decompressed at a time, at least: a sample each would cost more to find than to read."""
+MOST_BLOCKS = 2**28
 TAKERS = 16
 MAP_NORESERVE = 0x4000  # Python knows the name from 3.13 on
 
@@ -81,7 +86,8 @@ def _lz4(data: memoryview, out: NDArray[np.uint8]) -> int:
     return done
 
 
-_DECODERS: dict[tuple[int, ...], Callable[[memoryview, NDArray[np.uint8]], int]] = {
+_Decoder = Callable[[memoryview, NDArray[np.uint8]], int]
+_DECODERS: dict[tuple[int, ...], _Decoder] = {
     (): _plain,
     (DEFLATE,): _zlib,
     (LZ4,): _lz4,
@@ -92,51 +98,60 @@ _DECODERS: dict[tuple[int, ...], Callable[[memoryview, NDArray[np.uint8]], int]]
 _BROKEN = (OSError, ValueError, RuntimeError, KeyError, struct.error, cramjam.DecompressionError)
 
 
+def block_rows(dataset: h5py.Dataset, row_bytes: int) -> int:
+    """Rows to read at a time: whole chunks, some 64 KiB at least, and no more than there are."""
+    wanted = max(1, BLOCK_BYTES // max(1, row_bytes))
+    chunk = int(dataset.chunks[0]) if dataset.chunks else 1
+    if dataset.chunks and dataset.id.get_create_plist().get_nfilters() == 0:
+        chunk = min(chunk, wanted)  # what is not compressed can be read in parts
+    rows = chunk * max(1, wanted // chunk)
+    return max(1, min(rows, int(dataset.shape[0])))
+
+
 class ChunkedDataset:
     """One dataset of one file, whose rows are read a block at a time.
+
+    Chunks are decompressed here where the file's bytes are numpy's, the filters are known, and a
+    sample of chunks comes out as HDF5 itself reads it; all else is read by HDF5.
 
     Args:
         path: The file.
         name: The dataset.
-        block: Rows to read at a time.
+        spec: What the index says it is.
+        known: It was written by hpctrain: nothing needs to be compared.
 
     Raises:
-        OSError, KeyError, RuntimeError: As h5py does.
+        OSError, KeyError, RuntimeError, ValueError: It cannot be opened, or is not what the index
+            says.
     """
 
-    def __init__(self, path: Path, name: str, block: int) -> None:
+    def __init__(self, path: Path, name: str, spec: FieldSpec, known: bool = False) -> None:
         self.path = path
         self.name = name
-        self._block = block
-        self._file: h5py.File | None = h5py.File(path, "r", locking=False)
+        self._file: h5py.File | None = open_file(path)
         dataset = self._file[name]
+        if not own_bytes(dataset) or not _same_file(dataset, self._file):
+            raise ValueError(f"{name} is put together from other files")
+        if spec_of_dataset(dataset) != spec:
+            raise ValueError(f"{name} is {spec_of_dataset(dataset)}, but the index says {spec}")
         self.rows = int(dataset.shape[0])
-        filters = dataset.id.get_create_plist()
-        codes = tuple(filters.get_filter(i)[0] for i in range(filters.get_nfilters()))
-        # A filter that groups the bytes of numbers by their place comes before the compression.
-        self._shuffled = dataset.dtype.itemsize if codes[:1] == (SHUFFLE,) else 1
-        self._decode = _DECODERS.get(codes[1:] if self._shuffled > 1 else codes)
-        self._dataset = dataset
-        self._row_bytes = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:], dtype=np.int64))
+        self._kind = spec.kind
+        self._row_bytes = spec.row_bytes
+        self._block = block_rows(dataset, self._row_bytes)
         self._chunk = int(dataset.chunks[0]) if dataset.chunks else 0
-        direct = self._chunk and dataset.chunks[1:] == dataset.shape[1:]
-        if not direct or (block % self._chunk and self._chunk < self.rows):
-            self._decode = None
-        if self._decode is None:  # HDF5 reads it, and the file stays open
-            return
-        self._where: dict[int, tuple[int, int, int]] = {}
+        self._chunks: _Chunks | None = None
+        if dataset.chunks and dataset.chunks[1:] == dataset.shape[1:] and stored_as_numpy(dataset):
+            chunks = _Chunks(path, dataset, self._row_bytes)
+            if chunks.supported and (known or chunks.as_hdf5_reads(self._file.userblock_size)):
+                self._chunks = chunks
+                self._file.close()
+                self._file = dataset = None
+        self._dataset = dataset
 
-        def note(chunk: Any) -> None:
-            place = (int(chunk.byte_offset), int(chunk.size), int(chunk.filter_mask))
-            self._where[int(chunk.chunk_offset[0]) // self._chunk] = place
-
-        dataset.id.chunk_iter(note)
-        self._dataset = None
-        self._file.close()
-        self._file = None
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            self._bytes = memoryview(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ))
+    @property
+    def block(self) -> int:
+        """Rows that are read at a time."""
+        return self._block
 
     def read(self, number: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out``, of shape (block, row bytes), with a block's rows; the last may be short.
@@ -147,38 +162,160 @@ class ChunkedDataset:
         start = number * self._block
         stop = min(start + self._block, self.rows)
         try:
-            if self._decode is None:
-                rows = self._dataset[start:stop]
-                out[: stop - start] = (
-                    np.ascontiguousarray(rows).view(np.uint8).reshape(stop - start, -1)
-                )
-                return
-            for first in range(start, stop, self._chunk):
-                self._read_chunk(first // self._chunk, out[first - start :])
+            if self._chunks is None:
+                rows = np.ascontiguousarray(self._dataset[start:stop], self._kind)
+                out[: stop - start] = rows.view(np.uint8).reshape(stop - start, -1)
+            else:
+                self._chunks.read(start, stop, out)
         except _BROKEN as error:
             raise BadShard(
                 f"shard {self.path}: {self.name}, samples {start} to {stop - 1}, cannot be "
-                f"decompressed: {error or type(error).__name__}.",
+                f"decompressed: {' '.join(str(error).split()) or type(error).__name__}.",
                 hint="it is corrupt; `hpctrain data verify` tells what else is. Import it again.",
             ) from error
 
-    def _read_chunk(self, number: int, out: NDArray[np.uint8]) -> None:
-        offset, size, mask = self._where[number]
-        data = self._bytes[offset : offset + size]
-        length = self._chunk * self._row_bytes
+
+def _same_file(dataset: h5py.Dataset, file: h5py.File) -> bool:
+    return bool(h5py.h5o.get_info(dataset.id).fileno == h5py.h5o.get_info(file.id).fileno)
+
+
+class _Chunks:
+    """Where a dataset's chunks are, and what undoes their filters.
+
+    Attributes:
+        supported: All chunks that there are can be read here.
+    """
+
+    def __init__(self, path: Path, dataset: h5py.Dataset, row_bytes: int) -> None:
+        self._dataset: h5py.Dataset | None = dataset
+        self._row_bytes = row_bytes
+        self._rows, self._chunk = int(dataset.shape[0]), int(dataset.chunks[0])
+        self._length = self._chunk * row_bytes
+        self.supported = hasattr(dataset.id, "chunk_iter")
+        if not self.supported:
+            return
+        found: list[tuple[int, int, int, int]] = []
+
+        def note(chunk: Any) -> None:
+            row = int(chunk.chunk_offset[0])
+            if row < self._rows:
+                place = (int(chunk.byte_offset), int(chunk.size), int(chunk.filter_mask))
+                found.append((row // self._chunk, *place))
+
+        dataset.id.chunk_iter(note)
+        table = np.array(sorted(found), dtype=np.int64).reshape(-1, 4)
+        self._numbers, self._offsets, self._sizes, self._masks = table.T.copy()
+        self._undo = self._all_undone(dataset)
+        # The dataset's last chunk may have been stored without filters because it is not full.
+        self._plain_edge = -1
+        self._fill = b""
+        missing = np.flatnonzero(self._numbers != np.arange(len(self._numbers)))
+        first = int(missing[0]) if len(missing) else len(self._numbers)
+        if first * self._chunk < self._rows:
+            row = first * self._chunk
+            self._fill = np.ascontiguousarray(dataset[row : row + 1]).tobytes()
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            self._bytes = memoryview(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ))
+
+    def _all_undone(self, dataset: h5py.Dataset) -> dict[int, tuple[_Decoder, int]]:
+        """By filter mask: the decoder, and the bytes of numbers that were shuffled (1: none)."""
+        properties = dataset.id.get_create_plist()
+        filters = [properties.get_filter(i) for i in range(properties.get_nfilters())]
+        undo = {}
+        for mask in {0, *np.unique(self._masks).tolist()}:
+            left = [f for i, f in enumerate(filters) if not mask >> i & 1]
+            shuffled = 1
+            if left and left[0][0] == SHUFFLE:
+                shuffled = int(left.pop(0)[2][0])
+            decoder = _DECODERS.get(tuple(int(f[0]) for f in left))
+            if decoder is None or shuffled < 1 or self._length % shuffled:
+                self.supported = False
+                return {}
+            undo[mask] = (decoder, shuffled)
+        return undo
+
+    def as_hdf5_reads(self, user_block: int) -> bool:
+        """Whether a sample of the chunks comes out as HDF5 reads them.
+
+        HDF5 up to 1.14 leaves out of chunks' addresses what comes before the file's own beginning.
+        """
+        if self._agree():
+            return True
+        self._offsets = self._offsets + user_block
+        return user_block > 0 and self._agree()
+
+    def _agree(self) -> bool:
+        _, kinds = np.unique(self._masks, return_index=True)
+        places = {0, len(self._numbers) - 1, *kinds.tolist()} if len(self._numbers) else set()
+        for place in sorted(places):
+            number = int(self._numbers[place])
+            start = number * self._chunk
+            stop = min(start + self._chunk, self._rows)
+            assert self._dataset is not None
+            try:
+                wanted = np.ascontiguousarray(self._dataset[start:stop]).tobytes()
+            except _BROKEN:
+                return False  # and HDF5 will say why
+            if not self._gives(start, stop, wanted):
+                if stop - start == self._chunk:
+                    return False
+                self._plain_edge = number
+                if not self._gives(start, stop, wanted):
+                    self._plain_edge = -1
+                    return False
+        self._dataset = None
+        return True
+
+    def _gives(self, start: int, stop: int, wanted: bytes) -> bool:
+        out = np.empty((stop - start, self._row_bytes), np.uint8)
+        try:
+            self.read(start, stop, out)
+        except _BROKEN:
+            return False
+        return out.tobytes() == wanted
+
+    def read(self, start: int, stop: int, out: NDArray[np.uint8]) -> None:
+        """Put these rows at the beginning of ``out``."""
+        for number in range(start // self._chunk, -(-stop // self._chunk)):
+            first = number * self._chunk
+            begin, end = max(start, first), min(stop, first + self._chunk)
+            place = int(np.searchsorted(self._numbers, number))
+            there = place < len(self._numbers) and self._numbers[place] == number
+            target = out[begin - start : end - start]
+            if not there:  # never written
+                target[:] = np.frombuffer(self._fill, np.uint8)
+                continue
+            data = self._bytes[self._offsets[place] : self._offsets[place] + self._sizes[place]]
+            decode, shuffled = self._undo[int(self._masks[place])]
+            if number == self._plain_edge:
+                decode, shuffled = _plain, 1
+            self._undone(data, decode, shuffled, target, begin - first)
+
+    def _undone(
+        self,
+        data: memoryview,
+        decode: _Decoder,
+        shuffled: int,
+        target: NDArray[np.uint8],
+        skip: int,
+    ) -> None:
+        """Put rows of a chunk, after ``skip`` of them, into ``target``."""
+        if decode is _plain and shuffled == 1:
+            if len(data) != self._length:
+                raise ValueError("it is shorter than its samples")
+            part = data[skip * self._row_bytes :][: target.size]
+            target.reshape(-1)[:] = np.frombuffer(part, np.uint8)
+            return
         # The dataset's last chunk is stored whole, though fewer of its rows count.
-        whole = out.size >= length
-        target = out.reshape(-1)[:length] if whole else np.empty(length, np.uint8)
-        if mask and self._shuffled > 1:
-            raise ValueError("it was written with some filters left out")
-        # A filter may have been left out where it gains nothing.
-        decode = _plain if mask or self._decode is None else self._decode
-        if decode(data, target) != length:
+        whole = target.size == self._length
+        flat = target.reshape(-1) if whole else np.empty(self._length, np.uint8)
+        if decode(data, flat) != self._length:
             raise ValueError("it is shorter than its samples")
-        if self._shuffled > 1:
-            target.reshape(-1, self._shuffled)[:] = target.reshape(self._shuffled, -1).T.copy()
+        if shuffled > 1:
+            flat.reshape(-1, shuffled)[:] = flat.reshape(shuffled, -1).T.copy()
         if not whole:
-            out.reshape(-1)[:] = target[: out.size]
+            target.reshape(-1)[:] = flat[skip * self._row_bytes :][: target.size]
 
 
 class BlockCache:
@@ -188,7 +325,11 @@ class BlockCache:
         blocks: How many there are.
         rows: Rows in a block.
         row_bytes: At least 1.
+        room: Bytes to keep of them; one block is always kept.
         read: Fills memory of shape (rows, row bytes) with the block of a number.
+
+    Raises:
+        Error: There is no room for what has to be kept.
     """
 
     def __init__(
@@ -196,12 +337,21 @@ class BlockCache:
         blocks: int,
         rows: int,
         row_bytes: int,
+        room: int,
         read: Callable[[int, NDArray[np.uint8]], None],
     ) -> None:
+        if blocks > MOST_BLOCKS:
+            raise Error(
+                f"its samples are in {blocks} pieces, more than can be kept track of.",
+                hint="import the data: shards have larger pieces.",
+            )
         self._rows = rows
         self._row_bytes = row_bytes
         self._read = read
-        self._slots = max(64, CACHE_BYTES // (rows * row_bytes))
+        self._slots = max(1, min(blocks, room // (rows * row_bytes)))
+        # So few blocks at a time that there is room for them whatever other threads hold.
+        takers = min(TAKERS, self._slots)
+        self._most = self._slots // takers
         # Address space for all of them; pages are given only when they are first written.
         size = self._slots * rows * row_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
@@ -227,7 +377,7 @@ class BlockCache:
         self._failed: dict[int, Exception] = {}
         self._to_read: deque[tuple[int, int]] = deque()
         self._change = threading.Condition()
-        self._turn = threading.BoundedSemaphore(TAKERS)
+        self._turn = threading.BoundedSemaphore(takers)
 
     def take(
         self, blocks: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.uint8]
@@ -244,15 +394,17 @@ class BlockCache:
         """
         if len(blocks) == 0:
             return
-        # So few blocks at a time that there is room for them whatever other threads hold.
-        most = self._slots // TAKERS
         with self._turn:
-            if len(blocks) <= most or len(np.unique(blocks)) <= most:
+            if len(blocks) <= self._most or len(wanted := np.unique(blocks)) <= self._most:
                 self._take(blocks, rows, out)
                 return
-            for start in range(0, len(blocks), most):
-                part = slice(start, start + most)
-                self._take(blocks[part], rows[part], out[part])
+            # Each block is read once, though not all can be there together.
+            for start in range(0, len(wanted), self._most):
+                stop = min(start + self._most, len(wanted)) - 1
+                mine = (blocks >= wanted[start]) & (blocks <= wanted[stop])
+                part = np.empty((int(mine.sum()), self._row_bytes), np.uint8)
+                self._take(blocks[mine], rows[mine], part)
+                out[mine] = part
 
     def _take(
         self, blocks: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.uint8]

@@ -103,7 +103,11 @@ def adopt(sources: tuple[Path, ...], out: Path, fields: str, no_checksums: bool)
     from hpctrain.data.adopt import adopt as adopt_files
 
     names = tuple(name.strip().strip("/") for name in fields.split(",") if name.strip())
-    _describe(adopt_files(sources, out, fields=names, checksums=not no_checksums))
+    notes: list[str] = []
+    shards = adopt_files(sources, out, fields=names, checksums=not no_checksums, notes=notes)
+    _describe(shards)
+    for note in notes:
+        click.echo(note)
 
 
 @group.command()

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.chunks import BadShard, BlockCache, ChunkedDataset
+from hpctrain.data.chunks import CACHE_BYTES, BadShard, BlockCache, ChunkedDataset
+from hpctrain.data.hdf5 import open_file, own_bytes, sequences, spec_of_dataset, stored_as_numpy
 from hpctrain.data.index import FieldSpec, ShardEntry
 from hpctrain.data.mapping import Region, phase_of
 from hpctrain.data.source import OFFSETS, Arrays, Empty
 
 Numbers = NDArray[np.int64]
+
+SEQUENCES = 32
+"""Samples of varying length that are read at a time where HDF5 reads them."""
 
 
 class Field(Protocol):
@@ -35,32 +44,51 @@ class Field(Protocol):
 
 
 def field(
-    dataset: str, spec: FieldSpec, counts: Numbers, chunk_samples: int, mapped: bool
+    dataset: str,
+    spec: FieldSpec,
+    shards: Sequence[ShardEntry],
+    *,
+    room: int = CACHE_BYTES,
+    own: bool = False,
+    compared: bool = False,
 ) -> Field:
     """The reader of a field.
 
     Args:
         dataset: Its name in the files.
         spec: What it is.
-        counts: Samples of each shard.
-        chunk_samples: Samples to decompress at a time.
-        mapped: Whether it is stored contiguously in all shards.
+        shards: Of the split.
+        room: Bytes of decompressed samples to keep.
+        own: The files were written by hpctrain.
+        compared: What is mapped was compared with what HDF5 reads when the files were adopted.
     """
+    full = [shard for shard in shards if shard.samples]
+    counts = np.array([shard.samples for shard in shards], dtype=np.int64)
     if spec.ragged:
-        return _RaggedRows(dataset, spec)
+        if all(f"{dataset}/values" in shard.offsets for shard in full):
+            return _RaggedRows(dataset, spec)
+        return _SequencesOfHdf5(dataset, spec, room)
     if spec.row_bytes == 0:
         return _NoBytes(spec)
-    if mapped:
-        return _MappedRows(dataset, spec, len(counts), int(counts.sum()))
-    return _CachedBlocks(dataset, spec, counts, chunk_samples)
+    if is_mapped(dataset, shards):
+        return _MappedRows(dataset, spec, len(counts), int(counts.sum()), own or compared)
+    return _CachedBlocks(dataset, spec, counts, room, own)
+
+
+def is_mapped(dataset: str, shards: Sequence[ShardEntry]) -> bool:
+    """Whether a field is stored contiguously in all shards, as numpy has it."""
+    return all(dataset in shard.offsets for shard in shards if shard.samples)
 
 
 class _MappedRows:
     """A field whose rows are mapped."""
 
-    def __init__(self, dataset: str, spec: FieldSpec, shards: int, rows: int) -> None:
+    def __init__(
+        self, dataset: str, spec: FieldSpec, shards: int, rows: int, compared: bool
+    ) -> None:
         self._dataset = dataset
         self._spec = spec
+        self._compared = compared
         self._shards, self._rows = shards, rows
         # One region, unless files put the field at offsets that no common grid of rows has.
         self._regions: dict[int, Region] = {}
@@ -68,15 +96,18 @@ class _MappedRows:
         self._first_row = np.zeros(shards, dtype=np.int64)
 
     def open(self, number: int, path: Path, shard: ShardEntry) -> None:
+        if not shard.samples:
+            return
         offset = shard.offsets[self._dataset]
         if offset + shard.samples * self._spec.row_bytes > shard.bytes:
             raise ValueError(f"{self._dataset} leads beyond the file's end")
-        if shard.samples:
-            phase = phase_of(offset, self._spec.row_bytes)
-            if phase not in self._regions:
-                self._regions[phase] = Region(self._spec.row_bytes, self._rows, self._shards, phase)
-            self._region_of[number] = phase
-            self._first_row[number] = self._regions[phase].map(path, offset, shard.samples)
+        if not self._compared:
+            _check_stored(path, self._dataset, self._spec)
+        phase = phase_of(offset, self._spec.row_bytes)
+        if phase not in self._regions:
+            self._regions[phase] = Region(self._spec.row_bytes, self._rows, self._shards, phase)
+        self._region_of[number] = phase
+        self._first_row[number] = self._regions[phase].map(path, offset, shard.samples)
 
     def _gather(self, shards: Numbers, local: Numbers, out: NDArray[np.uint8]) -> None:
         rows = self._first_row[shards] + local
@@ -97,40 +128,91 @@ class _MappedRows:
         return {"": rows}
 
 
+def _check_stored(path: Path, name: str, spec: FieldSpec) -> None:
+    """Of a set that was adopted before types were looked at."""
+    with open_file(path) as file:
+        if spec_of_dataset(file[name]) != spec or not stored_as_numpy(file[name]):
+            raise ValueError(f"{name} is stored in another way than numpy would; adopt it again")
+
+
 class _CachedBlocks:
-    """A field of chunked datasets."""
+    """A field of chunked datasets, or of such as only HDF5 can read.
+
+    Files differ in what a block is: those of as many rows share a cache.
+    """
 
     def __init__(
-        self, dataset: str, spec: FieldSpec, counts: NDArray[np.int64], block: int
+        self, dataset: str, spec: FieldSpec, counts: Numbers, room: int, own: bool
     ) -> None:
         self._dataset = dataset
         self._spec = spec
-        self._block = block
-        blocks = -(-counts // block)
-        self._first_block = np.concatenate([[0], np.cumsum(blocks)])
-        self._open: dict[int, ChunkedDataset] = {}
-        total = int(self._first_block[-1])
-        self._cache = BlockCache(total, block, spec.row_bytes, self._read)
+        self._counts = counts
+        self._room = room
+        self._own = own
+        self._caches: list[_Blocks] = []
+        self._cache_of = np.zeros(len(counts), dtype=np.int64)
+        self._first_block = np.zeros(len(counts), dtype=np.int64)
 
     def open(self, number: int, path: Path, shard: ShardEntry) -> None:
-        dataset = ChunkedDataset(path, self._dataset, self._block)
+        if not shard.samples:
+            return
+        dataset = ChunkedDataset(path, self._dataset, self._spec, self._own)
         if dataset.rows < shard.samples:
             raise ValueError(f"{self._dataset} has {dataset.rows} rows, not {shard.samples}")
-        self._open[number] = dataset
-
-    def _read(self, block: int, out: NDArray[np.uint8]) -> None:
-        shard = int(np.searchsorted(self._first_block[1:], block, side="right"))
-        try:
-            self._open[shard].read(block - int(self._first_block[shard]), out)
-        except BadShard as error:
-            error.shard = shard
-            raise
+        which = next((i for i, b in enumerate(self._caches) if b.rows == dataset.block), -1)
+        if which < 0:
+            which = len(self._caches)
+            most = int((-(-self._counts // dataset.block)).sum())
+            self._caches.append(_Blocks(most, dataset.block, self._spec.row_bytes, self._room))
+        self._first_block[number] = self._caches[which].add(number, dataset, shard.samples)
+        self._cache_of[number] = which
 
     def take(self, shards: Numbers, local: Numbers, empty: Empty) -> Arrays:
         rows = empty((len(local), *self._spec.shape), self._spec.kind)
-        place, row = np.divmod(local, self._block)
-        self._cache.take(self._first_block[shards] + place, row, as_bytes(rows))
+        caches = self._cache_of[shards]
+        first = self._first_block[shards]
+        for which, blocks in enumerate(list(self._caches)):
+            mine = caches == which
+            if mine.all():
+                blocks.take(first, local, as_bytes(rows))
+            elif mine.any():
+                part = np.empty((int(mine.sum()), self._spec.row_bytes), np.uint8)
+                blocks.take(first[mine], local[mine], part)
+                as_bytes(rows)[mine] = part
         return {"": rows}
+
+
+class _Blocks:
+    """Blocks of as many rows, of any number of shards."""
+
+    def __init__(self, most: int, rows: int, row_bytes: int, room: int) -> None:
+        self.rows = rows
+        self._shards: list[tuple[int, ChunkedDataset]] = []
+        self._firsts: list[int] = []
+        self._next = 0
+        self._cache = BlockCache(most, rows, row_bytes, room, self._read)
+
+    def add(self, number: int, dataset: ChunkedDataset, samples: int) -> int:
+        """The number of a shard's first block."""
+        first = self._next
+        self._shards.append((number, dataset))
+        self._firsts.append(first)
+        self._next += -(-samples // self.rows)
+        return first
+
+    def take(self, first: Numbers, local: Numbers, out: NDArray[np.uint8]) -> None:
+        """Rows by the number of their shard's first block, and their own number in the shard."""
+        place, row = np.divmod(local, self.rows)
+        self._cache.take(first + place, row, out)
+
+    def _read(self, block: int, out: NDArray[np.uint8]) -> None:
+        which = bisect_right(self._firsts, block) - 1
+        shard, dataset = self._shards[which]
+        try:
+            dataset.read(block - self._firsts[which], out)
+        except BadShard as error:
+            error.shard = shard
+            raise
 
 
 class _RaggedRows:
@@ -143,6 +225,8 @@ class _RaggedRows:
         self._values: dict[int, NDArray[np.uint8]] = {}
 
     def open(self, number: int, path: Path, shard: ShardEntry) -> None:
+        if not shard.samples:
+            return
         offsets = _mapped(path, shard.offsets[f"{self._dataset}/offsets"], shard.samples + 1, 8)
         self._offsets[number] = offsets.view(np.int64).reshape(-1)
         rows = int(self._offsets[number][-1])
@@ -165,6 +249,63 @@ class _RaggedRows:
         if total:
             np.concatenate(pieces, out=as_bytes(values))
         return {"": values, OFFSETS: offsets}
+
+
+class _SequencesOfHdf5:
+    """A field of text, or of HDF5's rows of varying length, which HDF5 alone can read."""
+
+    def __init__(self, dataset: str, spec: FieldSpec, room: int) -> None:
+        self._dataset = dataset
+        self._spec = spec
+        self._room = room
+        self._open: dict[int, tuple[Path, h5py.Dataset]] = {}
+        self._blocks: OrderedDict[tuple[int, int], list[NDArray[np.uint8]]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def open(self, number: int, path: Path, shard: ShardEntry) -> None:
+        dataset = open_file(path)[self._dataset]
+        if not own_bytes(dataset) or spec_of_dataset(dataset) != self._spec:
+            raise ValueError(f"{self._dataset} is not what the index says")
+        if len(dataset) < shard.samples:
+            raise ValueError(f"{self._dataset} has {len(dataset)} rows, not {shard.samples}")
+        self._open[number] = path, dataset
+
+    def take(self, shards: Numbers, local: Numbers, empty: Empty) -> Arrays:
+        pieces = []
+        offsets = empty((len(local) + 1,), np.dtype(np.int64))
+        offsets[0] = total = 0
+        for i, (shard, sample) in enumerate(zip(shards.tolist(), local.tolist(), strict=True), 1):
+            piece = self._block(shard, sample // SEQUENCES)[sample % SEQUENCES]
+            pieces.append(piece)
+            offsets[i] = total = total + len(piece)
+        values = empty((total, *self._spec.shape), self._spec.kind)
+        if total:
+            np.concatenate(pieces, out=as_bytes(values))
+        return {"": values, OFFSETS: offsets}
+
+    def _block(self, shard: int, number: int) -> list[NDArray[np.uint8]]:
+        with self._lock:
+            if (shard, number) in self._blocks:
+                self._blocks.move_to_end((shard, number))
+                return self._blocks[shard, number]
+            path, dataset = self._open[shard]
+            start = number * SEQUENCES
+            try:
+                rows = sequences(dataset, start, start + SEQUENCES)
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                bad = BadShard(
+                    f"shard {path}: {self._dataset}, samples from {start}, cannot be read: "
+                    f"{' '.join(str(error).split())}.",
+                    hint="it is corrupt; `hpctrain data verify` tells what else is.",
+                )
+                bad.shard = shard
+                raise bad from error
+            found = self._blocks[shard, number] = [as_bytes(row) for row in rows]
+            self._bytes += sum(row.nbytes for row in found)
+            while self._bytes > self._room and len(self._blocks) > 1:
+                self._bytes -= sum(row.nbytes for row in self._blocks.popitem(last=False)[1])
+            return found
 
 
 class _NoBytes:

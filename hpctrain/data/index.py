@@ -10,6 +10,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -49,7 +50,7 @@ class FieldSpec:
     @property
     def row_bytes(self) -> int:
         """Of a sample, or of one row of a ragged one."""
-        return self.kind.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.kind.itemsize * math.prod(self.shape)
 
     def __str__(self) -> str:
         if self.ragged:
@@ -99,12 +100,15 @@ class Index:
         splits: Name -> its shards.
         attributes: What the importer wanted kept, such as the names of classes.
         chunk_samples: Samples in a compressed chunk; 0 where samples can be read one by one.
+        adopted: The files are others', and lie anywhere: 1 since what is mapped was compared with
+            what HDF5 reads; 0 in sets that hpctrain wrote, and in those adopted before.
     """
 
     fields: dict[str, FieldSpec]
     splits: dict[str, SplitEntry]
     attributes: dict[str, Any] = field(default_factory=dict)
     chunk_samples: int = 0
+    adopted: int = 0
 
     def shards(self) -> Iterator[tuple[str, SplitEntry, ShardEntry]]:
         """All shards with the names of their splits."""
@@ -158,7 +162,7 @@ def _checked(file: Path, content: bytes) -> Index:
         raise _damaged(file, "it differs from its own checksum")
     try:
         return _parse(tree)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _damaged(file, f"{type(error).__name__}: {error}") from error
 
 
@@ -182,16 +186,47 @@ def _parse(tree: dict[str, Any]) -> Index:
     if tree["version"] != VERSION:
         raise ValueError(f"its version is {tree['version']!r}")
     fields = {
-        name: FieldSpec(spec["dtype"], tuple(spec["shape"]), spec["ragged"])
+        str(name): FieldSpec(spec["dtype"], tuple(spec["shape"]), spec["ragged"] is True)
         for name, spec in tree["fields"].items()
     }
-    for spec in fields.values():
-        np.dtype(spec.dtype)
+    for name, field_spec in fields.items():
+        _check_spec(name, field_spec)
     splits = {}
     for name, split in tree["splits"].items():
         shards = [ShardEntry(**shard) for shard in split["shards"]]
-        splits[name] = SplitEntry(dict(split["datasets"]), shards)
-    return Index(fields, splits, tree["attributes"], tree["chunk_samples"])
+        for shard in shards:
+            _check_entry(shard)
+        datasets = dict(split["datasets"])
+        if missing := [field for field in fields if not isinstance(datasets.get(field), str)]:
+            raise ValueError(f"split '{name}' does not say where {missing[0]} is")
+        splits[name] = SplitEntry(datasets, shards)
+    attributes = tree["attributes"]
+    if not isinstance(attributes, dict):
+        raise TypeError("its attributes are no object")
+    adopted = tree.get("adopted", 0)
+    return Index(fields, splits, attributes, _count(tree["chunk_samples"]), _count(adopted))
+
+
+def _check_spec(name: str, spec: FieldSpec) -> None:
+    for length in spec.shape:
+        _count(length)
+    # Bytes of a file that were taken for Python objects would be taken for addresses.
+    if not isinstance(spec.dtype, str) or spec.kind.kind not in "biufc" or spec.kind.subdtype:
+        raise ValueError(f"{name} is of type {spec.dtype!r}")
+
+
+def _check_entry(shard: ShardEntry) -> None:
+    strings = (shard.path, shard.sha256, shard.head_sha256)
+    if not all(isinstance(text, str) for text in strings):
+        raise TypeError(f"shard {shard.path!r}")
+    for number in (shard.samples, shard.bytes, *shard.offsets.values()):
+        _count(number)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def _text(index: Index) -> str:
@@ -201,6 +236,7 @@ def _text(index: Index) -> str:
         f' "fields": {json.dumps({k: asdict(v) for k, v in index.fields.items()})},\n',
         f' "chunk_samples": {index.chunk_samples},\n',
         f' "attributes": {json.dumps(index.attributes)},\n',
+        f' "adopted": {index.adopted},\n' if index.adopted else "",
         ' "splits": {',
     ]
     for number, (name, split) in enumerate(index.splits.items()):

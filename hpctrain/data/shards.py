@@ -7,7 +7,10 @@ in chunks are decompressed a chunk at a time (see chunks.py).
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import stat
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +20,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.chunks import BadShard
-from hpctrain.data.fields import Field, field
+from hpctrain.data.chunks import CACHE_BYTES, BadShard
+from hpctrain.data.fields import Field, field, is_mapped
 from hpctrain.data.index import (
     HEAD_BYTES,
     Index,
@@ -32,6 +35,9 @@ from hpctrain.errors import Error, nearest
 
 BLOCK_BYTES = 512 * 2**10
 """What is read at a stretch, about: parallel file systems move a megabyte as fast as a page."""
+
+SEQUENCE_BYTES = 2**28
+"""Of samples of varying length that HDF5 has read, and that are kept."""
 
 OnBadShard = Literal["stop", "skip"]
 
@@ -113,15 +119,33 @@ class ShardSplit(Source):
         sizes = np.unique(np.diff(self._firsts)[:-1])
         even = len(sizes) == 1 and np.diff(self._firsts)[-1] <= sizes[0]
         self._even_samples = int(sizes[0]) if even else 0
+        self._readers: dict[str, Field] = {}
+        self._adopted = index.adopted
+        self._open_readers()
+
+    def _open_readers(self) -> None:
+        """Make ready to open shards; none is open yet."""
         self._lock = threading.RLock()
         # By shard: 0 not opened yet, 1 open, 2 bad.
         self._states = np.zeros(len(self._shards), dtype=np.uint8)
-        self._readers: dict[str, Field] = {}
+        inside = all("/" not in shard.path for shard in self._shards)
+        # What is decompressed shares the room by size.
+        sizes = {
+            column: spec.row_bytes
+            for column, spec in self.fields.items()
+            if not spec.ragged and not is_mapped(self._datasets[column], self._shards)
+        }
         for column, spec in self.fields.items():
             dataset = self._datasets[column]
-            mapped = all(dataset in shard.offsets for shard in self._shards)
-            counts = np.diff(self._firsts)
-            self._readers[column] = field(dataset, spec, counts, self._chunk_samples, mapped)
+            room = CACHE_BYTES * sizes.get(column, 0) // max(1, sum(sizes.values()))
+            self._readers[column] = field(
+                dataset,
+                spec,
+                self._shards,
+                room=room or SEQUENCE_BYTES,
+                own=not self._adopted and inside and dataset.startswith("samples/"),
+                compared=self._adopted > 0,
+            )
 
     def __reduce__(self) -> Any:
         return ShardSplit, self._arguments
@@ -254,6 +278,10 @@ def staged_name(shard: ShardEntry) -> str:
     return f"{place}-{Path(shard.path).name}"
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def check(path: Path, shard: ShardEntry) -> None:
     """Compare what costs nothing: the file's size, and its first bytes.
 
@@ -261,9 +289,12 @@ def check(path: Path, shard: ShardEntry) -> None:
         BadShard: It is missing, or differs from the index.
     """
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
+        # A FIFO that nobody writes to would be waited for.
+        with open(path, "rb", opener=_without_waiting) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            size = found.st_size
             head = file.read(HEAD_BYTES)
     except OSError as error:
         raise BadShard(

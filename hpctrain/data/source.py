@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,26 @@ OFFSETS = ".offsets"
 
 Empty = Callable[[tuple[int, ...], Any], NDArray[Any]]
 """Gives an array of a shape and dtype to be filled, as ``numpy.empty`` does."""
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """See that no field has the name under which another's offsets come.
+
+    Args:
+        names: Of all fields.
+        where: They are, for the error.
+
+    Raises:
+        Error: One has.
+    """
+    names = set(names)
+    for name in sorted(names):
+        if name.removesuffix(OFFSETS) in names - {name}:
+            raise Error(
+                f"{where}: field '{name}' has the name by which a loader says where samples of "
+                f"'{name.removesuffix(OFFSETS)}' begin.",
+                hint="rename it, or leave it out.",
+            )
 
 
 class Source(ABC):
@@ -106,6 +126,7 @@ class ArraySource(Source):
         self._fields = {
             name: np.ascontiguousarray(np.asarray(array)) for name, array in fields.items()
         }
+        check_names(self._fields, "a source")
         lengths = {name: len(array) for name, array in self._fields.items()}
         if len(set(lengths.values())) != 1:
             raise Error(f"the fields of a source differ in length: {lengths}.")

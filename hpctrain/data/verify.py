@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ import h5py
 import numpy as np
 
 from hpctrain.data.chunks import BadShard
-from hpctrain.data.index import Index, ShardEntry, SplitEntry, read_index
+from hpctrain.data.fields import field
+from hpctrain.data.hdf5 import Unusable, mapped_offset, open_file, spec_of_dataset
+from hpctrain.data.index import FieldSpec, Index, ShardEntry, SplitEntry, read_index
 from hpctrain.data.shards import check
 from hpctrain.files import sha256
 from hpctrain.process import cores
 from hpctrain.progress import progress
 
 ROWS = 4096
+READ_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def examine(folder: Path, index: Index, split: SplitEntry, shard: ShardEntry) ->
         check(path, shard)
         if shard.sha256 and sha256(path) != shard.sha256:
             return f"its bytes differ from the index's checksum: {_difference(path, index, split)}"
-        return _schema(path, index, split, shard)
+        return _schema(path, index, split, shard) or _unreadable(path, index, split, shard)
     except BadShard as error:
         detail = _difference(path, index, split) if path.exists() else ""
         return f"{error.message} {detail}".strip()
@@ -82,25 +85,50 @@ def examine(folder: Path, index: Index, split: SplitEntry, shard: ShardEntry) ->
 def _schema(path: Path, index: Index, split: SplitEntry, shard: ShardEntry) -> str:
     """Whether the datasets are what and where the index says."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            for field, spec in index.fields.items():
-                name = split.datasets[field]
-                parts = [f"{name}/values", f"{name}/offsets"] if spec.ragged else [name]
+        with open_file(path) as file:
+            for column, spec in index.fields.items():
+                name = split.datasets[column]
+                if spec.ragged and f"{name}/values" in shard.offsets:
+                    parts, flat = [f"{name}/values", f"{name}/offsets"], replace(spec, ragged=False)
+                else:
+                    parts, flat = [name], spec
                 for part in parts:
                     dataset = file[part]
                     if not isinstance(dataset, h5py.Dataset):
                         return f"{part} is no dataset."
                     offset = shard.offsets.get(part)
-                    if offset is not None and dataset.size and dataset.id.get_offset() != offset:
+                    if offset is None or not dataset.size:
+                        continue
+                    found = flat if part == parts[0] else FieldSpec("<i8")
+                    if mapped_offset(dataset, path, found) != offset:
                         return f"{part} is not where the index says."
-                rows = file[parts[-1]].shape[0] - (1 if spec.ragged else 0)
-                found = file[parts[0]]
-                if rows < shard.samples or found.dtype != spec.kind:
-                    return f"{name} is {found.dtype}{found.shape}, but the index says {spec}."
-                if found.shape[1:] != spec.shape:
-                    return f"{name} is {found.dtype}{found.shape}, but the index says {spec}."
+                rows = file[parts[-1]].shape[0] - (len(parts) - 1)
+                try:
+                    held = spec_of_dataset(file[parts[0]])
+                except Unusable as error:
+                    return f"{name} {error}, but the index says {spec}."
+                if rows < shard.samples or held != flat:
+                    return f"{name} is {held} with {rows} rows, but the index says {spec}."
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         return f"it is not the HDF5 file the index describes: {_line(error)}."
+    return ""
+
+
+def _unreadable(path: Path, index: Index, split: SplitEntry, shard: ShardEntry) -> str:
+    """What training could not read of a file that others wrote, and may have written badly."""
+    if not index.adopted:
+        return ""
+    numbers = np.arange(ROWS)
+    for name, spec in index.fields.items():
+        reader = field(split.datasets[name], spec, [shard], compared=True)
+        try:
+            reader.open(0, path, shard)
+        except (OSError, KeyError, RuntimeError, ValueError) as error:
+            return f"{name} cannot be opened: {_line(error)}."
+        rows = max(1, min(ROWS, READ_BYTES // max(1, spec.row_bytes)))
+        for start in range(0, shard.samples, rows):
+            local = start + numbers[: min(rows, shard.samples - start)]
+            reader.take(np.zeros(len(local), dtype=np.int64), local, np.empty)
     return ""
 
 
@@ -108,9 +136,9 @@ def _difference(path: Path, index: Index, split: SplitEntry) -> str:
     """Which datasets of a file do not match the checksums kept in it, as far as can be told."""
     wrong = []
     try:
-        with h5py.File(path, "r", locking=False) as file:
-            for field, spec in index.fields.items():
-                name = split.datasets[field]
+        with open_file(path) as file:
+            for column, spec in index.fields.items():
+                name = split.datasets[column]
                 for part in [f"{name}/values", f"{name}/offsets"] if spec.ragged else [name]:
                     wrong += list(_dataset_difference(file, part, spec.kind, spec.ragged))
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpctrain.elastic.listener import Strangers, admit, listening, read_until
 from hpctrain.elastic.membership import MEET_SECONDS, Member, Progress
 from hpctrain.elastic.wire import LINE_BYTES, challenge, pack, proof, proves, unpack
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT
 
 LOOK_SECONDS = 0.05
 STALL_SECONDS = 0.5
-GREET_SECONDS = 10.0
 LATE_SECONDS = 20.0
 """So long the first world waits for all, once there are as many as it needs."""
 
@@ -46,6 +47,7 @@ class Rank:
         hang_seconds: Silence after which it is lost.
         progress: What it said when it came to a meeting; None: it is not there.
         takes_part: Whether it is in the world.
+        entered: Whether it has found the others of the world.
         done: Whether it has ended in good order.
     """
 
@@ -57,6 +59,7 @@ class Rank:
     hang_seconds: float
     progress: Progress | None = None
     takes_part: bool = False
+    entered: bool = False
     done: bool = False
 
     def send(self, kind: str, **values: Any) -> None:
@@ -104,7 +107,7 @@ class Driver:
         key: Of the run.
         wanted: How many ranks there should be.
         least: With how many the run may begin.
-        rendezvous: Makes a store for the next world's addresses; its port, and what ends it.
+        rendezvous: Makes a store for the next world's addresses; where, and what ends it.
         say: Tells the person who watches.
 
     Attributes:
@@ -116,7 +119,7 @@ class Driver:
     key: str
     wanted: int
     least: int
-    rendezvous: Callable[[], tuple[int, Callable[[], None]]]
+    rendezvous: Callable[[], tuple[str, Callable[[], None]]]
     say: Callable[[str], None]
     lost: Callable[[int], None] = lambda seat: None
     code: int | None = None
@@ -129,6 +132,8 @@ class Driver:
     _enough_since: float | None = None
     _vain: int = 0
     _newest: int = -2
+    _no_store_since: float | None = None
+    _hearing: set[asyncio.Task[None]] = field(default_factory=set)
     _begun: asyncio.Event = field(default_factory=asyncio.Event)
     _end_store: Callable[[], None] = lambda: None
 
@@ -164,54 +169,54 @@ class Driver:
             if why:
                 self.say(why)
 
-    def greet(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> Coroutine[Any, Any, None]:
-        """Somebody has connected."""
-        return self._hear(reader, writer)
-
     # What ranks say.
 
-    async def _hear(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        rank = None
-        try:
-            rank = await asyncio.wait_for(self._greeted(reader, writer), GREET_SECONDS)
-            if rank is None:
-                return
-            self.ranks.append(rank)
-            welcome = asyncio.ensure_future(self._welcome(rank))
-            try:
-                while line := await reader.readline():
-                    rank.heard = time.monotonic()
-                    self._take(rank, unpack(line))
-                    self._go_on()
-            finally:
-                welcome.cancel()
-        except asyncio.CancelledError:
-            return  # the run is over; before Python 3.12 the event loop would print a traceback
-        except (OSError, ValueError, KeyError, TypeError, asyncio.TimeoutError) as error:
-            self.say(f"a connection ended: {type(error).__name__} {error}".rstrip())
-        finally:
-            if rank is not None:
-                self._gone(rank, "its connection ended")
-                self._go_on()
-            writer.close()
-
-    async def _greeted(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> Rank | None:
+    async def greet(self, connection: socket.socket) -> bool:
+        """Have somebody who has connected show that it is a rank of the run; False: it is none."""
+        loop = asyncio.get_running_loop()
         mine = challenge()
-        writer.write(pack("who", challenge=mine))
-        hello = unpack(await reader.readline())
+        await loop.sock_sendall(connection, pack("who", challenge=mine))
+        hello = unpack(bytes(await read_until(connection, b"\n")))
         theirs = str(hello["challenge"])
         if not proves(self.key, hello["proof"], "rank", mine, theirs):
-            self.say("somebody without the key was turned away")
-            return None
-        writer.write(pack("known", proof=proof(self.key, "driver", mine, theirs)))
+            return False
         member = Member(-1, str(hello["host"]))
         seat, hang_seconds = int(hello["seat"]), float(hello["hang_seconds"])
-        now = time.monotonic()
-        return Rank(seat, member, list(hello["identity"]), writer, now, hang_seconds)
+        identity = list(hello["identity"])
+        await loop.sock_sendall(
+            connection, pack("known", proof=proof(self.key, "driver", mine, theirs))
+        )
+        reader, writer = await asyncio.open_connection(sock=connection, limit=LINE_BYTES)
+        rank = Rank(seat, member, identity, writer, time.monotonic(), hang_seconds)
+        hearing = asyncio.ensure_future(self._hear(rank, reader))
+        self._hearing.add(hearing)
+        hearing.add_done_callback(self._hearing.discard)
+        return True
+
+    async def _hear(self, rank: Rank, reader: asyncio.StreamReader) -> None:
+        self.ranks.append(rank)
+        welcome = asyncio.ensure_future(self._welcome(rank))
+        why = ""
+        try:
+            while not why:
+                why = await self._heard(rank, reader)
+                self._go_on()
+        finally:
+            welcome.cancel()
+            rank.writer.close()
+            self._gone(rank, why)
+            self._go_on()
+
+    async def _heard(self, rank: Rank, reader: asyncio.StreamReader) -> str:
+        """Take in one thing that a rank says; why nothing more is to be expected of it."""
+        try:
+            line = await reader.readline()
+            rank.heard = time.monotonic()
+            if line:
+                self._take(rank, unpack(line))
+        except (OSError, ValueError) as error:
+            return f"its connection ended: {type(error).__name__} {error}"
+        return "" if line else "its connection ended"
 
     async def _welcome(self, rank: Rank) -> None:
         """Tell a process its number; one that comes late, when the others have begun."""
@@ -227,22 +232,37 @@ class Driver:
         rank.send("welcome", number=rank.member.number, out=self.out)
 
     def _take(self, rank: Rank, message: dict[str, Any]) -> None:
+        """Take in what a rank says.
+
+        Raises:
+            ValueError: It is not what ranks say.
+        """
         kind = message["kind"]
-        if kind == "meet":
-            rank.progress = Progress(*message["progress"])
+        try:
+            progress = Progress(*message["progress"]) if kind == "meet" else None
+            code = int(message["code"]) if kind == "abort" else 0
+            out = str(message["out"]) if kind == "begun" else ""
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a message of kind {kind!r}") from error
+        if progress is not None:
+            rank.progress = progress
             if rank.takes_part:
                 self._regroups_since = self._regroups_since or time.monotonic()
             elif self.generation >= 0:
                 for member in self.members:
                     member.send("waiting")
+        elif kind == "entered":
+            rank.entered = message.get("generation") == self.generation
+            if all(member.entered for member in self.members):
+                self._end_store()  # all have found each other
         elif kind == "begun":
-            self.out = str(message["out"])
+            self.out = out
             self._begun.set()
         elif kind == "done":
             rank.done = True
         elif kind == "abort":
             where = f"rank {rank.member.number} on {rank.member.host}"
-            self.end(int(message["code"]), f"{where} failed with exit code {message['code']}")
+            self.end(code, f"{where} failed with exit code {code}")
 
     def _gone(self, rank: Rank, why: str) -> None:
         if rank not in self.ranks or rank.done or self.code is not None:
@@ -267,8 +287,14 @@ class Driver:
         now = time.monotonic()
         for rank in list(self.ranks):
             silent = now - rank.heard
-            if silent > rank.hang_seconds and not rank.done:
+            if rank.done:
+                continue
+            if silent > rank.hang_seconds:
                 self._cut(rank, f"no sign of life for {silent:.1f} s")
+            elif silent > rank.hang_seconds / 2:
+                # A host looks for the way to another only when it has something to send. Where the
+                # network has changed, this may be what brings the rank's own messages here again.
+                rank.send("beat")
         if self.generation < 0:
             self._look_for_first(now)
         elif self._regroups_since is not None:
@@ -312,7 +338,9 @@ class Driver:
 
     def _form(self, ranks: list[Rank]) -> None:
         """A new world."""
-        self._end_store()
+        if (store := self._store()) is None:
+            return
+        where, self._end_store = store
         newest = max(rank.progress.step for rank in ranks if rank.progress is not None)
         self._vain = self._vain + 1 if newest == self._newest else 0
         self._newest = newest
@@ -321,7 +349,6 @@ class Driver:
             return
         self.generation += 1
         self._regroups_since, self._called = None, False
-        port, self._end_store = self.rendezvous()
         ranks = by_host(ranks)
         self.ranks = [*ranks, *(rank for rank in self.ranks if rank not in ranks)]
         hosts = [rank.member.host for rank in ranks]
@@ -330,14 +357,31 @@ class Driver:
             "members": [rank.member for rank in ranks],
             "identities": {rank.member.number: rank.identity for rank in ranks},
             "progress": [rank.progress for rank in ranks],
-            "port": port,
+            "rendezvous": where,
         }
         for rank, place in zip(ranks, places(hosts), strict=True):
-            rank.takes_part, rank.progress = True, None
+            rank.takes_part, rank.progress, rank.entered = True, None, False
             rank.send("world", **values, rank=place.rank, place=place)
         if self.generation:
             names = ", ".join(str(rank.member.number) for rank in ranks)
             self.say(f"{len(ranks)} ranks go on from step {max(0, newest)}: {names}")
+
+    def _store(self) -> tuple[str, Callable[[], None]] | None:
+        """A store for the next world's addresses; None: there can be none now."""
+        self._end_store()
+        self._end_store = lambda: None
+        try:
+            store = self.rendezvous()
+        except OSError as error:  # of this process, and no rank's fault: it is tried again
+            now = time.monotonic()
+            if self._no_store_since is None:
+                self._no_store_since = now
+                self.say(f"no port for the ranks' addresses yet: {error.strerror}")
+            if now - self._no_store_since > MEET_SECONDS:
+                self.end(1, f"no port for the ranks' addresses: {error.strerror}")
+            return None
+        self._no_store_since = None
+        return store
 
     def _finish(self) -> None:
         """All members have ended in good order."""
@@ -350,15 +394,22 @@ class Driver:
             self.end(1, "the ranks ended without a result")
 
 
-async def listen(driver: Driver, address: str) -> tuple[asyncio.Server, int]:
-    """Have ranks connect to a driver.
+@contextlib.asynccontextmanager
+async def listen(driver: Driver, address: str, strangers: Strangers) -> AsyncIterator[int]:
+    """Have ranks connect to a driver; gives the port.
 
     Args:
         driver: It.
         address: Of this host, where ranks can reach it.
+        strangers: Told of those who do not have the run's key.
 
-    Returns:
-        What listens, and its port.
+    Raises:
+        OSError: It cannot listen there.
     """
-    server = await asyncio.start_server(driver.greet, address, 0, limit=LINE_BYTES)
-    return server, int(server.sockets[0].getsockname()[1])
+    with listening(address) as server:
+        admitting = asyncio.ensure_future(admit(server, driver.greet, strangers))
+        try:
+            yield int(server.getsockname()[1])
+        finally:
+            admitting.cancel()
+            await asyncio.gather(admitting, return_exceptions=True)

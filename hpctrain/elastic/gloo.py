@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 CONNECT_SECONDS = 10.0
 CUT_EVERY_SECONDS = 0.05
+PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Between attempts to be known to a driver that closes the connection."""
+
 DRIVER_GONE = "its log says why; `--resume auto` goes on from the last checkpoint."
 
 
@@ -79,11 +82,11 @@ class Gloo:
         self._waiting = False
         self._over = False
         self._gone = ""  # why the driver is
-        self._address, _, port = environment[ADDRESS].rpartition(":")
-        self._connection = _connect(self._address, int(port))
-        self._lines = self._read_lines()
         self._greeting: dict[str, Any] | None = None
-        self._greet(environment[KEY], hang_seconds, environment)
+        for pause in (*PAUSES, None):
+            if self._greet(environment, hang_seconds, last=pause is None):
+                break
+            time.sleep(pause or 0.0)
         _set_defaults(self._connection.getsockname()[0], timeout_seconds)
         self._connection.settimeout(None)
         threading.Thread(target=self._listen, daemon=True).start()
@@ -206,6 +209,7 @@ class Gloo:
         self.generation = world.generation
         if entered:
             self.members = world.members
+            self._send("entered", generation=world.generation)
         self._fence.know(world.identities)
         return entered
 
@@ -220,8 +224,20 @@ class Gloo:
 
     # The connection to the driver.
 
-    def _greet(self, key: str, hang_seconds: float, environment: Mapping[str, str]) -> None:
-        """Show that this is a rank of the run, and see that it is the run's driver."""
+    def _greet(self, environment: Mapping[str, str], hang_seconds: float, *, last: bool) -> bool:
+        """Show that this is a rank of the run, and see that it is the run's driver.
+
+        Returns:
+            False: what listens closed the connection. So does a driver with which strangers, too,
+            open connections.
+
+        Raises:
+            Error: It is not the run's driver; or it closed the connection, the last time.
+        """
+        key = environment[KEY]
+        host, _, port = environment[ADDRESS].rpartition(":")
+        self._connection = _connect(host, int(port))
+        self._lines = self._read_lines()
         wrong = Error(
             f"what listens at {environment[ADDRESS]} is not this run's driver.",
             hint="is another run's HPCTRAIN_DRIVER in the environment?",
@@ -241,8 +257,14 @@ class Gloo:
             answer = next(self._lines)
             if not proves(key, answer.get("proof"), "driver", theirs, mine):
                 raise wrong
-        except (StopIteration, KeyError, ValueError, OSError) as error:
+        except (StopIteration, OSError) as error:
+            self._connection.close()
+            if last:
+                raise wrong from error
+            return False
+        except (KeyError, ValueError) as error:
             raise wrong from error
+        return True
 
     def _send(self, kind: str, **values: Any) -> None:
         with self._sends, contextlib.suppress(OSError):  # who listens finds out, too
@@ -277,7 +299,7 @@ class Gloo:
         if kind == "welcome":
             self._greeting = message
         elif kind == "world":
-            self._world = _world(message, self._address)
+            self._world = _world(message)
             self._waiting = False
         elif kind == "regroup":
             self._regroup = max(self._regroup, message["generation"])
@@ -295,7 +317,7 @@ class Gloo:
             os._exit(PeerLost.exit_code)
 
 
-def _world(message: Mapping[str, Any], address: str) -> _World:
+def _world(message: Mapping[str, Any]) -> _World:
     members = [Member(*each) for each in message["members"]]
     rank = int(message["rank"])
     names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
@@ -304,8 +326,9 @@ def _world(message: Mapping[str, Any], address: str) -> _World:
     }
     environment |= {
         "HOROVOD_HOSTNAME": members[rank].host,
-        "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
-        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(message["port"]),
+        # HOST:PORT/PATH: the port that Horovod puts behind it becomes a part of the path.
+        "HOROVOD_GLOO_RENDEZVOUS_ADDR": str(message["rendezvous"]),
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": "0",
     }
     return _World(
         int(message["generation"]),

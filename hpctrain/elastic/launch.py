@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hpctrain.elastic.driver import Driver, listen
+from hpctrain.elastic.listener import Strangers
+from hpctrain.elastic.rendezvous import opener
 from hpctrain.elastic.seats import Seats, place_variables
 from hpctrain.elastic.ways import Here, Pool, Srun, Ssh, Task, Way, address_for
 from hpctrain.elastic.wire import ADDRESS, KEY, new_key
@@ -21,7 +23,6 @@ from hpctrain.slurm import hosts
 END_SECONDS = 10.0
 """So long ranks may take to end by themselves when the run is over."""
 
-POLL_SECONDS = 0.02
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -65,27 +66,6 @@ def _hosts(text: str) -> list[str]:
     return found
 
 
-def rendezvous() -> tuple[int, Callable[[], None]]:
-    """A store for the addresses of one world's ranks, as Horovod's Gloo wants it.
-
-    Returns:
-        Its port, and what ends it.
-    """
-    from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
-
-    server = RendezvousHTTPServer(("", 0), RendezvousHandler, verbose=0)
-    serving = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), daemon=True)
-    serving.start()
-    over = threading.Lock()
-
-    def end() -> None:
-        if over.acquire(blocking=False):  # once
-            server.shutdown()
-            server.server_close()
-
-    return server.server_address[1], lambda: threading.Thread(target=end, daemon=True).start()
-
-
 def launch(
     command: Sequence[str], way: Way, *, least: int | None, address: str | None,
     say: Callable[[str], None],
@@ -105,10 +85,8 @@ def launch(
     Raises:
         Error: The driver cannot be reached where it is to be, or Horovod lacks Gloo.
     """
-    try:
-        import horovod.runner.http.http_server  # noqa: F401
-    except ImportError as error:
-        raise Error("Horovod is not installed.", hint="run `hpctrain horovod build`.") from error
+    if importlib.util.find_spec("horovod") is None:
+        raise Error("Horovod is not installed.", hint="run `hpctrain horovod build`.")
     return asyncio.run(_launch(list(command), way, least, address or address_for(way.hosts), say))
 
 
@@ -117,44 +95,49 @@ async def _launch(
 ) -> int:
     wanted = len(way.hosts)
     key = new_key()
-    driver = Driver(key, wanted, min(least or wanted, wanted), rendezvous, say)
-    try:
-        server, port = await listen(driver, address)
-    except OSError as error:
-        raise Error(
-            f"cannot listen at {address}: {error.strerror}.", hint="give another --address."
-        ) from error
-    loop = asyncio.get_running_loop()
-    for number in SIGNALS:
-        loop.add_signal_handler(
-            number, driver.end, 128 + number, f"{number.name}: ending all ranks"
-        )
-    shared = {
-        ADDRESS: f"{address}:{port}",
-        KEY: key,
-        "PATH": search_path(),
-        "HPCTRAIN__STRATEGY": "horovod",  # a world of one would choose another
-        **_given(way),
-    }
-    shared.setdefault("HPCTRAIN__ELASTIC__MODE", "gloo")
+    strangers = Strangers(say)
+    driver = Driver(key, wanted, min(least or wanted, wanted), opener(address, strangers), say)
+    async with contextlib.AsyncExitStack() as listens:
+        try:
+            port = await listens.enter_async_context(listen(driver, address, strangers))
+        except OSError as error:
+            raise Error(
+                f"cannot listen at {address}: {error.strerror}.", hint="give another --address."
+            ) from error
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(
+                number, driver.end, 128 + number, f"{number.name}: ending all ranks"
+            )
+        shared = {
+            ADDRESS: f"{address}:{port}",
+            KEY: key,
+            "PATH": search_path(),
+            "HPCTRAIN__STRATEGY": "horovod",  # a world of one would choose another
+            **_given(way),
+        }
+        shared.setdefault("HPCTRAIN__ELASTIC__MODE", "gloo")
 
-    def task(seat: int) -> Task:
-        return Task(command, {**shared, **place_variables(way.hosts, seat)}, str(Path.cwd()))
+        def task(seat: int) -> Task:
+            return Task(command, {**shared, **place_variables(way.hosts, seat)}, str(Path.cwd()))
 
-    seats = Seats(driver, way, task, say)
+        return await _keep_up(driver, Seats(driver, way, task, say))
+
+
+async def _keep_up(driver: Driver, seats: Seats) -> int:
+    """Keep ranks started until the run is over; its exit code."""
     keeping = asyncio.ensure_future(seats.keep())
     serving = asyncio.ensure_future(driver.serve())
-    async with server:
-        await asyncio.wait([keeping, serving], return_when=asyncio.FIRST_COMPLETED)
-        if keeping.done():  # by an error of its own
-            serving.cancel()
-            keeping.result()
-        code = serving.result()
-        if any(rank.done for rank in driver.ranks):
-            await seats.ended(END_SECONDS)
-        keeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await keeping
+    await asyncio.wait([keeping, serving], return_when=asyncio.FIRST_COMPLETED)
+    if keeping.done():  # by an error of its own
+        serving.cancel()
+        keeping.result()
+    code = serving.result()
+    if any(rank.done for rank in driver.ranks):
+        await seats.ended(END_SECONDS)
+    keeping.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await keeping
     return code
 
 

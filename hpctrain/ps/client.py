@@ -127,6 +127,7 @@ class Client:
         start: Sequence[torch.Tensor] | None = None,
         state: Mapping[str, Sequence[torch.Tensor]] | None = None,
         steps: Sequence[int] | None = None,
+        missed: Sequence[Mapping[int, int]] | None = None,
         clip_norm: float | None = None,
         join: bool = False,
     ) -> Future:
@@ -141,6 +142,7 @@ class Client:
             start: Flats to start from; None: ``weights``.
             state: Of the update rule, by name, as flats; None: as at the very start.
             steps: Updates the state has had, by slice.
+            missed: Likewise, by part of the slice, those without a gradient of it.
             clip_norm: Largest norm of the aggregated gradient.
             join: Whether the others are under way.
         """
@@ -152,7 +154,7 @@ class Client:
         self._before = set(before)
         if not join:
             flats = [*(weights if start is None else start)]
-            self._opening = Opening(layout, rule, flats, state, steps, clip_norm)
+            self._opening = Opening(layout, rule, flats, state, steps, missed, clip_norm)
         self._settled.clear()
         self._do(lambda: self._start(join))
         return Future(self)
@@ -191,16 +193,33 @@ class Client:
         self._settled.clear()
         self._do(lambda: self.exchange.set_step(step))
 
-    def push(self, slices: Iterable[int], rows: dict[int, torch.Tensor] | None = None) -> None:
+    def put(self, weights: Sequence[torch.Tensor]) -> None:
+        """Have the update of the present step start from these flats: all workers changed them.
+
+        Args:
+            weights: The flats; the servers find out where workers' differ.
+        """
+        flats = [flat.clone() for flat in weights]
+        self._do(lambda: self.exchange.put(flats))
+
+    def push(
+        self,
+        slices: Iterable[int],
+        rows: dict[int, torch.Tensor] | None = None,
+        absent: dict[int, list[int]] | None = None,
+    ) -> None:
         """These slices' gradients are ready, in the flats; they must stay as they are.
 
         Args:
             slices: Their numbers.
             rows: By flat whose gradients come as rows: those that this step has touched.
+            absent: By slice, its parts without a gradient.
         """
         indices = list(slices)
         if rows:
             self.exchange.touch(rows)
+        if absent:
+            self.exchange.lack(absent)
         self._do(lambda: self.exchange.push(indices))
 
     def push_pull(self, weight: float, hyper: list[list[float]]) -> Future:

@@ -231,6 +231,7 @@ class Ends:
         weights: Sequence[torch.Tensor] | None,
         state: Mapping[str, Sequence[torch.Tensor]] | None = None,
         steps: Sequence[int] | None = None,
+        missed: Sequence[Mapping[int, int]] | None = None,
         clip_norm: float | None = None,
     ) -> Client:
         """Say what is to be trained, and begin to exchange.
@@ -242,6 +243,7 @@ class Ends:
                 that is lost.
             state: Of the rule, by name, as flats.
             steps: Updates the state has had, by slice.
+            missed: Likewise, by part of the slice, those without a gradient of it.
             clip_norm: Largest norm of the aggregated gradient.
 
         Returns:
@@ -261,7 +263,8 @@ class Ends:
         future: Future = self.client.open(
             layout, rule, own_weights, own_gradients,
             before=[worker for worker in self.roles.workers if worker < self.me], start=weights,
-            state=state, steps=steps, clip_norm=clip_norm, join=self.recruit is not None,
+            state=state, steps=steps, missed=missed, clip_norm=clip_norm,
+            join=self.recruit is not None,
         )  # fmt: skip
         future.wait()
         if self.recruit is not None:

@@ -183,7 +183,7 @@ class Server:
             return [] if message.size is None else [self._gradients.buffer(message.size)]
         if isinstance(message, wire.Open):
             return self._open(message)
-        if isinstance(message, wire.Copy):
+        if isinstance(message, wire.Copy | wire.Put):
             return [self._gradients.buffer(size) for size in message.sizes]
         return []
 
@@ -195,6 +195,8 @@ class Server:
             self._replicas.update(message, buffer)
         elif isinstance(message, wire.Copy):
             self._copies[message.slice].append(buffer)
+        elif isinstance(message, wire.Put) and message.slices[number] in self.held:
+            self.held[message.slices[number]].put[link.peer] = buffer
 
     def message(self, link: Link, message: wire.Message) -> None:
         """A message has come whole."""
@@ -203,6 +205,8 @@ class Server:
                 if not message.sizes:
                     for number in range(len(message.slices)):
                         self._pushed(link.peer, message, number, None)
+            case wire.Put():
+                pass
             case wire.Pull():
                 self._pulled(link.peer, message)
             case wire.Ask():

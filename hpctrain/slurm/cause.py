@@ -38,6 +38,11 @@ _PATTERNS: list[tuple[str, Callable[[Match], Failure]]] = [
         lambda m: Failure("out of memory", "Slurm killed the process; ask for more --mem",
                           int(m["rank"]), m["host"], 137),
     ),
+    (  # such as with --export=NONE, which leaves no PATH
+        r"slurmstepd\S*: error: execve\(\): (?P<words>[^\n]+)",
+        lambda m: Failure("cannot start", f"{m['words']}. HINT: it is to be on PATH there; after "
+                          "--export=NONE, `unset SLURM_EXPORT_ENV`.", None, None, 2),
+    ),
     (
         r"srun: error: Node failure on (?P<host>\S+)",
         lambda m: Failure("node lost", f"Slurm lost node {m['host']}", None, m["host"], 1),
@@ -101,6 +106,18 @@ def said(output: str) -> Failure | None:
     return found[0][2] if found else None
 
 
+_SRUN = re.compile(r"^srun: (?:error|fatal): (?!\S+: tasks? \d)(.+)$", re.MULTILINE)
+
+
+def _refused(output: str, returncode: int) -> Failure | None:
+    """What srun says where it has started nothing; None where it says nothing of its own."""
+    said = list(dict.fromkeys(_SRUN.findall(output)))
+    if not said or returncode <= 0:
+        return None
+    hint = "HINT: what a job inherits as SLURM_* are options of srun; unset what does not fit."
+    return Failure("srun", f"{'; '.join(said[:3])} {hint}", None, None, returncode)
+
+
 def root_cause(folder: Path, output: str, returncode: int, launcher: str) -> Failure:
     """Why a launch failed.
 
@@ -124,6 +141,8 @@ def root_cause(folder: Path, output: str, returncode: int, launcher: str) -> Fai
         return notes[0]
     if told is not None:
         return told
+    if (refused := _refused(output, returncode)) is not None:
+        return refused
     if returncode == 0:
         return Failure(
             "no result", f"{launcher} ended with exit code 0, but there is no result.json", None,

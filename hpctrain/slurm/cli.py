@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
+import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -17,7 +19,11 @@ from hpctrain import compare as comparing
 from hpctrain import process
 from hpctrain.errors import Error
 from hpctrain.slurm import commands, jobs, options
+from hpctrain.slurm.owner import Elsewhere
 from hpctrain.slurm.supervise import Job
+
+if TYPE_CHECKING:
+    from hpctrain.slurm.submit import Request
 
 FOLLOW_SECONDS = 0.5
 OURS = ("--out", "--resume", "--world-size")
@@ -48,9 +54,14 @@ def split(arguments: tuple[str, ...], known: Mapping[str, bool]) -> tuple[list[s
             if known[name] and not equals and left:
                 train.append(left.pop(0))
         else:
+            word = options.long(word)
+            name, equals, _ = word.removeprefix("--").partition("=")
             sbatch.append(word)
-            takes = options.check(name.removeprefix("--")) in options.VALUED
-            if takes and not equals and left and not left[0].startswith("--"):
+            # After an option that is not known here, it may be its value or TASK.
+            takes = name in options.VALUED or (task and not options.known(name))
+            if takes and not equals and left and not left[0].startswith("-"):
+                if not options.known(name):
+                    options.parse([word, left[0]])  # says so
                 sbatch[-1] = f"{word}={left.pop(0)}"
     return [*task, *train], sbatch
 
@@ -134,22 +145,28 @@ def submission(
         )  # fmt: skip
         made = command_line()
         if dry_run:
+            _unchecked(asked)
             click.echo(request.script(made), nl=False)
             return
         sweeps.prepare(folder, Path(space))
-        number = submit_request(request, made, config.to_toml())
+        with _hinted(request, known):
+            number = submit_request(request, made, config.to_toml())
         click.echo(f"job array {number}: {folder}")
         if waits:
             tasks = [f"{number}_{task}" for task in range(1, trials + 1)]
-            jobs.wait_for_all(tasks, click.echo)
-            _trials(folder)
+
+            def finish() -> int:
+                jobs.wait_for_all(tasks, click.echo)
+                _trials(folder)
+                return 0
+
+            _waited(finish, f"the array runs on: `hpctrain trials {folder}` shows its trials, "
+                    f"`scancel {number}` ends it.")  # fmt: skip
 
     @click.command(context_settings={"ignore_unknown_options": True})
     @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
     @click.option("--site", metavar="NAME|FILE", help="Profile of the cluster, in TOML.")
-    @click.option(
-        "--launcher", type=click.Choice(["srun", "mpirun", "horovodrun"]), help="Starts the ranks."
-    )
+    @click.option("--launcher", metavar="srun|mpirun|horovodrun|COMMAND", help="Starts the ranks.")
     @click.option("--tasks-per-node", metavar="N", help="Ranks on each node (--ntasks-per-node).")
     @click.option("--elastic", is_flag=True, help="Go on within the job when a node is lost.")
     @click.option("--scaling", is_flag=True, help="Measure on 1, 2, 4, ... of the nodes.")
@@ -157,21 +174,27 @@ def submission(
     @click.option(
         "--max-requeues", default=20, show_default=True, help="How often to be started again."
     )
-    @click.option("--signal", "signal_name", default="USR1", show_default=True, metavar="NAME",
-                  help="By which Slurm tells that time is up.")  # fmt: skip
+    @click.option(
+        "--signal",
+        "told_by",
+        metavar="NAME[@SECONDS]",
+        help="How Slurm tells that time is up, and when. [default: USR1@120]",
+    )
+    @click.option("--keep-diff", is_flag=True, help="Keep `git diff HEAD` with the run.")
     @click.option("--dry-run", is_flag=True, help="Print the batch script; needs no Slurm.")
     @click.option("--test-only", is_flag=True, help="Ask Slurm when it would start.")
     @click.option("--wait", "waits", is_flag=True, help="Wait, and end with its exit code.")
     def submit(
         arguments: tuple[str, ...],
         site: str | None,
-        launcher: Any,
+        launcher: str | None,
         tasks_per_node: str | None,
         elastic: bool,
         scaling: bool,
         stage_dir: str | None,
         max_requeues: int,
-        signal_name: str,
+        told_by: str | None,
+        keep_diff: bool,
         dry_run: bool,
         test_only: bool,
         waits: bool,
@@ -185,29 +208,28 @@ def submission(
           hpctrain submit digits --nodes 2 --strategy ps --servers 2 --dry-run
 
         \b
-        Options are those of `hpctrain train`, and any of sbatch by its own long name. The script,
-        the configuration, the environment and the state of git are kept in the run folder.
+        Options are those of `hpctrain train`, and any of sbatch by its own name. The script, the
+        configuration, what of the environment holds no secret, and the commit of git are kept in
+        the run folder.
 
         \b
         Before the time limit the run saves a checkpoint and the job is started again; so it is when
         a node fails. What a cluster needs is described once: see --site, and slurm/sites.
         """
         from hpctrain.slurm.site import load
-        from hpctrain.slurm.submit import SCRIPT, Request, command_line
+        from hpctrain.slurm.submit import Request, Warn, command_line
         from hpctrain.slurm.submit import check as check_request
         from hpctrain.slurm.submit import submit as submit_request
 
         words, sbatch = split(arguments, known)
         if stage_dir is not None:
             words += ["--set", f"data.stage_dir={stage_dir}"]
-        config = config_of(train.make_context("hpctrain submit", list(words)).params)
         asked = options.parse(sbatch)
         if tasks_per_node is not None:
             asked["ntasks-per-node"] = tasks_per_node
         profile = load(site)
-        gpus = {**profile.sbatch(), **asked}.get("gpus-per-node", "").rpartition(":")[2]
-        if gpus and not {"ntasks-per-node", "ntasks"} & {**profile.sbatch(), **asked}.keys():
-            asked["ntasks-per-node"] = gpus
+        with _there({**profile.sbatch(), **asked}.get("chdir")):
+            config = config_of(train.make_context("hpctrain submit", list(words)).params)
         chosen = [
             name
             for name, is_it in (
@@ -222,28 +244,62 @@ def submission(
         run = config.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         request = Request(
             name, ["hpctrain", "train", *_without(words)], asked, profile,
-            chosen[0] if chosen else "train", run, launcher, max_requeues, signal_name,
+            chosen[0] if chosen else "train", run, launcher, max_requeues,
+            Warn.parse(told_by) if told_by is not None else None,
             {"batch": f"batch={config.train.batch_size}"} if chosen[:1] == ["scaling"] else {},
         )  # fmt: skip
-        if signal_name != "USR1":
-            request.train += ["--set", f"interrupt.signal={signal_name}"]
+        if request.warn is not None and request.warn.signal != "USR1":
+            request.train += ["--set", f"interrupt.signal={request.warn.signal}"]
         made = command_line()
         if dry_run:
+            _unchecked(asked)
             click.echo(request.script(made), nl=False)
             return
-        if test_only:
-            check_request(request)
-            with tempfile.TemporaryDirectory() as folder:
-                script = Path(folder) / SCRIPT
-                script.write_text(request.script(made))
-                click.echo(commands.would_start(script))
-            return
-        number = submit_request(request, made, config.to_toml())
-        click.echo(f"job {number}: {run}")
+        with _hinted(request, known):
+            if test_only:
+                click.echo(check_request(request, made))
+                return
+            number = submit_request(request, made, config.to_toml(), keep_diff=keep_diff)
+        click.echo(f"job {number}: {request.run}")
         if waits:
-            sys.exit(jobs.wait(jobs.Submitted(run, number, name), click.echo))
+            submitted = jobs.Submitted(request.run, number, name)
+            _waited(lambda: jobs.wait(submitted, click.echo), _runs_on(submitted))
 
     return [submit, sweep]
+
+
+def _unchecked(asked: options.Options) -> None:
+    for name in asked:
+        if not options.known(name):
+            click.echo(f"# --{name} is not known here; sbatch will say.", err=True)
+
+
+@contextlib.contextmanager
+def _hinted(request: Request, known: Iterable[str]) -> Iterator[None]:
+    """Where Slurm refuses a request, say what might have been meant by options not known here."""
+    try:
+        yield
+    except commands.Unanswered:
+        raise
+    except Error as error:
+        given = {**request.site.sbatch(), **request.options}
+        if hint := options.misspelt(given, known):
+            raise Error(error.message, hint=hint) from error
+        raise
+
+
+@contextlib.contextmanager
+def _there(folder: str | None) -> Iterator[None]:
+    """Look for the task and its data in the folder in which the job runs."""
+    before = Path.cwd()
+    try:
+        os.chdir(folder or before)
+    except OSError as error:
+        raise Error(f"--chdir {folder}: {error.strerror}.", hint="make it first.") from error
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _name(task: str) -> str:
@@ -276,8 +332,15 @@ def _without(words: list[str]) -> list[str]:
 @click.option(
     "--elastic", is_flag=True, help="Let ranks outlive the loss of others in place, if they can."
 )
+@click.option("--signal", "told_by", default="USR1", show_default=True, metavar="NAME",
+              help="Tells that time is up, as do USR1, USR2, HUP and TERM.")  # fmt: skip
 def job(
-    command: tuple[str, ...], folder: str, max_requeues: int, relaunches: int, elastic: bool
+    command: tuple[str, ...],
+    folder: str,
+    max_requeues: int,
+    relaunches: int,
+    elastic: bool,
+    told_by: str,
 ) -> None:
     """Look after a run from within its batch script; COMMAND is the launcher with all it starts.
 
@@ -294,29 +357,48 @@ def job(
     - Else the first cause is the last line of the log, and in failure.json, and its exit code is
       that of the job.
     """
-    sys.exit(
-        Job(
+    try:
+        one = Job(
             list(command),
             Path(folder),
             max_requeues=max_requeues,
             relaunches=relaunches,
             elastic=elastic,
-        ).supervise()
-    )
+            told_by=told_by,
+        )
+    except Elsewhere as elsewhere:
+        click.echo(f"hpctrain job: {elsewhere}")
+        sys.exit(0)
+    sys.exit(one.supervise())
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("folder")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 @click.option("--space", default="space.toml", metavar="FILE", help="What to choose from.")
-def trial(folder: str, command: tuple[str, ...], space: str) -> None:
+@click.option(
+    "--max-requeues", default=20, show_default=True, help="How often to be started again."
+)
+@click.option("--signal", "told_by", default="USR1", show_default=True, metavar="NAME",
+              help="Tells that time is up, as do USR1, USR2, HUP and TERM.")  # fmt: skip
+def trial(
+    folder: str, command: tuple[str, ...], space: str, max_requeues: int, told_by: str
+) -> None:
     """Run a trial of a sweep.
 
-    COMMAND is a launcher and `hpctrain train TASK`; the values are added.
+    COMMAND is a launcher and `hpctrain train TASK`; the values are added. In a Slurm job it is
+    looked after as by `hpctrain job`: when time is up, or after a requeue, the trial goes on.
     """
     from hpctrain import sweep as sweeps
 
-    sys.exit(sweeps.run_trial(Path(folder), Path(space), command))
+    def execute(words: Sequence[str], run: Path, look: Callable[[], None]) -> int:
+        return Job(
+            list(words), run, max_requeues=max_requeues, relaunches=0, told_by=told_by, watch=look,
+            home=Path(folder),
+        ).supervise()  # fmt: skip
+
+    looked_after = execute if "SLURM_JOB_ID" in os.environ else None
+    sys.exit(sweeps.run_trial(Path(folder), Path(space), command, looked_after))
 
 
 @click.command()
@@ -358,7 +440,17 @@ def compare(runs: tuple[str, ...]) -> None:
 def _columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        click.echo("  ".join(f"{v:{w}}" for v, w in zip(row, widths, strict=True)).rstrip())
+        line = "  ".join(f"{v:{w}}" for v, w in zip(row, widths, strict=True)).rstrip()
+        click.echo(jobs.printable(line))
+
+
+def _waited(wait: Callable[[], int], runs_on: str) -> NoReturn:
+    """End with what a wait returns; where it is ended by the keyboard, say what that changes."""
+    try:
+        sys.exit(wait())
+    except KeyboardInterrupt:
+        click.echo(f"\n{jobs.printable(runs_on)}", err=True)
+        sys.exit(128 + signal.SIGINT)
 
 
 @click.group(name="jobs", invoke_without_command=True)
@@ -372,7 +464,7 @@ def group(context: click.Context, folder: str) -> None:
     """
     context.obj = Path(folder)
     if context.invoked_subcommand is None:
-        _table(jobs.find(Path(folder)))
+        _table(jobs.find(Path(folder), lambda text: click.echo(jobs.printable(text), err=True)))
 
 
 def _table(runs: list[jobs.Submitted]) -> None:
@@ -429,13 +521,15 @@ def logs(folder: Path, which: str, follow: bool) -> None:
                 file.seek(shown)
                 text = file.read()
             shown += len(text)
-            click.echo(text.decode(errors="replace"), nl=False)
+            click.echo(jobs.printable(text.decode(errors="replace")), nl=False)
         if not follow:
             return
         if time.monotonic() - checked > jobs.POLL_SECONDS:
             checked = time.monotonic()
-            state = commands.states([run.job]).get(run.job)
-            follow = state is not None and not state.over
+            run = jobs.named(str(run.run), folder)
+            with contextlib.suppress(commands.Unanswered):
+                state = commands.states([run.job]).get(run.job)
+                follow = state is not None and not state.over
         time.sleep(FOLLOW_SECONDS)
 
 
@@ -445,8 +539,8 @@ def logs(folder: Path, which: str, follow: bool) -> None:
 def cancel(folder: Path, which: str) -> None:
     """End a job at once; a file `stop` in the run folder would end it with a checkpoint."""
     run = jobs.named(which, folder)
-    commands.cancel(run.job)
-    click.echo(f"job {run.job}: cancelled; `hpctrain train --out {run.run} --resume auto` goes on")
+    numbers = ", ".join(jobs.cancel(run))
+    click.echo(f"job {numbers}: cancelled; `hpctrain train --out {run.run} --resume auto` goes on")
 
 
 @group.command()
@@ -454,4 +548,10 @@ def cancel(folder: Path, which: str) -> None:
 @click.pass_obj
 def wait(folder: Path, which: str) -> None:
     """Return when a run is over; the exit code is that of the training."""
-    sys.exit(jobs.wait(jobs.named(which, folder), click.echo))
+    run = jobs.named(which, folder)
+    _waited(lambda: jobs.wait(run, click.echo), _runs_on(run))
+
+
+def _runs_on(run: jobs.Submitted) -> str:
+    return (f"job {run.job} runs on: `hpctrain jobs wait {run.run}` waits again, "
+            f"`hpctrain jobs cancel {run.run}` ends it.")  # fmt: skip

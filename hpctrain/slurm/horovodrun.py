@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import NoReturn
 
 from hpctrain.errors import Error
 from hpctrain.process import search_path, which
 from hpctrain.slurm import hosts
+from hpctrain.slurm.hidden import hide
+from hpctrain.slurm.ssh import PYTHON
+
+SHIM = Path(__file__).parent / "shim"
+"""A folder with the ``ssh`` that horovodrun finds first."""
 
 
 def arguments(command: list[str], interface: str | None) -> list[str]:
@@ -25,7 +28,7 @@ def arguments(command: list[str], interface: str | None) -> list[str]:
     words += ["-H", ",".join(f"{node.name}:{node.tasks}" for node in nodes)]
     if interface is not None:
         words += ["--network-interfaces", interface]
-    return [*words, *command]
+    return [*words, sys.executable, "-m", "hpctrain.slurm.hidden", *command]
 
 
 def become(command: list[str]) -> NoReturn:
@@ -40,11 +43,8 @@ def become(command: list[str]) -> NoReturn:
     mine = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
     others = [node.name for node in hosts.nodes() if node.name != mine]
     interface = os.environ.get("HOROVOD_GLOO_IFACE") or hosts.interface(others)
-    folder = Path(tempfile.mkdtemp(prefix="hpctrain-ssh-"))
-    shim = folder / "ssh"
-    shim.write_text(f'#!/bin/bash\nexec {shlex.quote(sys.executable)} -m hpctrain.slurm.ssh "$@"\n')
-    shim.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{folder}:{search_path()}"}
+    environment = hide(os.environ)
+    environment |= {"PATH": f"{SHIM}:{search_path()}", PYTHON: sys.executable}
     os.execve(  # noqa: S606 - without a shell, as it should be
         program, arguments(command, interface), environment
     )

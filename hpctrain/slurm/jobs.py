@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
+
 from hpctrain.errors import Error, nearest
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT
-from hpctrain.slurm import commands
+from hpctrain.slurm import commands, owner
 from hpctrain.slurm.commands import State
 from hpctrain.slurm.supervise import FAILURE, SUBMISSION
 
 POLL_SECONDS = 2.0
 TAIL_BYTES = 2**16
+MOST_BYTES = 2**24
 LOST_SECONDS = 60.0
 """So long a job may be unknown to Slurm."""
+
+SILENCE_SECONDS = 3600.0
+"""So long Slurm may not answer."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +38,26 @@ class Submitted:
 
     Attributes:
         run: Its folder.
-        job: Its number.
+        job: The number of the job that has it now.
         name: Its name.
+        before: The jobs that had it before, where Slurm would not start them again.
+        log: Where its logs are, with Slurm's patterns such as %j; empty: in the folder.
     """
 
     run: Path
     job: str
     name: str
+    before: tuple[str, ...] = ()
+    log: str = ""
+
+
+class _Submission(BaseModel):
+    """What a submission.json is read for; it may come from anybody."""
+
+    job: str = Field(pattern=r"^\d{1,18}(_\d{1,18})?(;[A-Za-z0-9_.-]{1,255})?$")
+    name: str = Field(max_length=1000)
+    time: float
+    log: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,15 +81,38 @@ class Progress:
     restarts: int = 0
 
 
-def find(folder: Path) -> list[Submitted]:
-    """The submitted runs in a folder, and in the folders in it, oldest first."""
+def find(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[Submitted]:
+    """The submitted runs in a folder, and in the folders in it, oldest first.
+
+    Args:
+        folder: Where to look.
+        say: Told of each that cannot be read.
+    """
     found = []
     for path in [folder / SUBMISSION, *folder.glob(f"*/{SUBMISSION}")]:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            about = json.loads(path.read_text())
-            run = Submitted(path.parent, str(about["job"]), str(about["name"]))
-            found.append((about["time"], run))
-    return [run for _, run in sorted(found, key=lambda each: float(each[0]))]
+        try:
+            about = _Submission.model_validate_json(owner.read(path, MOST_BYTES))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            say(f"{path}: {error.strerror}")
+        except ValidationError as error:
+            first = error.errors()[0]
+            say(f"{path}: {'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}")
+        else:
+            run = Submitted(path.parent, about.job, about.name, (), about.log)
+            found.append((about.time, _now(run)))
+    return [run for _, run in sorted(found, key=lambda each: each[0])]
+
+
+def _now(run: Submitted) -> Submitted:
+    """The same with the job that has its folder now."""
+    had = list(dict.fromkeys(claim.job for claim in owner.claims(run.run)))
+    number, *elsewhere = (run.before or (run.job,))[0].partition(";")
+    if number not in had or had[-1] == number:
+        return run
+    chain = ["".join([each, *elsewhere]) for each in had[had.index(number) :]]
+    return replace(run, job=chain[-1], before=tuple(chain[:-1]))
 
 
 def named(which: str, folder: Path) -> Submitted:
@@ -78,7 +123,7 @@ def named(which: str, folder: Path) -> Submitted:
     """
     runs = find(folder)
     for run in [*find(Path(which)), *reversed(runs)]:
-        if which in (run.job, run.name) or Path(which).resolve() == run.run.resolve():
+        if which in (run.job, run.name, *run.before) or Path(which).resolve() == run.run.resolve():
             return run
     known = [name for run in runs for name in (run.job, run.name)]
     hint = nearest(which, known) if known else f"no runs were submitted from {folder}."
@@ -97,6 +142,7 @@ def progress(run: Path) -> Progress:
     except OSError:
         return Progress()
     starts = [r for r in _records(head + b"\n" + tail) if r.get("kind") == "event" and "steps" in r]
+    starts = [r for r in starts if _number(r["steps"])]
     seen = {(r["time"], r["step"]): r for r in starts}
     begun = max(seen.values(), key=lambda r: float(r["time"]), default=None)
     train = [r for r in _records(tail) if r.get("kind") == "train"]
@@ -107,17 +153,26 @@ def progress(run: Path) -> Progress:
     done, seconds = last["step"] - begun["step"], last["time"] - begun["time"]
     left = (steps - last["step"]) * seconds / done if done > 0 else None
     return Progress(
-        int(last["step"]), steps, last.get("loss"), last.get("samples_per_second"), left,
-        max(0, len(seen) - 1),
+        int(last["step"]), steps, _number(last.get("loss")),
+        _number(last.get("samples_per_second")), left, max(0, len(seen) - 1),
     )  # fmt: skip
 
 
 def _records(data: bytes) -> Iterable[dict[str, Any]]:
     for line in data.splitlines():
-        with contextlib.suppress(ValueError):  # the first and the last may be cut
+        with contextlib.suppress(ValueError, RecursionError):  # the first and the last may be cut
             record = json.loads(line)
-            if isinstance(record, dict):
+            whole = isinstance(record, dict) and None not in (
+                _number(record.get("step")), _number(record.get("time"))
+            )  # fmt: skip
+            if whole:
                 yield record
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or nothing."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value if usable and math.isfinite(value) else None
 
 
 def outcome(run: Path) -> tuple[str, int] | None:
@@ -125,8 +180,8 @@ def outcome(run: Path) -> tuple[str, int] | None:
     if (run / RESULT).exists():
         return "completed", 0
     if (run / FAILURE).exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            failure = json.loads((run / FAILURE).read_text())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            failure = json.loads(owner.read(run / FAILURE, MOST_BYTES))
             where = f"rank {failure['rank']}: " if failure["rank"] is not None else ""
             text = f"{where}{failure['what']}: {failure['message']}"
             return f"failed: {text}", int(failure["exit_code"])
@@ -145,45 +200,97 @@ def describe(run: Submitted, state: State | None) -> str:
     return state.name if state is not None else "unknown to Slurm, and without a result"
 
 
+class _Silence:
+    """Slurm's silence, which a wait outlives for a while.
+
+    Args:
+        say: Told when it begins.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._since: float | None = None
+
+    def states(self, jobs: Iterable[str]) -> dict[str, State] | None:
+        """What Slurm says of jobs; None while it says nothing.
+
+        Raises:
+            Error: It has not for ``SILENCE_SECONDS``, or there is no Slurm here.
+        """
+        try:
+            states = commands.states(jobs)
+        except commands.Unanswered as error:
+            if self._since is None:
+                self._since = time.monotonic()
+                self._say(f"{error.message} Waiting on; what runs is not touched by this")
+            if time.monotonic() - self._since > SILENCE_SECONDS:
+                raise
+            return None
+        self._since = None
+        return states
+
+
 def wait(run: Submitted, say: Callable[[str], None]) -> int:
-    """Return when a run is over, however often it was started again; the training's exit code.
+    """Return when a run is over, however often it was started again, and as whichever job.
+
+    Args:
+        run: Which one.
+        say: Told what happens.
+
+    Returns:
+        The training's exit code.
 
     Raises:
-        Error: Slurm does not answer.
+        Error: Slurm has not answered for ``SILENCE_SECONDS``.
     """
     before = ""
     unknown_since: float | None = None
+    silence = _Silence(say)
     while True:
-        state = commands.states([run.job]).get(run.job)
+        run = _now(run)
+        states = silence.states([run.job])
+        if states is None:
+            time.sleep(POLL_SECONDS)
+            continue
+        state = states.get(run.job)
         unknown_since = (unknown_since or time.monotonic()) if state is None else None
         lost = unknown_since is not None and time.monotonic() - unknown_since > LOST_SECONDS
         ended = outcome(run.run)
         if lost or (state is not None and state.over) or (state is None and ended is not None):
-            break
+            if _now(run).job == run.job:
+                break
+            unknown_since = None
+            continue
         text = state.name + (f" {state.reason}" if state.reason else "") if state else before
-        if text != before:
-            say(f"job {run.job}: {text}")
+        if (text := printable(f"job {run.job}: {text}")) != before:
+            say(text)
             before = text
         time.sleep(POLL_SECONDS)
     if ended is None or ended[0] == "interrupted":
         name = state.name if state is not None else "unknown to Slurm"
-        say(f"job {run.job}: {name}, without a result; see {log(run) or run.run}")
+        say(printable(f"job {run.job}: {name}, without a result; see {log(run) or run.run}"))
         return ended[1] if ended is not None else 1
-    say(f"job {run.job}: {ended[0]}")
+    say(printable(f"job {run.job}: {ended[0]}"))
     return ended[1]
 
 
 def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
     """Return when all of these jobs are over.
 
+    Args:
+        numbers: Theirs.
+        say: Told what happens.
+
     Raises:
-        Error: Slurm does not answer.
+        Error: Slurm has not answered for ``SILENCE_SECONDS``, or knows none of them.
     """
     before = ""
     known: dict[str, State] = {}
     begun = time.monotonic()
+    silence = _Silence(say)
     while True:
-        states = known | commands.states(numbers)
+        now = silence.states(numbers)
+        states = known | (now or {})
         known = states  # Slurm forgets those that have been over for a while
         names = Counter(state.name.lower() for state in states.values())
         text = ", ".join(f"{count} {name}" for name, count in sorted(names.items()))
@@ -192,12 +299,53 @@ def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
             before = text
         if states and all(state.over for state in states.values()):
             return
-        if not states and time.monotonic() - begun > LOST_SECONDS:
+        if now == {} and not states and time.monotonic() - begun > LOST_SECONDS:
             raise Error(f"Slurm knows nothing of job {numbers[0]}.", hint="`squeue` may tell more.")
         time.sleep(POLL_SECONDS)
 
 
+def cancel(run: Submitted) -> list[str]:
+    """End a run's jobs, all that are not over; their numbers.
+
+    Raises:
+        Error: Slurm does not answer.
+    """
+    run = _now(run)
+    numbers = [*run.before, run.job]
+    try:
+        states = commands.states(numbers)
+    except commands.Unanswered:
+        states = {}
+    left = [number for number in numbers if number == run.job or number in states]
+    left = [number for number in left if number not in states or not states[number].over]
+    for number in left or [run.job]:  # the one before first: it could submit another
+        commands.cancel(number)
+    return left or [run.job]
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would take for orders."""
+    return "".join(each if each.isprintable() or each in "\n\t" else "?" for each in text)
+
+
 def log(run: Submitted) -> Path | None:
     """A run's newest log."""
-    logs = sorted(run.run.glob("*.out"), key=lambda path: path.stat().st_mtime)
-    return logs[-1] if logs else None
+    paths = list(run.run.glob("*.out"))
+    if run.log:
+        where = Path(run.log)
+        parts = re.split(r"(%\d*[A-Za-z%])", where.name)
+        name = "".join(_part(run, part) if n % 2 else glob.escape(part)
+                       for n, part in enumerate(parts))  # fmt: skip
+        paths += Path(str(where.parent).replace("%%", "%")).glob(name or "*.out")
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime, path))
+    return max(found)[1] if found else None
+
+
+def _part(run: Submitted, pattern: str) -> str:
+    """What Slurm puts for a pattern of a log's name, as a pattern of glob."""
+    numbers = [job.partition(";")[0] for job in (*run.before, run.job)]
+    known = {"%%": "%", "%x": glob.escape(run.name), "%j": numbers[0] if len(numbers) == 1 else "*"}
+    return known.get(pattern, "*")

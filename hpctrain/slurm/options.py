@@ -1,10 +1,11 @@
-"""The options of sbatch by their own long names, and how they are written.
+"""The options of sbatch by their own names, and how they are written.
 
 From ``man sbatch`` of Slurm 24.05 (https://slurm.schedmd.com/sbatch.html).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from hpctrain.errors import Error, nearest
@@ -33,48 +34,156 @@ VALUED = frozenset(
 )
 """Those that take one; some of the flags may."""
 
+SHORT = {
+    "A": "account", "a": "array", "B": "extra-node-info", "b": "begin", "C": "constraint",
+    "c": "cpus-per-task", "D": "chdir", "d": "dependency", "e": "error", "F": "nodefile",
+    "G": "gpus", "H": "hold", "i": "input", "J": "job-name", "k": "no-kill", "L": "licenses",
+    "M": "clusters", "m": "distribution", "N": "nodes", "n": "ntasks", "O": "overcommit",
+    "o": "output", "p": "partition", "q": "qos", "S": "core-spec", "s": "oversubscribe",
+    "t": "time", "w": "nodelist", "x": "exclude",
+}  # fmt: skip
+"""Long names of the short ones."""
+
+FAMILIES = (
+    ("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket"),
+    ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket"),
+    ("mem", "mem-per-cpu", "mem-per-gpu"),
+)
+"""Options that answer one question in several ways."""
+
 Options = dict[str, str]
 """Of sbatch: long name -> value; a flag's is empty."""
 
 
-def check(name: str) -> str:
-    """The name of an option, if there is one.
+def known(name: str) -> bool:
+    """Whether this is an option of sbatch; a newer one, or a plugin's, may not be known here."""
+    return name in FLAGS or name in VALUED
+
+
+def misspelt(names: Iterable[str], more: Iterable[str] = ()) -> str:
+    """A hint for options that sbatch did not take; empty where all of them are known here.
+
+    Args:
+        names: Options as they were given.
+        more: Others that might have been meant.
+    """
+    valid = FLAGS | VALUED | {name.lstrip("-") for name in more}
+    return " ".join(
+        f"--{name}: {nearest(name, valid, '`man sbatch`')}" for name in names if not known(name)
+    )
+
+
+def long(word: str) -> str:
+    """An option with a short name as it is written with its long one: ``-N2`` is ``--nodes=2``.
 
     Raises:
-        Error: There is not.
+        Error: There is no such option.
     """
-    if name not in FLAGS and name not in VALUED:
-        raise Error(
-            f"sbatch has no option --{name}, and `hpctrain train` neither.",
-            hint=nearest(name, FLAGS | VALUED, "`man sbatch`"),
-        )
-    return name
+    if word.startswith("--"):
+        return word
+    name = SHORT.get(word[1:2])
+    if name is None:
+        raise Error(f"neither sbatch nor `hpctrain train` has an option {word[:2]}.",
+                    hint="`man sbatch` lists them.")  # fmt: skip
+    value = word[2:].removeprefix("=")
+    return f"--{name}={value}" if value else f"--{name}"
 
 
 def parse(arguments: Iterable[str]) -> Options:
-    """Options as they are typed: ``--name=value``, ``--name value``, ``--flag``.
+    """Options as they are typed: ``--name=value``, ``--name value``, ``--flag``, ``-N 2``.
+
+    What is not known here is for sbatch to judge; its value follows an equals sign.
 
     Raises:
-        Error: One is unknown, lacks its value, or has none to take.
+        Error: One lacks its value, or has none to take.
     """
     found: Options = {}
     left = list(arguments)
     while left:
         argument = left.pop(0)
-        if not argument.startswith("--"):
-            raise Error(
-                f"{argument!r} is not an option.", hint="give one TASK, and long options only."
-            )
-        name, equals, value = argument.removeprefix("--").partition("=")
-        check(name)
-        if not equals and name in VALUED and left and not left[0].startswith("--"):
+        if not argument.startswith("-"):
+            raise Error(f"{argument!r} is not an option.", hint="give one TASK, and options only.")
+        name, equals, value = long(argument).removeprefix("--").partition("=")
+        if not equals and name in VALUED and left and not left[0].startswith("-"):
             value = left.pop(0)
-        elif not equals and name not in FLAGS:
+        elif not equals and name in VALUED and name not in FLAGS:
             raise Error(f"sbatch's option --{name} needs a value.", hint=f"--{name}=VALUE.")
-        elif equals and name not in VALUED:
+        elif not equals and not known(name) and left and not left[0].startswith("-"):
+            raise Error(f"there is no option --{name} that is known here.",
+                        hint=f"--{name}={left[0]} is for sbatch. {misspelt([name])}")  # fmt: skip
+        elif equals and name in FLAGS and name not in VALUED:
             raise Error(f"sbatch's option --{name} takes no value.", hint=f"write --{name}.")
         found[name] = value
     return found
+
+
+def merge(*layers: Options) -> Options:
+    """Options of which later ones win: also over others that answer the same question."""
+    found: Options = {}
+    for layer in layers:
+        for family in FAMILIES:
+            if any(name in layer for name in family):
+                found = {name: value for name, value in found.items() if name not in family}
+        if gpus_of(layer.get("gres", "")):
+            found = {name: value for name, value in found.items() if name not in FAMILIES[1]}
+        if any(name in layer for name in FAMILIES[1]) and gpus_of(found.get("gres", "")):
+            found["gres"] = ",".join(
+                each for each in found["gres"].split(",") if not each.startswith("gpu")
+            )
+            if not found["gres"]:
+                del found["gres"]
+        found |= layer
+    return found
+
+
+def gpus_of(gres: str) -> int:
+    """The GPUs on each node of a ``--gres``: ``gpu:4``, ``gpu:a100:4``, ``gpu``; 0: none."""
+    total = 0
+    for each in gres.removeprefix("gres:").split(","):
+        name, *rest = re.split(r"[:=/]", each.partition("(")[0])
+        if name == "gpu":
+            total += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return total
+
+
+def ranks(asked: Options) -> Options:
+    """How many ranks there are where that follows from the GPUs: one for each.
+
+    Args:
+        asked: All options.
+
+    Returns:
+        The option that says so; none where the ranks are given, or there are no GPUs.
+
+    Raises:
+        Error: It does not follow.
+    """
+    if any(name in asked for name in FAMILIES[0]):
+        return {}
+    gpus = {name: _count(name, asked[name]) for name in FAMILIES[1] if name in asked}
+    each = gpus.get("gpus-per-task", 1)
+    on_node = gpus.get("gpus-per-node") or gpus_of(asked.get("gres", ""))
+    if not on_node and "gpus-per-socket" in gpus and asked.get("sockets-per-node", "").isdigit():
+        on_node = gpus["gpus-per-socket"] * int(asked["sockets-per-node"])
+    if not on_node and (total := gpus.get("gpus")):
+        nodes = asked.get("nodes", "1")
+        if not nodes.isdigit() or total % int(nodes):
+            return {"ntasks": str(max(1, total // each))}
+        on_node = total // int(nodes)
+    if on_node:
+        return {"ntasks-per-node": str(max(1, on_node // each))}
+    if gpus:
+        raise Error(f"--{next(iter(gpus))} does not say how many ranks there are.",
+                    hint="add --tasks-per-node, or --gpus-per-node.")  # fmt: skip
+    return {}
+
+
+def _count(name: str, text: str) -> int:
+    """``4``, ``a100:4``, or ``a100:2,v100:2``."""
+    numbers = [each.rpartition(":")[2] for each in text.split(",")]
+    if not all(number.isdigit() for number in numbers):
+        raise Error(f"--{name} {text} is no number of GPUs.", hint="such as 4, or a100:4.")
+    return sum(map(int, numbers))
 
 
 def directive(name: str, value: str) -> str:

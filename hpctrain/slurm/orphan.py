@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
 
@@ -24,7 +24,9 @@ SUPERVISOR = "HPCTRAIN_SUPERVISOR"
 """The environment variable that names the batch script's host; ``hpctrain job`` sets it."""
 
 OVER = b"."
-SILENCE_SECONDS = 10
+OVER_SECONDS = 2.0
+LOOK_SECONDS = 2.0
+SILENCE_SECONDS = 10.0
 END_SECONDS = 10.0  # where only the script has ended, Slurm ends the job by itself
 
 
@@ -38,32 +40,27 @@ def end_job(lost_hosts: Iterable[str]) -> None:
 def watched(node: str) -> Iterator[None]:
     """Have another node of the job watch this one, on which the batch script runs.
 
+    It asks for connections at a port of this host that is taken, but at which nothing listens: a
+    host that is there refuses them. So nobody can connect, and there is nothing to prove.
+
     Args:
         node: Which one.
     """
-    with socket.create_server(("", 0)) as server:
-        address = f"{os.uname().nodename}:{server.getsockname()[1]}"
+    with socket.socket() as refusing:
+        refusing.bind(("", 0))
+        address = f"{os.uname().nodename}:{refusing.getsockname()[1]}"
         step = subprocess.Popen(
             ["srun", "--overlap", "--no-kill", "--kill-on-bad-exit=0", "--mpi=none", "--nodes=1",
              "--ntasks=1", f"--nodelist={node}", "--quiet",
              sys.executable, "-m", "hpctrain.slurm.orphan", address],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "PATH": search_path()}, start_new_session=True,
         )  # fmt: skip
-        watchers: list[socket.socket] = []
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    watchers.append(server.accept()[0])
-
-        threading.Thread(target=accept, daemon=True).start()
         try:
             yield
         finally:
-            for watcher in watchers:
-                with contextlib.suppress(OSError):
-                    watcher.sendall(OVER)
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                step.communicate(OVER, timeout=OVER_SECONDS)
             step.kill()
             step.wait()
 
@@ -72,22 +69,31 @@ def watch(address: str) -> None:
     """Return when the script has ended in good order; else, if its host is lost, end the job.
 
     Args:
-        address: ``HOST:PORT`` at which the script listens.
+        address: ``HOST:PORT`` at which the script's host refuses connections.
     """
     host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=SILENCE_SECONDS) as script:
-            script.settimeout(None)
-            script.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in (("KEEPIDLE", 4), ("KEEPINTVL", 2), ("KEEPCNT", 3)):
-                script.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
-            if script.recv(1) == OVER:
-                return
-    except OSError:
-        pass
-    time.sleep(END_SECONDS)
     if not answers(host, int(port), SILENCE_SECONDS):
-        _requeue()
+        return  # a firewall is between them, and nothing can be said
+    while True:
+        silent_since = time.monotonic()
+        while not answers(host, int(port), SILENCE_SECONDS):
+            if time.monotonic() - silent_since > SILENCE_SECONDS + END_SECONDS:
+                _requeue()
+                return
+            time.sleep(LOOK_SECONDS)
+        if _over():
+            return
+
+
+def _over() -> bool:
+    """Whether the script says within some seconds that it has ended."""
+    ready, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
+    if not ready:
+        return False
+    if os.read(sys.stdin.fileno(), 1) == OVER:
+        return True
+    time.sleep(LOOK_SECONDS)  # its end is gone, and perhaps its host
+    return False
 
 
 def _requeue() -> None:

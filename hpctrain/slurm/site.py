@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +14,35 @@ from pydantic import Field, ValidationError
 
 from hpctrain.config import Section, read_toml
 from hpctrain.errors import Error, nearest
-from hpctrain.slurm.options import Options, check
+from hpctrain.process import which
+from hpctrain.slurm.options import Options
 
 HERE = Path(__file__).parent / "templates" / "sites"
-Launcher = Literal["srun", "mpirun", "horovodrun"]
+LAUNCHERS = ("srun", "mpirun", "horovodrun")
+PLACES = {
+    "{nodes}": '"$SLURM_JOB_NUM_NODES"',
+    "{ranks}": '"$SLURM_NTASKS"',
+    "{ranks_per_node}": '"$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))"',
+    "{cores}": '"${SLURM_CPUS_PER_TASK:-1}"',
+}
+"""What may stand in a launcher of the site's own, and bash's words for it."""
+
+_VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", re.ASCII)
+_SPECIAL, _ESCAPED = r'([\\"`$])', r"\\\1"
+# They take back what was loaded, or say where modules are: so they go before `module load`.
+_FIRST = re.compile(r"\s*(?:module|ml)\s+(?:-\S+\s+)*(?:purge|reset|restore|use|unuse)\b")
+
+
+def quote(word: str) -> str:
+    """A word for bash: literal but for variables (``$SCRATCH``, ``${USER}``)."""
+    if not _VARIABLE.search(word):
+        return shlex.quote(word)
+    text = ""
+    end = 0
+    for found in _VARIABLE.finditer(word):
+        text += re.sub(_SPECIAL, _ESCAPED, word[end : found.start()]) + found[0]
+        end = found.end()
+    return f'"{text}{re.sub(_SPECIAL, _ESCAPED, word[end:])}"'
 
 
 class Container(Section):
@@ -35,11 +62,20 @@ class Container(Section):
 class Site(Section):
     """What jobs on a cluster have in common."""
 
-    launcher: Launcher = Field("srun", description="What starts the ranks within a job.")
+    launcher: str = Field(
+        "srun",
+        min_length=1,
+        description="What starts the ranks within a job: srun, mpirun, horovodrun, or a command of "
+        "the site's own, in which {nodes}, {ranks}, {ranks_per_node} and {cores} are filled in.",
+    )
     mpi: str = Field("pmix", description="srun --mpi: how ranks find each other.")
     launcher_options: list[str] = Field([], description="More options of the launcher.")
     modules: list[str] = Field([], description="`module load` these.")
-    setup: list[str] = Field([], description="Lines of shell that go before everything else.")
+    setup: list[str] = Field(
+        [],
+        description="Lines of shell that come after the modules; those of `module purge`, `reset`, "
+        "`restore` and `use` before them.",
+    )
     environment: dict[str, str] = Field({}, description="Variables of the job.")
     interface: str | None = Field(
         None, description="Network interface of NCCL and Gloo. Unset: the one to the other nodes."
@@ -53,44 +89,64 @@ class Site(Section):
     container: Container | None = Field(None, description="What the ranks run in.")
 
     def sbatch(self) -> Options:
-        """Its options of sbatch.
-
-        Raises:
-            Error: There is no such option.
-        """
+        """Its options of sbatch."""
         return {
-            check(name): "" if value is True else str(value)
+            name: "" if value is True else str(value)
             for name, value in self.options.items()
             if value is not False
         }
 
-    def launch(self, launcher: Launcher | None = None, *, elastic: bool = False) -> str:
+    def launch(self, launcher: str | None = None, *, elastic: bool = False) -> str:
         """The words that start ranks, as the elements of a bash array.
 
         Args:
             launcher: Instead of the site's own.
             elastic: Whether others may live when a rank fails; `hpctrain job` decides.
+
+        Raises:
+            Error: It is no command.
         """
+        chosen = launcher or self.launcher
         end = [] if elastic else ["--kill-on-bad-exit=1"]
-        words = {
+        known = {
             "srun": ["srun", f"--mpi={self.mpi}", *end],
             # Threads and GPUs are divided by hpctrain; a rank bound to one core would be slow.
             "mpirun": ["mpirun", "--bind-to", "none"],
             "horovodrun": ["hpctrain", "horovod", "run"],
-        }[launcher or self.launcher]
+        }
+        words = known.get(chosen) or _own(chosen)
         more = self.launcher_options if launcher in (None, self.launcher) else []
         inside = self.container.line() if self.container is not None else []
-        return shlex.join([*words, *more, *inside])
+        return " ".join([*map(_filled, [*words, *more]), *map(quote, inside)])
 
     def prepare(self) -> str:
         """The lines of shell that make a job's environment."""
-        lines = [f"module load {shlex.quote(module)}" for module in self.modules]
-        lines += self.setup
+        first = [line for line in self.setup if _FIRST.match(line)]
+        lines = [*first, *(f"module load {shlex.quote(module)}" for module in self.modules)]
+        lines += [line for line in self.setup if line not in first]
         environment = {**self.environment}
         if self.interface is not None:
             environment["HPCTRAIN_INTERFACE"] = self.interface
-        lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+        lines += [f"export {name}={quote(value)}" for name, value in environment.items()]
         return "\n".join(lines)
+
+
+def _own(command: str) -> list[str]:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise Error(f"{command!r} is no command: {error}.", hint="quotes come in pairs.") from error
+    close = difflib.get_close_matches(words[0], LAUNCHERS, n=1, cutoff=0.8) if words else []
+    if not words or (len(words) == 1 and close and which(words[0]) is None):
+        raise Error(f"there is no launcher {command!r}.", hint=nearest(command, LAUNCHERS))
+    return words
+
+
+def _filled(word: str) -> str:
+    if unknown := [each for each in re.findall(r"(?<!\$)\{\w*\}", word) if each not in PLACES]:
+        raise Error(f"{unknown[0]} in the launcher is unknown.", hint=f"{', '.join(PLACES)} are.")
+    parts = re.split("(" + "|".join(map(re.escape, PLACES)) + ")", word)
+    return "".join(PLACES.get(part) or quote(part) for part in parts if part) or "''"
 
 
 def load(name: str | None, environment: Mapping[str, str] = os.environ) -> Site:
@@ -121,12 +177,10 @@ def load(name: str | None, environment: Mapping[str, str] = os.environ) -> Site:
 def _read(path: Path) -> Site:
     layer: dict[str, Any] = read_toml(path)
     try:
-        site = Site.model_validate(layer)
+        return Site.model_validate(layer)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         names = list(Site.model_fields)
         hint = nearest(key, names) if first["type"] == "extra_forbidden" else f"see {HERE}."
         raise Error(f"{path}: {key}: {first['msg']}.", hint=hint) from error
-    site.sbatch()
-    return site

@@ -10,6 +10,10 @@ import sys
 from typing import NoReturn
 
 from hpctrain.process import search_path, which
+from hpctrain.slurm.hidden import show
+
+PYTHON = "HPCTRAIN_PYTHON"
+"""The environment variable that tells the shim which interpreter to use."""
 
 # Of this process's own step; srun would take them for its options.
 KEPT = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID")
@@ -32,7 +36,7 @@ def one_task(host: str) -> tuple[list[str], dict[str, str]]:
     """The start of the command that runs one task on a node of this job, and its environment."""
     environment = {
         name: value
-        for name, value in os.environ.items()
+        for name, value in show(os.environ).items()
         if not name.startswith("SLURM_") or name in KEPT
     }
     environment["PATH"] = search_path()

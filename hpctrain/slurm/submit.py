@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,22 +16,57 @@ from pathlib import Path
 from typing import Any
 
 from hpctrain import __version__
-from hpctrain.errors import Error
+from hpctrain.errors import Error, nearest
 from hpctrain.files import write_text
-from hpctrain.slurm import commands
+from hpctrain.slurm import commands, jobs, options
 from hpctrain.slurm.options import Options, directive
 from hpctrain.slurm.render import render
-from hpctrain.slurm.site import Launcher, Site
-from hpctrain.slurm.supervise import SUBMISSION
+from hpctrain.slurm.requeue import CONTINUES
+from hpctrain.slurm.site import Site
+from hpctrain.slurm.supervise import SUBMISSION, catchable
 
 SCRIPT = "job.sbatch"
-LEAD_SECONDS = 120
 RELAUNCHES = 10
-_KEPT = re.compile(
-    r"(SLURM|SBATCH|HPCTRAIN|HOROVOD|OMPI|PRTE|PMIX|NCCL|CUDA|ROCR?|HIP|OMP|MPI|UCX|FI|LMOD|MODULE|"
-    r"CONDA|VIRTUAL_ENV|PYTHON|PATH|LD_LIBRARY_PATH|LOADEDMODULES|USER|HOSTNAME)"
+KEPT = frozenset(
+    """
+    CONDA_DEFAULT_ENV CONDA_PREFIX CUDA_HOME CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES HOSTNAME
+    HPCTRAIN_CACHE HPCTRAIN_DATA HPCTRAIN_INTERFACE HPCTRAIN_SITE LD_LIBRARY_PATH LD_PRELOAD
+    LOADEDMODULES MODULEPATH MPICH_GPU_SUPPORT_ENABLED OMP_NUM_THREADS OMP_PLACES OMP_PROC_BIND
+    PATH PYTHONPATH ROCR_VISIBLE_DEVICES SLURM_CONF USER VIRTUAL_ENV
+    """.split()  # noqa: SIM905 - a list of them would be a page long
 )
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
+"""Environment variables that say what a run had, and never hold a secret."""
+
+_KEPT_KINDS = re.compile(r"(NCCL|UCX|FI|GLOO|(OMPI|PRTE|PMIX)_MCA)_\w+", re.ASCII)
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH", re.IGNORECASE)
+_GIVEN = re.compile(rf"(.*?(?:{_SECRET.pattern})[\w.-]*=).", re.IGNORECASE | re.DOTALL)
+_SIGNAL = re.compile(r"(?:(?:[RB]+):)?(\w+)(?:@(\d{1,5}))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Warn:
+    """How Slurm tells a job that its time is up.
+
+    Attributes:
+        signal: By which signal.
+        seconds: So long before.
+    """
+
+    signal: str = "USR1"
+    seconds: int = 120
+
+    @classmethod
+    def parse(cls, text: str) -> Warn:
+        """Read what sbatch takes as its ``--signal``: ``USR1``, ``USR1@300``, ``B:USR1@300``.
+
+        Raises:
+            Error: It is not that, or the signal cannot be caught.
+        """
+        found = _SIGNAL.fullmatch(text)
+        if found is None:
+            raise Error(f"--signal {text} is no signal.", hint="USR1@300: 300 s before the end.")
+        name = catchable(found[1]).name.removeprefix("SIG")
+        return cls(name, int(found[2]) if found[2] else cls.seconds)
 
 
 @dataclass
@@ -46,7 +82,7 @@ class Request:
         run: The run folder.
         launcher: Another than the site's.
         max_requeues: How often the job may be started again.
-        signal: By which Slurm tells that time is up.
+        warn: How Slurm tells that time is up; None: as the site says.
         blocks: More of the template's blocks.
     """
 
@@ -56,17 +92,29 @@ class Request:
     site: Site
     template: str
     run: Path
-    launcher: Launcher | None = None
+    launcher: str | None = None
     max_requeues: int = 20
-    signal: str = "USR1"
+    warn: Warn | None = None
     blocks: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        asked = options.merge(self.site.sbatch(), self.options)
+        if self.warn is None:
+            self.warn = Warn.parse(asked["signal"]) if "signal" in asked else Warn()
+        if "chdir" in asked:  # the run folder and the log are where the command was given
+            self.run = self.run.absolute()
+
     def resolved(self) -> Options:
-        """All options of sbatch: hpctrain's, the site's, and what was asked for."""
+        """All options of sbatch: hpctrain's, the site's, and what was asked for.
+
+        Raises:
+            Error: They do not say how many ranks there are, or ask for many runs.
+        """
         array = self.template == "array"
+        folder = str(self.run).replace("%", "%%")
         own: Options = {
             "job-name": self.name,
-            "output": str(self.run / ("%x-%A_%a.out" if array else "%x-%j.out")),
+            "output": f"{folder}/{'%x-%A_%a.out' if array else '%x-%j.out'}",
             "open-mode": "append",
             "nodes": "1",
             "ntasks-per-node": "1",
@@ -75,15 +123,42 @@ class Request:
         if self.template == "scaling":
             own["no-requeue"] = ""
         else:
-            own |= {"signal": f"B:{self.signal}@{LEAD_SECONDS}", "requeue": ""}
+            own["requeue"] = ""
         if self.template == "elastic":
             own["no-kill"] = ""
-        found = {**own, **self.site.sbatch(), **self.options}
-        if "ntasks" in self.options and "ntasks-per-node" not in self.options:
-            found.pop("ntasks-per-node")
+        site = self.site.sbatch()
+        if options.merge({}, self.options).keys() & {*options.FAMILIES[1]} or options.gpus_of(
+            self.options.get("gres", "")
+        ):  # a rank for each of those GPUs then
+            site = {name: value for name, value in site.items() if name not in options.FAMILIES[0]}
+        asked = options.merge(site, self.options)
+        if "array" in asked and not array:
+            raise Error("each task of an --array would train in the same folder.",
+                        hint="`hpctrain sweep` is for many runs.")  # fmt: skip
+        asked.pop("signal", None)
+        more = options.ranks(asked)
+        if (
+            "ntasks" in {**asked, **more}
+            and "ntasks-per-node" not in asked
+            and "nodes" not in asked
+        ):
+            del own["nodes"]
+        found = options.merge(own, asked, more)
+        if self.template != "scaling" and self.warn is not None:
+            found["signal"] = f"B:{self.warn.signal}@{self.warn.seconds}"
         if self.site.gpus_by == "gres" and (count := found.pop("gpus-per-node", None)):
-            found["gres"] = f"gpu:{count}"
+            found["gres"] = ",".join(filter(None, [f"gpu:{count}", found.get("gres")]))
+        if "export" in found:
+            found["export"] = _names(found["export"])
         return found
+
+    def environment(self) -> dict[str, str]:
+        """For sbatch: with the values that ``--export`` gives, which nobody else may read."""
+        given = options.merge(self.site.sbatch(), self.options).get("export", "")
+        values = [each.partition("=")[::2] for each in given.split(",") if "=" in each]
+        gone = (CONTINUES, "HPCTRAIN_RUN", "SLURM_RESTART_COUNT", "SBATCH_ARRAY_INX")
+        kept = {name: value for name, value in os.environ.items() if name not in gone}
+        return {**kept, **dict(values)}
 
     def script(self, made: str) -> str:
         """The batch script.
@@ -94,10 +169,10 @@ class Request:
         Raises:
             Error: A value cannot stand in a script.
         """
-        options = self.resolved()
+        asked = self.resolved()
         order = ("job-name", "output", "open-mode", "partition", "account", "nodes")
-        first = {name: options.pop(name) for name in order if name in options}
-        lines = [directive(name, value) for name, value in {**first, **options}.items()]
+        first = {name: asked.pop(name) for name in order if name in asked}
+        lines = [directive(name, value) for name, value in {**first, **asked}.items()]
         made = " ".join(made.split())
         launch = self.site.launch(self.launcher, elastic=self.template == "elastic")
         blocks = {
@@ -109,86 +184,173 @@ class Request:
             "command": f"command=({shlex.join(self.train)})",
             **self.blocks,
         }
-        if self.template not in ("array", "scaling"):
-            job = f'hpctrain job --run "$run" --max-requeues {self.max_requeues}'
+        if self.template != "scaling":
+            looks_after = "trial" if self.template == "array" else "job --run"
+            job = f'hpctrain {looks_after} "$run" --max-requeues {self.max_requeues}'
+            if self.warn is not None and self.warn.signal != "USR1":
+                job += f" --signal {self.warn.signal}"
             more = f" --elastic --relaunches {RELAUNCHES}" if self.template == "elastic" else ""
             blocks["job"] = f"job=({job}{more})"
         return render(self.template, blocks)
 
 
-def check(request: Request) -> None:
+def check(request: Request, made: str) -> str:
     """Refuse what the cluster could not run, or would let wait for ever.
+
+    Args:
+        request: What.
+        made: The command given.
+
+    Returns:
+        When Slurm would start it.
 
     Raises:
         Error: So it is.
     """
-    commands.fits(request.resolved())
+    asked = request.resolved()
+    commands.fits(asked)
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / SCRIPT
+        write_text(script, request.script(made), private=True)
+        try:
+            return commands.would_start(script, request.environment())
+        except commands.Unanswered:
+            raise
+        except Error as error:
+            wanted, there = asked.get("partition"), commands.partitions()
+            if wanted and "partition" in error.message and wanted not in there:
+                raise Error(
+                    f"there is no partition {wanted!r}.", hint=nearest(wanted, there)
+                ) from error
+            raise
 
 
-def submit(request: Request, made: str, config: str) -> str:
+def submit(request: Request, made: str, config: str, *, keep_diff: bool = False) -> str:
     """Keep everything in the run folder, and queue the job.
 
     Args:
         request: What.
         made: The command given.
         config: The resolved configuration, as TOML.
+        keep_diff: Whether to keep what git says was changed.
 
     Returns:
         The job's number.
 
     Raises:
-        Error: It cannot be written, or Slurm refuses it.
+        Error: It cannot be written, the folder is another job's, or Slurm refuses it.
     """
-    check(request)
+    _free(request.run)
+    check(request, made)
     run = request.run
     script = run / SCRIPT
     try:
+        log = _log(request)
         run.mkdir(parents=True, exist_ok=True)
-        write_text(script, request.script(made))
+        write_text(script, request.script(made), private=True)
         write_text(run / "config.toml", config)
     except OSError as error:
         raise Error(
-            f"cannot write {run}: {error.strerror}.", hint="choose another --out."
+            f"cannot write {error.filename or run}: {error.strerror}.", hint="choose another --out."
         ) from error
-    commands.would_start(script)
-    number = commands.submit(script)
+    try:
+        number = commands.submit(script, environment=request.environment())
+    except commands.Unanswered as error:
+        raise Error(f"{error.message} The job may have been submitted, or not.",
+                    hint="`squeue --me` shows it in a while.") from error  # fmt: skip
     about = {
         "job": number,
         "name": request.name,
         "made": made,
         "time": round(time.time(), 3),
         "folder": str(Path.cwd()),
-        "git": git_state(),
+        "log": str(log),
+        "git": git_state(keep_diff),
         "environment": environment(os.environ),
     }
-    write_text(run / SUBMISSION, json.dumps(about, indent=2) + "\n")
+    write_text(run / SUBMISSION, json.dumps(about, indent=2) + "\n", private=True)
     return number
 
 
-def git_state() -> dict[str, Any]:
-    """The commit of the folder that the command was given in, and what was changed since."""
+def _free(run: Path) -> None:
+    """Return if no job that is not over has a run folder."""
+    for before in jobs.find(run):
+        if before.run == run:
+            state = commands.states([before.job]).get(before.job)
+            if state is not None and not state.over:
+                raise Error(f"{run} is that of job {before.job}, which is {state.name}.",
+                            hint="choose another --out, or `hpctrain jobs cancel` it.")  # fmt: skip
+
+
+def _log(request: Request) -> Path:
+    """The log's path, with Slurm's patterns in it; its folder is made, which Slurm would not do.
+
+    Raises:
+        Error: That cannot be: it has a pattern in its own name, or nobody is to go there.
+        OSError: It cannot be made.
+    """
+    asked = request.resolved()
+    here = Path(asked.get("chdir", ".")).expanduser()
+    if not here.is_dir():
+        raise Error(f"--chdir {here}: there is no such folder.", hint="make it first.")
+    for name in ("output", "error"):
+        if name not in asked or asked[name] in ("none", "/dev/null"):
+            continue
+        path = here / asked[name]
+        parent = str(path.parent)
+        if "%" in parent.replace("%%", ""):
+            raise Error(f"--{name} {asked[name]}: Slurm makes no folders.",
+                        hint="patterns such as %j can stand in the file's name.")  # fmt: skip
+        Path(parent.replace("%%", "%")).mkdir(parents=True, exist_ok=True)
+    return (here / asked["output"]).absolute()
+
+
+def git_state(keep_diff: bool = False) -> dict[str, Any]:
+    """The commit of the folder that the command was given in, and whether it was changed since.
+
+    Args:
+        keep_diff: Whether to add the changes themselves.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, timeout=30, check=True
-        )
+            ["git", *arguments], capture_output=True, text=True, timeout=30, check=True,
+            errors="replace",
+        )  # fmt: skip
         return done.stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "changes": git("diff", "HEAD").splitlines()}
+        changes = git("diff", "--no-ext-diff", "--no-textconv", "HEAD").splitlines()
+        about = {"commit": git("rev-parse", "HEAD"), "changed": bool(changes)}
+        return {**about, "changes": changes} if keep_diff else about
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables that matter to a run; no secrets."""
+    """The variables that matter to a run, by a list of those that hold no secret."""
     return {
         name: value
         for name, value in sorted(variables.items())
-        if _KEPT.match(name) and not _SECRET.search(name)
+        if (name in KEPT or _KEPT_KINDS.fullmatch(name)) and not _SECRET.search(name)
     }
 
 
+def _names(export: str) -> str:
+    """An ``--export`` without values: they go with sbatch's own environment."""
+    return ",".join(each.partition("=")[0] for each in export.split(","))
+
+
 def command_line(arguments: Iterable[str] | None = None) -> str:
-    """The command that was given, as it could be typed."""
-    return shlex.join(["hpctrain", *(sys.argv[1:] if arguments is None else arguments)])
+    """The command that was given, as it could be typed, without secrets in it."""
+    words = ["hpctrain"]
+    exported = False
+    for word in sys.argv[1:] if arguments is None else arguments:
+        name, equals, value = word.partition("=")
+        if exported or name == "--export":
+            word = _names(word) if exported else "=".join([name, _names(value)][: 1 + len(equals)])
+        elif found := _GIVEN.match(word):
+            word = f"{found[1]}..."
+        exported = name == "--export" and not equals
+        words.append(word)
+    return shlex.join(words)

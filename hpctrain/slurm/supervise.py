@@ -17,11 +17,11 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from hpctrain.elastic import selftest
 from hpctrain.elastic.preload import library
@@ -30,21 +30,23 @@ from hpctrain.failure import FOLDER, Failure, read_notes
 from hpctrain.files import write_text
 from hpctrain.process import search_path
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT, STOP
-from hpctrain.slurm import commands, hosts
+from hpctrain.slurm import commands, hosts, owner, probe, requeue
 from hpctrain.slurm.cause import root_cause
 from hpctrain.slurm.orphan import SUPERVISOR, watched
 
 FAILURE, SUBMISSION = "failure.json", "submission.json"
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
 LOOK_SECONDS = 0.1
+NOTES_SECONDS = 1.0
+HICCUP_SECONDS = 60.0
+"""So long a file system may fail before it counts."""
+
 TAIL_BYTES = 2**16
 GRACE_SECONDS = 15.0
 """So long the launcher may take to end the other ranks when one has failed."""
 
 KILL_SECONDS = 5.0
-REQUEUE_SECONDS = 120.0
-PROBE_SECONDS = 15.0
-MOST_PROBES = 32
+ENDING_SECONDS = 10.0
 MODE = "HPCTRAIN__ELASTIC__MODE"
 OUTLIVING = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"]
 """By which srun lets a step go on without the processes and nodes that it loses."""
@@ -56,8 +58,26 @@ GROWING = {
     "restart": "at a loss the run is started again from its last checkpoint",
 }
 
-LOSSES = ("node lost", "rank lost", "SIGKILL", "exit code")
+LOSSES = ("node lost", "rank lost", "SIGKILL", "exit code", "srun")
 """Failures that the loss of a node may look like."""
+
+T = TypeVar("T")
+
+
+def steadily(what: Callable[[], T]) -> T:
+    """What a function returns, tried again while a shared file system has a hiccup.
+
+    Raises:
+        OSError: It lasts for longer than ``HICCUP_SECONDS``.
+    """
+    deadline = time.monotonic() + HICCUP_SECONDS
+    while True:
+        try:
+            return what()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(NOTES_SECONDS)
 
 
 class Job:
@@ -69,9 +89,13 @@ class Job:
         max_requeues: How often the job may be put back into the queue.
         relaunches: How often the run may be started again within this job, on the nodes left.
         elastic: Whether ranks are to outlive others' loss in the same processes, where they can.
+        told_by: One more signal that tells that time is up, such as ``INT``.
+        watch: Called now and then while the launcher runs.
+        home: The folder that the batch script calls its run, where it is another one.
 
     Raises:
-        Error: This is no job, or the folder cannot be made.
+        Elsewhere: The run went on as another job.
+        Error: This is no job, the folder cannot be made, or it is another job's.
     """
 
     def __init__(
@@ -82,6 +106,9 @@ class Job:
         max_requeues: int,
         relaunches: int,
         elastic: bool = False,
+        told_by: str = "USR1",
+        watch: Callable[[], None] = lambda: None,
+        home: Path | None = None,
     ) -> None:
         self.number = commands.this_job()
         self._command = command
@@ -95,19 +122,27 @@ class Job:
         self._elastic = elastic
         self._engine: Engine = "restart"
         self._tail = bytearray()
+        self._signals = {*SIGNALS, catchable(told_by)}
+        self._watch = watch
+        self._home = home or run
         try:
             run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Error(
                 f"cannot make {run}: {error.strerror}.", hint="choose another --run."
             ) from error
+        self._restarts = int(os.environ.get("SLURM_RESTART_COUNT") or "0")
+        continues = os.environ.get(requeue.CONTINUES)
+        if continues is not None and continues == self.number:
+            continues = None
+        self._again = owner.claim(run, self.number, self._restarts, continues).again
 
     def supervise(self) -> int:
         """Run to the end; the exit code that tells the scheduler the truth."""
-        if int(os.environ.get("SLURM_RESTART_COUNT", "0")) and (self._run / RESULT).exists():
+        if self._again and steadily((self._run / RESULT).exists):
             self._say("the run is completed")  # by ranks that outlived the node of this script
             return 0
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        before = {number: signal.signal(number, self._hear) for number in self._signals}
         try:
             if self._elastic:
                 self._engine = self._choose()
@@ -126,14 +161,21 @@ class Job:
     def _go_on(self) -> int:
         while True:
             returncode = self._launch()
-            if (self._run / RESULT).exists():
+            if steadily((self._run / RESULT).exists):
                 if returncode != 0:
                     self._say(f"the run is completed, though its launcher ended with {returncode}")
                 return 0
-            if (self._run / INTERRUPTED).exists():
+            if steadily((self._run / INTERRUPTED).exists):
                 return self._interrupted()
             failure = self._why(returncode)
-            present = self._present(failure)
+            try:
+                present = self._present(failure)
+            except probe.Doubt as doubt:
+                if failure.what not in ("srun", "exit code"):
+                    self._say(f"srun starts nothing here: {doubt}")
+                elif failure.what == "exit code":
+                    failure = replace(failure, what="srun", message=str(doubt))
+                return self._fail(failure)
             if self._relaunch(failure, present):
                 continue
             if present != self._nodes and self._told is None:
@@ -185,12 +227,7 @@ class Job:
         return self._command
 
     def _launch(self) -> int:
-        shutil.rmtree(self._notes, ignore_errors=True)
-        self._notes.mkdir(parents=True)
-        for name in (RESULT, INTERRUPTED, FAILURE):
-            (self._run / name).unlink(missing_ok=True)
-        if self._told is None:
-            (self._run / STOP).unlink(missing_ok=True)
+        steadily(self._clear)
         self._tail.clear()
         try:
             process = subprocess.Popen(
@@ -216,6 +253,15 @@ class Job:
         reader.join(KILL_SECONDS)
         return process.returncode
 
+    def _clear(self) -> None:
+        """Take away what an earlier start has left."""
+        shutil.rmtree(self._notes, ignore_errors=True)
+        self._notes.mkdir(parents=True, exist_ok=True)
+        for name in (RESULT, INTERRUPTED, FAILURE):
+            (self._run / name).unlink(missing_ok=True)
+        if self._told is None:
+            (self._run / STOP).unlink(missing_ok=True)
+
     def _pass_on(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
         while block := os.read(process.stdout.fileno(), 2**16):
@@ -227,8 +273,17 @@ class Job:
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         """Return when the launcher has ended; it is made to where it hangs on a rank's failure."""
         ended = False
+        looked = 0.0
         while process.poll() is None:
             time.sleep(LOOK_SECONDS)
+            if time.monotonic() - looked < NOTES_SECONDS:
+                continue
+            looked = time.monotonic()
+            with contextlib.suppress(OSError):
+                self._watch()
+            if self._told is not None:
+                with contextlib.suppress(OSError):
+                    (self._run / STOP).touch()  # it may have failed when the signal came
             over = [] if ended else self._over()
             if over and time.time() - over[0] > GRACE_SECONDS:
                 self._say("the run is over, and its launcher does not end; ending it")
@@ -240,8 +295,10 @@ class Job:
                     os.killpg(process.pid, signal.SIGKILL)
 
     def _over(self) -> list[float]:
-        """Since when the launcher should be about to end."""
-        found = [each.time for each in read_notes(self._notes) if not each.consequence]
+        """Since when the launcher should be about to end, as far as the folder can be read."""
+        found: list[float] = []
+        with contextlib.suppress(OSError):
+            found += [each.time for each in read_notes(self._notes) if not each.consequence]
         with contextlib.suppress(OSError):
             found.append((self._run / RESULT).stat().st_mtime)
         return sorted(found)
@@ -310,56 +367,61 @@ class Job:
         return code
 
     def _interrupted(self) -> int:
-        where = json.loads((self._run / INTERRUPTED).read_text())
-        progress = f"interrupted at step {where['step']} of {where['steps']}"
+        progress = _progress(self._run)
         if self._told is None:
             self._say(f"{progress}, by nobody's signal; not started again")
             return INTERRUPTED_CODE
+        if self._told is signal.SIGTERM:
+            if self._ends():
+                self._say(progress)
+                return self._fail(self._why(0))
+            self._told = None  # the next one will be
         return self._requeue(progress)
 
-    def _requeue(self, why: str) -> int:
-        done = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        done += int(os.environ.get("HPCTRAIN_RESTARTS", "0"))
-        if done >= self._max_requeues:
-            self._say(f"{why}; not started again: it has been, {done} times")
-            return INTERRUPTED_CODE
-        self._say(f"{why}; to be started again, for the {done + 1}. time")
-        self._told = None
-        try:
-            commands.requeue(self.number)
-        except Error as error:
-            self._say(f"{error.message} Submitting a job of its own instead")
-            return self._chain(done + 1)
-        # Slurm ends this script at once; to go first would look like an end of the job.
-        deadline = time.monotonic() + REQUEUE_SECONDS
-        while self._told is not signal.SIGTERM and time.monotonic() < deadline:
+    def _ends(self) -> bool:
+        """Whether SIGTERM was Slurm's, by which it ends a job; or just a signal."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(Error):
+                return not requeue.runs(self.number, self._restarts)
             time.sleep(LOOK_SECONDS)
-        return INTERRUPTED_CODE
+        return True
 
-    def _chain(self, restarts: int) -> int:
-        script = self._run / "job.sbatch"
+    def _requeue(self, why: str) -> int:
+        if self._again >= self._max_requeues:
+            self._say(f"{why}; not started again: it has been, {self._again} times")
+            return INTERRUPTED_CODE
+        self._say(f"{why}; to be started again, for the {self._again + 1}. time")
+
+        def ended() -> bool:
+            return self._told is signal.SIGTERM
+
         try:
-            if not script.exists():
-                commands.call("scontrol", "write", "batch_script", self.number, str(script))
-            after = f"--dependency=afterany:{self.number}"
-            give = f"--export=ALL,HPCTRAIN_RESTARTS={restarts},HPCTRAIN_RUN={self._run}"
-            number = commands.call("sbatch", "--parsable", after, give, str(script)).strip()
-        except Error as error:
+            refusal = requeue.requeue(self.number, self._restarts, ended)
+            if refusal is not None:
+                self._say(f"{refusal.message} Submitting a job of its own instead")
+                number = requeue.chain(self.number, self._run, self._home, ended)
+                if number is not None:
+                    self._say(f"goes on as job {number}")
+        except (Error, OSError) as error:
             return self._fail(Failure("requeue", str(error), None, None, 1, False, time.time()))
-        self._say(f"goes on as job {number}")
         return INTERRUPTED_CODE
 
     def _present(self, failure: Failure) -> list[hosts.Node]:
-        """The nodes that are left, after a failure that may come from the loss of one."""
+        """The nodes that are left, after a failure that may come from the loss of one.
+
+        Raises:
+            Doubt: That cannot be found out.
+        """
         if self._told is not None or not (failure.consequence or failure.what in LOSSES):
             return self._nodes
-        with ThreadPoolExecutor(MOST_PROBES) as pool:
-            answers = list(pool.map(_answers, [node.name for node in self._nodes]))
-        return [node for node, there in zip(self._nodes, answers, strict=True) if there]
+        return probe.present(self._nodes)
 
     def _relaunch(self, failure: Failure, present: list[hosts.Node]) -> bool:
         """Whether the run can go on within this job: some of its nodes are left."""
         lost = present != self._nodes or failure.consequence or failure.what in LOSSES
+        if failure.what == "srun" and present == self._nodes:
+            return False  # it would say the same again
         if self._relaunches == 0 or self._told is not None or not present or not lost:
             return False
         self._relaunches -= 1
@@ -388,13 +450,25 @@ def _without(nodes: list[hosts.Node], present: list[hosts.Node]) -> str:
     return ", ".join(node.name for node in nodes if node not in present)
 
 
-def _answers(node: str) -> bool:
-    """Whether a node of this job still starts processes."""
+def _progress(run: Path) -> str:
     try:
-        commands.call(
-            "srun", "--overlap", "--mpi=none", "--nodes=1", "--ntasks=1", f"--nodelist={node}",
-            "--quiet", "true", timeout_seconds=PROBE_SECONDS,
-        )  # fmt: skip
-    except Error:
-        return False
-    return True
+        where = json.loads(steadily((run / INTERRUPTED).read_text))
+        return f"interrupted at step {where['step']} of {where['steps']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "interrupted"
+
+
+def catchable(name: str) -> signal.Signals:
+    """A signal by which a job can be told that time is up.
+
+    Raises:
+        Error: There is none of this name, or nobody can catch it.
+    """
+    short = name.upper().removeprefix("SIG")
+    if short in ("KILL", "STOP"):
+        raise Error(f"signal {short} ends a process before it can save anything.",
+                    hint="USR1 is usual; USR2, HUP, INT and TERM will do.")  # fmt: skip
+    try:
+        return signal.Signals[f"SIG{short}"]
+    except KeyError:
+        raise Error(f"there is no signal {name}.", hint="USR1 is usual.") from None

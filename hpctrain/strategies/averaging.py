@@ -12,7 +12,7 @@ import itertools
 import sys
 import weakref
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -143,8 +143,6 @@ class AveragedGradients:
         self._averaged = False  # since the last step
         self._waited_for = False  # whether some ranks were in step() when the others averaged
         self._forget()
-        for parameter in self._parameters:
-            call_when_ready(parameter, weakref.WeakMethod(self._ready))
 
     def _forget(self) -> None:
         self._tasks: set[int] = set()
@@ -173,8 +171,8 @@ class AveragedGradients:
             self._local_only = before
 
     @torch.no_grad()
-    def _ready(self, parameter: nn.Parameter) -> None:
-        """Autograd calls this when a parameter's gradient of one pass is whole."""
+    def ready(self, parameter: nn.Parameter) -> None:
+        """To be called by autograd when a parameter's gradient of one pass is whole."""
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
             self._enter(task)
@@ -386,20 +384,21 @@ class AveragedGradients:
 
 
 def call_when_ready(
-    parameter: nn.Parameter, function: weakref.WeakMethod[Callable[[nn.Parameter], None]]
+    parameters: Iterable[nn.Parameter], method: Callable[[nn.Parameter], None]
 ) -> None:
-    """Have autograd call a method, while its object lives, after each gradient of a parameter.
+    """Have autograd call a method after each gradient of some parameters, while its object lives.
 
     Args:
-        parameter: Trained at present or not.
-        function: The method.
+        parameters: Trained at present or not.
+        method: Bound to an object.
     """
-    if not (parameter.is_floating_point() or parameter.is_complex()):
-        return
-    trained = parameter.requires_grad
-    parameter.requires_grad_(True)  # else torch takes no hook
-    parameter.register_post_accumulate_grad_hook(lambda p: (call := function()) and call(p))
-    parameter.requires_grad_(trained)
+    function = weakref.WeakMethod(method)
+    for parameter in parameters:
+        if parameter.is_floating_point() or parameter.is_complex():
+            trained = parameter.requires_grad
+            parameter.requires_grad_(True)  # else torch takes no hook
+            parameter.register_post_accumulate_grad_hook(lambda p: (call := function()) and call(p))
+            parameter.requires_grad_(trained)
 
 
 def is_within_another_pass() -> bool:

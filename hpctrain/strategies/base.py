@@ -68,6 +68,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
         weight: What this step's losses are multiplied by in all (``batch.weight``); to be set
             before ``backward()`` where a strategy may have to leave out some ranks.
         missed: Steps of the world that went by without this rank, at its last one.
+        overlaps: Whether gradients may be sent while ``backward()`` still computes, because nobody
+            looks at them or changes them before ``step()``, and each step has one pass outside of
+            ``no_sync()``. Read by the parameter server; the trainer says so.
         mark: Called when a part of a step has ended, with its name: of :data:`hpctrain.laps.PARTS`.
     """
 
@@ -82,6 +85,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | None = None
         self.weight = 1.0
         self.missed = 0
+        self.overlaps = False
         self.mark: Callable[[str], None] = lambda part: None
 
     def __getattr__(self, name: str) -> Any:

@@ -20,7 +20,7 @@ from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Membership, Progr
 from hpctrain.errors import Error, PeerLost
 from hpctrain.network import both_ways
 from hpctrain.process import cores, ended_after, loaded
-from hpctrain.strategies.averaging import AveragedGradients
+from hpctrain.strategies.averaging import AveragedGradients, call_when_ready
 from hpctrain.strategies.base import (
     ElasticOptimizer,
     check_shareable,
@@ -28,8 +28,8 @@ from hpctrain.strategies.base import (
     ordered,
     sparse_tables,
 )
-from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.strategies.horovod_communicator import HorovodCommunicator
+from hpctrain.strategies.start import check_alike, share
 from hpctrain.world import Alone, World
 
 _THREAD_MULTIPLE = 3  # what all implementations call it
@@ -66,13 +66,15 @@ class HorovodOptimizer(ElasticOptimizer):
     ) -> None:
         super().__init__(inner, clip_norm)
         this = weakref.proxy(self)
+        parameters = ordered(model, inner)[::-1]
         self._gradients = AveragedGradients(
-            ordered(model, inner)[::-1],
+            parameters,
             comm,
             bucket_bytes,
             sparse_tables(model),
             lambda part: this.mark(part),
         )
+        call_when_ready(parameters, self._gradients.ready)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
@@ -212,11 +214,7 @@ class Horovod:
 
     def share(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Start every rank from rank 0's model and optimizer state."""
-        start = broadcast_tree(
-            self.world.comm, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        )
-        model.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
+        share(self.world.comm, model, optimizer)
 
     def wrap(
         self,
@@ -228,6 +226,7 @@ class Horovod:
         """Start every rank from rank 0's model and optimizer state, and wrap the optimizer."""
         check_trainable(optimizer)
         check_shareable(model, optimizer)
+        check_alike(self.world.comm, model, optimizer)
         self.share(model, optimizer)
         return HorovodOptimizer(model, optimizer, self._comm, self.config.bucket_bytes, clip_norm)
 

@@ -25,6 +25,7 @@ from hpctrain.process import run, search_path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 NETWORK = "10.78.0"
+BRIDGE = "02:00:00:00:00:fe"
 START_SECONDS = 20
 CRED_SECONDS = 5  # a requeued job waits for so long; less counts as 120
 SPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
@@ -203,7 +204,9 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         hosts.write_text(f"127.0.0.1 localhost\n{NETWORK}.1 ctl\n{table}")
         self._raise("ctl")
         controller = self._inside("ctl")
-        _do([*controller, "ip", "link", "add", "eth0", "type", "bridge"])
+        # Without an address of its own a bridge has that of a port, and another one when that port
+        # is lost; then the other hosts' packets go astray until somebody asks for theirs.
+        _do([*controller, "ip", "link", "add", "eth0", "address", BRIDGE, "type", "bridge"])
         _do([*controller, "ip", "address", "add", f"{NETWORK}.1/24", "dev", "eth0"])
         _do([*controller, "ip", "link", "set", "eth0", "up"])
         self._daemon("slurmctld", controller, "ctl")

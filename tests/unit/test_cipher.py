@@ -5,11 +5,12 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.errors import Error
 from hpctrain.ps.cipher import Cipher, read_key
+from tests.waiting import SECONDS
 
 KEY = bytes(range(32))
 HEAD = 24  # salt and counter
@@ -19,7 +20,6 @@ def refused():
     return pytest.raises(Error, match="a message from worker 3 is not authentic: .*HINT")
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=5000), associated=st.binary(max_size=50))
 def test_round_trip(data, associated):
     """Between two processes' ciphers."""
@@ -80,7 +80,7 @@ def test_no_nonce_comes_twice():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(SECONDS)
 
     reading, writing = os.pipe()
     child = os.fork()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.errors import Error
@@ -38,7 +38,6 @@ def round_trip(codec, gradient):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None)
 @given(length=LENGTHS, seed=st.integers(0, 2**31))
 def test_casts(dtype, length, seed):
     gradient = draw(length, seed, dtype)
@@ -49,7 +48,6 @@ def test_casts(dtype, length, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None)
 @given(length=LENGTHS, seed=st.integers(0, 2**31))
 def test_int8(dtype, length, seed):
     gradient = draw(length, seed, dtype)
@@ -67,7 +65,6 @@ def test_int8_of_next_to_nothing():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None)
 @given(length=LENGTHS, seed=st.integers(0, 2**31), fraction=st.sampled_from(["0.01", "0.3", "1"]))
 def test_topk(dtype, length, seed, fraction):
     """So many of the largest exactly, zeros elsewhere; and nothing is nearer with so many."""
@@ -151,7 +148,6 @@ def test_error_feedback_learns():
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@settings(deadline=None)
 @given(data=st.binary(max_size=200), length=st.integers(0, 40), double=st.booleans())
 def test_garbage(spec, data, length, double):
     """Any bytes are decoded, or refused by an error of ours."""
@@ -186,7 +182,6 @@ def test_wrong_indices_are_refused(indices):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(deadline=None)
 @given(count=st.integers(0, 20), width=st.integers(1, 9), seed=st.integers(0, 2**31))
 def test_rows(dtype, count, width, seed):
     rows = torch.randint(0, 50, (count,), generator=torch.Generator().manual_seed(seed))
@@ -203,7 +198,6 @@ def test_rows(dtype, count, width, seed):
             decode_rows(out[:size], width, dtype, height=int(rows.max()))
 
 
-@settings(deadline=None)
 @given(data=st.binary(max_size=200), width=st.integers(1, 9))
 def test_garbage_rows(data, width):
     message = torch.frombuffer(bytearray(data + b"x"), dtype=torch.uint8)[:-1]

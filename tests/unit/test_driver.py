@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from hpctrain.elastic.connections import connections, shut_down
 from hpctrain.elastic.driver import MOST_VAIN, Driver, Rank, by_host, listen, places
 from hpctrain.elastic.launch import way_for
+from hpctrain.elastic.listener import Strangers
 from hpctrain.elastic.membership import Member
 from hpctrain.elastic.seats import MOST_FAILURES, Seats, place_variables
 from hpctrain.elastic.ways import Here, Ssh, Task
 from hpctrain.elastic.wire import challenge, new_key, pack, proof, proves, unpack
 from hpctrain.errors import Error
+from tests.processes import ended
+from tests.waiting import SECONDS, wait_until_async
 
 KEY = new_key()
 HOSTS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=12)
@@ -59,7 +62,7 @@ class Worker:
         self.reader, self.writer = reader, writer
 
     @classmethod
-    async def join(cls, port, seat, key=KEY, hang_seconds=5.0):
+    async def join(cls, port, seat, key=KEY, hang_seconds=SECONDS):
         self = cls(*await asyncio.open_connection("127.0.0.1", port))
         theirs, mine = (await self.read("who"))["challenge"], challenge()
         self.send("hello", challenge=mine, proof=proof(key, "rank", theirs, mine), seat=seat,
@@ -73,7 +76,7 @@ class Worker:
     async def read(self, kind):
         """The next message of a kind."""
         while True:
-            line = await asyncio.wait_for(self.reader.readline(), 5)
+            line = await asyncio.wait_for(self.reader.readline(), SECONDS)
             assert line, f"the driver went away before {kind!r}"
             if (message := unpack(line))["kind"] == kind:
                 return message
@@ -83,10 +86,9 @@ class Worker:
 async def driven(wanted, said=None):
     stores = iter(range(1000, 2000))
     say = said.append if said is not None else lambda text: None
-    driver = Driver(KEY, wanted, wanted, lambda: (next(stores), lambda: None), say)
-    server, port = await listen(driver, "127.0.0.1")
+    driver = Driver(KEY, wanted, wanted, lambda: (str(next(stores)), lambda: None), say)
     serving = asyncio.ensure_future(driver.serve())
-    async with server:
+    async with listen(driver, "127.0.0.1", Strangers(say)) as port:
         yield driver, port
         serving.cancel()
 
@@ -137,6 +139,7 @@ def test_silence_and_a_failure():
             cleared = []
             driver.lost = cleared.append
             silent = await Worker.join(port, 1, hang_seconds=0.2)
+            await silent.read("beat")  # it is asked before it is given up
             await silent.read("cut")
             assert cleared == [1]
             one, again = await Worker.join(port, 0), await Worker.join(port, 1)
@@ -174,8 +177,8 @@ def test_somebody_without_the_key():
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             await reader.readline()
             writer.write(b"GET / HTTP/1.1\n\n")
-            assert await asyncio.wait_for(reader.read(), 5) == b""
-            assert "turned away" in said[0] and len(said) == 2
+            assert await asyncio.wait_for(reader.read(), SECONDS) == b""
+            assert "turned away" in said[0] and len(said) == 1  # once a minute
 
     asyncio.run(play())
 
@@ -206,8 +209,7 @@ def test_ranks_that_do_not_start(monkeypatch, code, starts):
             way = Fails(code)
             seats = Seats(driver, way, lambda seat: Task(["x"], {}, "."), lambda text: None)
             keeping = asyncio.ensure_future(seats.keep())
-            while driver.code is None:
-                await asyncio.sleep(0.01)
+            await wait_until_async(lambda: driver.code is not None, "the driver to give up")
             keeping.cancel()
             assert driver.code == code
             assert starts <= way.starts <= 2 * starts
@@ -238,21 +240,19 @@ def test_by_ssh(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr("hpctrain.elastic.ways.SSH", [str(ssh), "-T"])
     secret, pid = tmp_path / "secret", tmp_path / "pid"
-    script = f"echo $THE_KEY > {secret}; echo $$ > {pid}; exec sleep 60"
+    script = f"echo $THE_KEY > {secret}; echo $$ > {pid}; exec sleep 1000"
 
     async def play():
         task = Task(["sh", "-c", script], {"THE_KEY": "hidden"}, str(tmp_path))
         running = asyncio.ensure_future(Ssh(["far"]).run(0, task))
-        while not pid.exists() or not pid.read_text():
-            await asyncio.sleep(0.01)
+        await wait_until_async(lambda: pid.exists() and pid.read_text(), "the rank to start")
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
     asyncio.run(play())
     assert secret.read_text() == "hidden\n"
     assert "hidden" not in (tmp_path / "arguments").read_text()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert ended(int(pid.read_text()))
 
 
 def test_connections_are_cut():
@@ -268,7 +268,7 @@ def test_connections_are_cut():
         thread = threading.Thread(target=lambda: heard.append(waiting.recv(1)), daemon=True)
         thread.start()
         shut_down(connections() - before)
-        thread.join(5)
+        thread.join(SECONDS)
         assert heard == [b""]
         for one, other in ((kept, kept_there), pair):
             one.sendall(b"x")

@@ -20,6 +20,7 @@ from hpctrain.elastic.membership import Meeting, Progress, Regroup
 from hpctrain.elastic.outlive import outlive
 from hpctrain.errors import Error, PeerLost
 from hpctrain.fence import Fence, identity
+from tests.waiting import SECONDS
 
 SAMPLES, BATCH = 23, 5
 STEPS = -(-SAMPLES // BATCH)
@@ -65,7 +66,7 @@ LOSSES = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 4), LOSSES, st.integers(1, 12), st.randoms(use_true_random=False))
 def test_a_trace_that_is_right_and_one_that_is_not(tmp_path_factory, ranks, losses, steps, random_):
     out = tmp_path_factory.mktemp("run")
@@ -130,7 +131,6 @@ def test_no_plan(word):
         faults.parse(word)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 200), st.floats(1, 50), st.integers())
 def test_random_plans(ranks, steps, mtbf, seed):
     plan = faults.draw(ranks, steps, mtbf, random.Random(seed))
@@ -201,7 +201,7 @@ def test_a_loss_that_nobody_outlives():
 
 @pytest.fixture
 def child():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
     yield process
     process.kill()
     process.wait()
@@ -211,7 +211,7 @@ def test_a_stopped_process_is_cut_off(child):
     fence = Fence({7: identity(child.pid), 8: identity()})
     child.send_signal(signal.SIGSTOP)
     with fence.watch(0.2):
-        assert child.wait(10) == -signal.SIGKILL
+        assert child.wait(SECONDS) == -signal.SIGKILL
 
 
 def test_another_process_is_not(child):

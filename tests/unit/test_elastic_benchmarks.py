@@ -79,7 +79,7 @@ def test_job_scripts(tmp_path, name):
     assert f"--nodes={4 if name == 'stock-tuned' else 3} " in script
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.floats(0.9, 1.1), st.integers(0, 2**32 - 1))
 def test_overhead_is_that_of_the_pairs(ratio, seed):
     rng = np.random.default_rng(seed)

@@ -21,6 +21,7 @@ from hpctrain.data.shards import ShardSet
 from hpctrain.data.writer import Ragged, spec_of
 from hpctrain.errors import Error
 from hpctrain.launcher import ALONE, Launch
+from tests.waiting import SECONDS
 
 
 def import_data(source, destination, options=None):
@@ -486,7 +487,7 @@ def test_ranks_take_nothing_of_an_earlier_run(tmp_path):
     thread.start()
     with ranks.Ranks(folder, Launch("mpirun", 0, 2, 0, 2)) as rank:
         rank.publish("new")
-        thread.join(10)
+        thread.join(SECONDS)
     assert got == ["new"]
 
 

@@ -1,6 +1,7 @@
 """The loader against a sequential oracle, whatever makes its batches."""
 
 import os
+import signal
 import time
 from itertools import chain
 
@@ -18,6 +19,8 @@ from hpctrain.data.source import ArraySource
 from hpctrain.errors import Error
 from hpctrain.launcher import Launch
 from hpctrain.world import Unconnected, World, part_of
+from tests.processes import ended
+from tests.waiting import wait_until
 
 
 class Blocks(ArraySource):
@@ -59,7 +62,7 @@ def divisions(size):
     return st.lists(st.just([1] * size) | shares, min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 200),
     block=st.integers(1, 20),
@@ -235,13 +238,12 @@ def test_after_a_fork():
             code = 0 if seen > 0 else 2
         finally:
             os._exit(code)
-    deadline = time.monotonic() + 30
-    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if done == (0, 0):
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert done == (child, 0)
+    try:
+        wait_until(lambda: ended(child), "the forked child to end")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    assert status == 0
 
 
 def test_uniform_belongs_to_positions():
@@ -262,7 +264,7 @@ def test_split_keeps_order_and_weight():
     assert torch.equal(torch.cat([part.uniform(1) for part in parts]), batch.uniform(1))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=4),
     data=st.data(),

@@ -47,7 +47,7 @@ def measured(true, rng, strategies=("horovod", "ps:1"), ranks=(2, 4, 8)):
     return records
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@settings(max_examples=8, derandomize=True, phases=(Phase.explicit, Phase.generate))
 @given(
     st.floats(2e-5, 5e-4), st.floats(0.6, 1.0), st.floats(5e-10, 3e-9), st.floats(0.2, 0.8),
     st.integers(0, 2**32),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.errors import Error, PeerLost
@@ -111,7 +111,6 @@ def test_the_same_everywhere():
     assert place([4, 3, 2, 1], [7, 0, 9], replicas=1) == ((7, 0), (9, 7), (0, 9), (9, 0))
 
 
-@settings(deadline=None)
 @given(sizes=SIZES, servers=IDENTITIES, method=METHODS, data=st.data())
 def test_groups(sizes, servers, method, data):
     replicas = data.draw(st.integers(0, len(servers) - 1))
@@ -124,7 +123,6 @@ def test_groups(sizes, servers, method, data):
     assert place(sizes, shuffled, method=method, replicas=replicas) == placement
 
 
-@settings(deadline=None)
 @given(sizes=SIZES, servers=IDENTITIES, method=METHODS, data=st.data())
 def test_losing_servers_one_by_one(sizes, servers, method, data):
     """With a replica each, whoever is lost next, and until one is left."""

@@ -154,7 +154,7 @@ class Meeting(Simulation):
         return iter(())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     consistency=st.sampled_from(["sync", "async", "ssp:1", "backup:1"]),
     workers=st.integers(1, 3),

@@ -117,7 +117,7 @@ class Lossy(Simulation):
         return client._fetching.complete
 
 
-@settings(max_examples=300, deadline=None, phases=PHASES)
+@settings(max_examples=300, phases=PHASES)
 @given(
     workers=st.integers(2, 4), servers=st.integers(2, 4), seed=st.integers(0, 10**6),
     consistency=st.sampled_from(["sync", "async", "ssp:2", "backup:1"]),

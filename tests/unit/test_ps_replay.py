@@ -58,7 +58,7 @@ def contents(folder, workers):
     return [about.asked, about.clocks, slices]
 
 
-@settings(max_examples=150, deadline=None, phases=PHASES)
+@settings(max_examples=150, phases=PHASES)
 @given(
     workers=st.integers(1, 4), servers=st.tuples(st.integers(1, 3), st.integers(1, 4)),
     near=st.tuples(st.booleans(), st.booleans()), turns=st.tuples(st.integers(), st.integers()),

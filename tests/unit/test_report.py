@@ -138,7 +138,7 @@ KINDS = st.fixed_dictionaries(
 LINES = st.tuples(KINDS, st.dictionaries(st.sampled_from(KEYS), JSON))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(LINES, max_size=5))
 def test_whatever_lines_hold_there_is_a_report(tmp_path_factory, lines):
     loss = {"kind": "train", "step": 0, "loss": 1.0}

@@ -127,7 +127,7 @@ def test_sgd_without_momentum_needs_no_state():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @with_settings
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(length=st.integers(1, 2500), cuts=st.sets(st.integers(1, 2499)))
 def test_slices_become_what_the_whole_becomes(kind, options, dtype, length, cuts):
     grains = {cut // GRAIN * GRAIN for cut in cuts if cut < length}

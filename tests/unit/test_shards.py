@@ -17,6 +17,7 @@ from hpctrain.data.shards import ShardSet
 from hpctrain.data.writer import Ragged, ShardWriter
 from hpctrain.errors import Error
 from hpctrain.world import equal_part
+from tests.waiting import SECONDS
 
 TYPES = ["u1", "i1", "<i2", "<u2", "<i8", ">i4", "<f2", "<f4", "<f8", "?", "<c8"]
 
@@ -32,9 +33,7 @@ def write(path, samples=100, shard_bytes=2000, **options):
     return x, y
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dtype=st.sampled_from(TYPES),
     shape=st.lists(st.integers(0, 7), max_size=3),
@@ -138,7 +137,7 @@ def test_from_any_number_of_threads(tmp_path):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(SECONDS)
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 

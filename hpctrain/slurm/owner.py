@@ -1,0 +1,185 @@
+"""Whose a run folder is: one job's at a time, and of that job one start.
+
+``owners/0000.json`` is the claim of the first job that has it, ``0001.json`` of the next, and so
+on; the last one has the folder now. A claim is made by creating the next file, which only one can.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import time
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hpctrain.errors import Error
+from hpctrain.slurm import commands
+
+FOLDER = "owners"
+MOST_BYTES = 2**16
+ASK_SECONDS = 2.0
+SILENCE_SECONDS = 600.0
+"""So long Slurm may leave the question open whether another job is over."""
+
+
+class Claim(BaseModel):
+    """That a job has a run folder.
+
+    Attributes:
+        job: Its number.
+        restarts: How often Slurm had started that job again.
+        again: How often the run was started again, by whatever.
+        continues: The job before, whose run this one goes on with.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    job: str = Field(pattern=r"^\d{1,18}(_\d{1,18})?(;[A-Za-z0-9_.-]{1,255})?$")
+    restarts: int = Field(0, ge=0)
+    again: int = Field(0, ge=0)
+    continues: str | None = None
+
+
+class Elsewhere(Error):  # noqa: N818 - nothing went wrong
+    """The run goes on as another job, or as another start of this one; nothing is to be done."""
+
+    exit_code = 0
+
+
+def claims(run: Path) -> list[Claim]:
+    """All that had a run folder and can be read, the one that has it now last."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in sorted((run / FOLDER).glob("*.json")):
+            with contextlib.suppress(OSError, ValidationError):
+                found.append(Claim.model_validate_json(read(path, MOST_BYTES)))
+    return found
+
+
+def read(path: Path, most: int) -> bytes:
+    """A regular file's content; of anything else it would not end.
+
+    Args:
+        path: The file, which may come from anybody.
+        most: Bytes that it may have.
+
+    Raises:
+        OSError: It cannot be read, or is no such file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+            raise OSError(0, "is no regular file, or too large", str(path))
+        return file.read(most)
+
+
+def _add(run: Path, number: int, claim: Claim) -> bool:
+    """Make the claim of this number; False: somebody else has."""
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    try:
+        descriptor = os.open(
+            folder / f"{number:04}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644
+        )
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(claim.model_dump_json(indent=2).encode() + b"\n")
+        file.flush()
+        os.fsync(descriptor)
+    return True
+
+
+def claim(run: Path, job: str, restarts: int, continues: str | None) -> Claim:
+    """Have a run folder for this start of this job.
+
+    Args:
+        run: The folder.
+        job: This job's number.
+        restarts: How often Slurm has started it again.
+        continues: The job whose run this one was submitted to go on with.
+
+    Raises:
+        Elsewhere: Another job, or another start of this one, has taken the run over.
+        Error: The folder is another job's, which is not over; or it cannot be written.
+    """
+    while True:
+        known = _settled(run)
+        last = known[-1] if known else None
+        mine = _next(run, last, Claim(job=job, restarts=restarts, continues=continues), known)
+        try:
+            if mine == last or _add(run, _count(run), mine):
+                return mine
+        except OSError as error:
+            raise Error(f"cannot write {run / FOLDER}: {error.strerror}.",
+                        hint="choose another --run.") from error  # fmt: skip
+
+
+def _next(run: Path, last: Claim | None, wanted: Claim, known: list[Claim]) -> Claim:
+    job, restarts = wanted.job, wanted.restarts
+    if last is None:
+        return wanted.model_copy(update={"again": restarts})
+    if last.job == job:
+        if last.restarts > restarts:
+            raise Elsewhere(f"job {job} was started again; this start of it is over")
+        more = restarts - last.restarts
+        return last.model_copy(update={"restarts": restarts, "again": last.again + more})
+    if wanted.continues == last.job:
+        return wanted.model_copy(update={"again": last.again + 1 + restarts})
+    if wanted.continues is not None or job in [each.job for each in known]:
+        raise Elsewhere(f"the run went on as job {last.job}")
+    _over(run, last.job)
+    return wanted
+
+
+def _over(run: Path, job: str) -> None:
+    """Return if a job is over, or unknown to Slurm."""
+    deadline = time.monotonic() + SILENCE_SECONDS
+    while True:
+        try:
+            state = commands.look(job)
+        except commands.Unanswered as error:
+            if time.monotonic() > deadline:
+                raise Error(f"{run} belongs to job {job}, and whether that is over Slurm has not "
+                            f"said for {SILENCE_SECONDS:.0f} s: {error.message}",
+                            hint="choose another --out.") from error  # fmt: skip
+            time.sleep(ASK_SECONDS)
+            continue
+        if state is None or state.over:
+            return
+        raise Error(f"{run} belongs to job {job}, which is {state.name}.", hint="choose another "
+                    f"--out, or `scancel {job}` first.")  # fmt: skip
+
+
+def hand_over(run: Path, job: str, to: str) -> None:
+    """Make a run folder that of the job that goes on with this one's run.
+
+    Args:
+        run: The folder.
+        job: This one, whose it is.
+        to: The other one.
+
+    Raises:
+        OSError: It cannot be written; the other job will claim it for itself.
+    """
+    last = claims(run)[-1]
+    if last.job == job:
+        _add(run, _count(run), Claim(job=to, again=last.again + 1, continues=job))
+
+
+def _count(run: Path) -> int:
+    numbers = [int(path.stem) for path in (run / FOLDER).glob("*.json") if path.stem.isdigit()]
+    return max(numbers, default=-1) + 1
+
+
+def _settled(run: Path) -> list[Claim]:
+    """All claims, when the last one is written whole."""
+    deadline = time.monotonic() + ASK_SECONDS
+    while True:
+        known = claims(run)
+        if len(known) == _count(run) or time.monotonic() > deadline:
+            return known
+        time.sleep(0.05)

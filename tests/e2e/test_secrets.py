@@ -1,0 +1,98 @@
+"""What is secret in the environment reaches all ranks, and nobody's list of processes."""
+
+import contextlib
+import os
+import secrets
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from hpctrain.process import mpirun, run, search_path
+from hpctrain.slurm.hidden import hide, show
+from hpctrain.slurm.horovodrun import SHIM, arguments
+from hpctrain.slurm.hosts import Node
+from hpctrain.slurm.ssh import PYTHON
+
+SRUN = """#!/bin/sh
+# Starts the command behind srun's options.
+while case "$1" in -*) true;; *) false;; esac; do shift; done
+exec "$@"
+"""
+
+
+@contextlib.contextmanager
+def arguments_watched(secret):
+    """Gives those arguments of this host's processes that held the secret meanwhile."""
+    found, over = set(), threading.Event()
+
+    def watch():
+        while not over.wait(0.002):
+            for process in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    if secret.encode() in (content := process.read_bytes()):
+                        found.add(content)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watching.join()
+
+
+def horovodrun(monkeypatch, tmp_path):
+    """As in a Slurm job of two nodes; an address of this host that Horovod takes for another's."""
+    monkeypatch.setattr(
+        "hpctrain.slurm.hosts.nodes", lambda: [Node("localhost", 1), Node("127.0.0.2", 1)]
+    )
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{SHIM}:{tmp_path / 'bin'}:{search_path()}")
+    return arguments([], "lo"), hide(os.environ) | {PYTHON: sys.executable}
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "hpctrain launch", "horovodrun"])
+def test_no_secret_in_arguments(launcher, monkeypatch, tmp_path):
+    secret = secrets.token_hex(32)
+    monkeypatch.setenv("HPCTRAIN_PS_KEY", secret)
+    monkeypatch.setenv("OTHER_TOKEN", f"it's {secret}\n$HOME")
+    before = {path.name for path in Path("/tmp").glob("hpctrain-*")}
+    environment = dict(os.environ)
+    if launcher == "mpirun":
+        prefix = mpirun(2)
+    elif launcher == "hpctrain launch":
+        prefix = ["hpctrain", "launch", "-np", "2", "--"]
+    else:
+        prefix, environment = horovodrun(monkeypatch, tmp_path)
+    script = (
+        "import os, pathlib, time; time.sleep(1); "
+        "rank = os.environ.get('OMPI_COMM_WORLD_RANK') or os.environ.get('HOROVOD_RANK') "
+        "or os.environ['HPCTRAIN_RANK']; "
+        "text = os.environ['HPCTRAIN_PS_KEY'] + os.environ['OTHER_TOKEN']; "
+        "pathlib.Path(rank + '.txt').write_text(text)"
+    )
+    with arguments_watched(secret) as found:
+        done = run(
+            [*prefix, sys.executable, "-c", script],
+            timeout_seconds=90, cwd=tmp_path, env=environment,
+        )  # fmt: skip
+    assert len(list(tmp_path.glob("*.txt"))) == 2, done.stdout
+    for rank in range(2):
+        text = (tmp_path / f"{rank}.txt").read_text()
+        assert text == f"{secret}it's {secret}\n$HOME", done.stdout
+    assert found == set()
+    assert {path.name for path in Path("/tmp").glob("hpctrain-ssh-*")} <= before
+
+
+def test_an_environment_is_hidden_and_shown():
+    environment = {"PATH": "/bin", "A_KEY": "x", "BASH_FUNC_module%%": "() { :; }", "B": ""}
+    hidden = hide(environment)
+    assert hidden["PATH"] == "/bin" and "A_KEY" not in hidden and "B" not in hidden
+    assert all(name == "PATH" or name.startswith("BASH_FUNC_") for name in hidden)
+    assert show(hidden) == environment
+    assert show({**hidden, "B": "of the rank"})["B"] == "of the rank"
