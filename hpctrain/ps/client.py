@@ -22,6 +22,9 @@ from hpctrain.ps.opening import Opening
 from hpctrain.ps.questions import Questions
 from hpctrain.ps.rules import Rule
 
+FIRST_WORDS_SECONDS = 1.0
+"""Where another rank has failed, that one speaks before this one does."""
+
 
 class Future:
     """An exchange under way."""
@@ -101,6 +104,7 @@ class Client:
         self._settled.set()
         self.awaited = False
         self._error: Error | None = None
+        self._aborted = False
         self._initial_servers = sorted(servers)
         # What tells the servers what is trained, and which workers do so unless they are lost.
         self._opening: Opening | None = None
@@ -307,9 +311,20 @@ class Client:
         if self._error is not None and not isinstance(self._error, Dismissed):
             raise self._error
 
-    def abort(self, reason: str) -> None:
-        """Tell the servers that this worker failed, so that the run ends for everybody."""
-        self._do(lambda: self._tell(wire.Abort(self.me, reason)))
+    def abort(self, reason: str, code: int = 1) -> None:
+        """Tell the servers that this worker failed, so that the run ends for everybody.
+
+        Args:
+            reason: Why.
+            code: 2 where the caller can put it right.
+        """
+        hint = "the log of that process says more." if code == Error.exit_code else None
+        self._do(lambda: self._tell(wire.Abort(self.me, reason, hint)))
+
+    @property
+    def told(self) -> bool:
+        """Whether all that was to be done has been begun, and what was sent is on its way."""
+        return not self._commands and self.idle()
 
     def _do(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
@@ -321,6 +336,8 @@ class Client:
         event.wait()
         self.awaited = False
         if self._error is not None:
+            if self._aborted:
+                time.sleep(FIRST_WORDS_SECONDS)
             raise self._error
 
     # For the polling thread.
@@ -445,6 +462,7 @@ class Client:
             case wire.Over():
                 raise Dismissed(f"worker {self.me}: the run was over before it could take part.")
             case wire.Abort():
+                self._aborted = True
                 raise message.error()
             case _:
                 raise Error(f"worker {self.me} got a {type(message).__name__} by mistake.")

@@ -48,6 +48,7 @@ class Server:
         ports: New workers to connect with, and where.
         over: Whether no other new workers will come.
         lost: Whether any worker or server was lost.
+        aborted: Whether another rank has said that it failed.
         store: What it holds.
         updates: What it does with that.
     """
@@ -70,6 +71,7 @@ class Server:
         self.done = False
         self.over = False
         self.lost = False
+        self.aborted = False
         self.newcomers: dict[int, Link] = {}
         self.ports: list[tuple[int, str]] = []
         self.initial_servers = sorted([me, *servers])
@@ -246,6 +248,7 @@ class Server:
             case wire.Joined():
                 self._joined(link.peer, message)
             case wire.Abort():
+                self.aborted = True
                 raise message.error()
             case wire.Freeze() | wire.Frozen() | wire.Cut() | wire.Kept() | wire.Fetch():
                 self.snapshots.message(link, message)

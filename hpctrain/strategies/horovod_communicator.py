@@ -139,7 +139,7 @@ class HorovodCommunicator:
         """Not needed: the ranks go in lockstep."""
         raise NotImplementedError
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, code: int = 1) -> None:
         """End the others, too, where the launcher would not."""
         if self._membership is not None:
             process.abort = self._membership.abort

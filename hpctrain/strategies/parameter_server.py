@@ -133,9 +133,14 @@ class PsCommunicator:
         """Have every worker end the training."""
         self._client.ask("stop")
 
-    def abort(self, reason: str) -> None:
-        """This worker has failed: tell the servers, and they the others."""
-        self._ends.abort(reason)
+    def abort(self, reason: str, code: int = 1) -> None:
+        """This worker has failed: tell the servers, and they the others.
+
+        Args:
+            reason: Why.
+            code: The exit code of the run.
+        """
+        self._ends.abort(reason, code)
 
     def close(self) -> None:
         """Leave; servers end when the last worker has left."""
@@ -186,8 +191,8 @@ class PsOptimizer(DistributedOptimizer):
     Where the loop says that it ``overlaps``, gradients are pushed while ``backward()`` still
     computes earlier layers. Else they are pushed in ``step()``, with all that was done to them:
     where workers go in lockstep ``.grad`` is their average before, and with ``async`` and ``ssp``
-    it is this worker's own, as its push is. With ``backup``, and where not all steps pull, it is the
-    worker's own, but what is pushed is averaged: changing it is refused.
+    it is this worker's own, as its push is. With ``backup``, and where not all steps pull, it is
+    the worker's own, but what is pushed is averaged: changing it is refused.
     """
 
     def __init__(
