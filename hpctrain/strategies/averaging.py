@@ -229,7 +229,8 @@ class AveragedGradients:
         self._tasks.discard(task)
         waits = within and any(p.requires_grad and p not in self._fired for p in self._parameters)
         if self._local_only or waits:
-            self._left |= {p: (p.grad, _version(p.grad)) for p in self._fired}
+            # Also earlier passes': gradients of a bucket count their changes together.
+            self._left = {p: (p.grad, _version(p.grad)) for p in [*self._left, *self._fired]}
             return
         if self._owed:
             self._mark("compute")

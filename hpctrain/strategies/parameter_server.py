@@ -259,6 +259,9 @@ class PsOptimizer(DistributedOptimizer):
         self._pending: set[nn.Parameter] = set()
         self._last: list[nn.Parameter] = []  # ready to be pushed
         self._rows: dict[int, torch.Tensor] = {}
+        # Of passes: those under way, what has had a gradient, and how that was at their end.
+        self._tasks: set[int] = set()
+        self._fired: set[nn.Parameter] = set()
         self._seen: dict[nn.Parameter, tuple[torch.Tensor | None, int]] = {}
         self._expect()
         self._show()
@@ -341,7 +344,7 @@ class PsOptimizer(DistributedOptimizer):
         self._last = []
         self._rows, self._absent = {}, {}
         self._begun = False
-        self._seen = {}
+        self._fired, self._seen = set(), {}
 
     @property
     def _early(self) -> bool:
@@ -377,10 +380,17 @@ class PsOptimizer(DistributedOptimizer):
             with self._averaging().no_sync() if self._local_only else contextlib.nullcontext():
                 self._averaging().ready(parameter)
             return
-        self._reentrant = self._reentrant or is_within_another_pass()
+        task = torch._C._current_graph_task_id()
+        if task not in self._tasks:
+            self._tasks.add(task)
+            self._reentrant = self._reentrant or is_within_another_pass()
+            ended = weakref.WeakMethod(self._pass_ended)
+            torch.autograd.Variable._execution_engine.queue_callback(
+                lambda: (call := ended()) and call(task)
+            )
         if self._on_host and not self._sparse(parameter):
             adopt(self._host_gradients[self._number[parameter]], parameter)
-        self._seen[parameter] = (parameter.grad, parameter.grad._version)  # type: ignore[union-attr]
+        self._fired.add(parameter)
         if self._local_only or not (self._early or self._begun):
             return
         if parameter not in self._pending or parameter in self._last:
@@ -396,6 +406,12 @@ class PsOptimizer(DistributedOptimizer):
             if not self._begun:
                 self._begin()
             self._push(last)
+
+    def _pass_ended(self, task: int) -> None:
+        self._tasks.discard(task)
+        for parameter in self._fired:
+            gradient = parameter.grad
+            self._seen[parameter] = (gradient, -1 if gradient is None else gradient._version)
 
     def _sparse(self, parameter: nn.Parameter) -> bool:
         return parameter.grad is not None and parameter.grad.is_sparse
@@ -549,7 +565,7 @@ class PsOptimizer(DistributedOptimizer):
         """Forget the gradients; the next ones are put into their places as they come."""
         if self._average is not None:
             self._average.forget_average()
-        self._seen = {}
+        self._fired, self._seen = set(), {}
         super().zero_grad(set_to_none)
 
     def finish(self) -> None:
