@@ -17,6 +17,7 @@ from hpctrain.finding import Finding, Level
 from hpctrain.horovod_build import mpi, toolchain
 from hpctrain.horovod_build.check import check as check_horovod
 from hpctrain.process import NO_MPI_HINT, cores, mpirun, run, which
+from hpctrain.slurm.examine import examine as examine_site
 
 LAUNCH_TIMEOUT_SECONDS = 90
 
@@ -36,6 +37,7 @@ def examine() -> list[Finding]:
         _hdf5,
         _shared_memory,
         _slurm,
+        _site,
     ]
     findings: list[Finding] = []
     for one in checks:
@@ -246,6 +248,10 @@ def _slurm() -> list[Finding]:
             "start Open MPI jobs by mpirun within sbatch: srun would give worlds of size 1.",
         )
     ]
+
+
+def _site() -> list[Finding]:
+    return examine_site()
 
 
 def _last(output: str) -> str:

@@ -32,6 +32,12 @@ _CHECKED = (
     "them is lost, and crashes over what was not received"
 )
 
+_ENVIRONMENT = (
+    "horovodrun --gloo wrote its whole environment into arguments, which everybody on a host can "
+    "read: a rank inherits it where it is started, and reads it from standard input on another "
+    "host (but by Kubeflow's kubexec, which has none)"
+)
+
 PATCHES = (
     Patch(
         "cxx-standard",
@@ -256,6 +262,48 @@ if(DEFINED ENV{HOROVOD_GPU_OPERATIONS} AND NOT CMAKE_CUDA_COMPILER)
     horovod_global.initialization_done = false;
     horovod_global.initialization_failed = false;
 """,
+    ),
+    Patch(
+        "gloo-environment",
+        _ENVIRONMENT,
+        "horovod/runner/gloo_run.py",
+        """                          if env_util.is_exportable(key)]),
+""",
+        """                          if env_util.is_exportable(key) and
+                          (env_util.is_kubeflow_mpi() or os.environ.get(key) != value)]),
+""",
+    ),
+    Patch(
+        "gloo-environment-elsewhere",
+        _ENVIRONMENT,
+        "horovod/runner/gloo_run.py",
+        """            local_command = quote('cd {pwd} > /dev/null 2>&1 ; {command}'
+                                  .format(pwd=os.getcwd(), command=command))
+            command = get_remote_command(local_command,
+                                         host=host_name,
+                                         port=settings.ssh_port,
+                                         identity_file=settings.ssh_identity_file)
+""",
+        """            exports = tempfile.NamedTemporaryFile('w')
+            exports.writelines('export %s=%s\\n' % (key, quote(value))
+                               for key, value in os.environ.items()
+                               if key.isidentifier() and env_util.is_exportable(key))
+            exports.flush()
+            local_command = quote('. /dev/stdin ; cd {pwd} > /dev/null 2>&1 ; {command}'
+                                  .format(pwd=os.getcwd(), command=command))
+            command = get_remote_command(local_command,
+                                         host=host_name,
+                                         port=settings.ssh_port,
+                                         identity_file=settings.ssh_identity_file)
+            command += ' < ' + quote(exports.name)
+""",
+    ),
+    Patch(
+        "gloo-environment-import",
+        "for the patch gloo-environment-elsewhere",
+        "horovod/runner/gloo_run.py",
+        "import sys\nimport threading\n",
+        "import sys\nimport tempfile\nimport threading\n",
     ),
 )
 
