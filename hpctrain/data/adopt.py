@@ -34,7 +34,6 @@ from hpctrain.files import sha256
 from hpctrain.process import cores
 from hpctrain.progress import progress
 
-
 MOST_LABELS = 2**26
 """Of a file, to be counted."""
 
