@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hpctrain.data.batch import Batch
 from hpctrain.data.buffers import Buffers
-from hpctrain.data.order import VERSION, Order, Shuffle
+from hpctrain.data.order import VERSION, Order, Positions, Shuffle
 from hpctrain.data.read_ahead import Epoch, Maker, ReadAhead
-from hpctrain.data.source import ArraySource, Source
+from hpctrain.data.source import Arrays, ArraySource, Empty, Source
 from hpctrain.errors import Error
 from hpctrain.launcher import ALONE
-from hpctrain.world import World
+from hpctrain.world import Part, World
 
 Transform = Callable[[Batch], Batch]
 WorkerKind = Literal["thread", "process"]
@@ -47,6 +49,9 @@ class Loader:
         workers: How many batches are made at a time; 0: each when it is asked for.
         worker_kind: ``thread`` or ``process``.
         timeout_seconds: Longest wait for a batch.
+        drop_last: Leave out an epoch's last batch where it has fewer samples than others.
+        least_part: Where ranks have equal parts, but less than this of a batch: fewer ranks have
+            that much of it, and the others nothing.
 
     Attributes:
         epoch: Of the next batch, counted from 0.
@@ -70,10 +75,15 @@ class Loader:
         workers: int = 2,
         worker_kind: WorkerKind = "thread",
         timeout_seconds: float = 600.0,
+        drop_last: bool = False,
+        least_part: int = 1,
     ) -> None:
         self.source = ArraySource(source) if isinstance(source, Mapping) else source
         if len(self.source) == 0:
             raise Error("there are no samples to load.", hint="is the split empty?")
+        if drop_last:
+            self.source = _WholeBatches(self.source, batch_size)
+        self.least_part = least_part
         if isinstance(shuffle, bool):
             shuffle = "block" if shuffle else "none"
         self.batch_size = batch_size
@@ -126,6 +136,9 @@ class Loader:
         while self.cursor < samples:
             # All is asked each time: the world, the batch size and the cursor may have changed.
             part = self.world.part(self.epoch, self.cursor // self.batch_size)
+            count = min(self.batch_size, samples - self.cursor)
+            if count < self.least_part * part.size == self.least_part * part.total:
+                part = _among_fewer(part, max(1, count // self.least_part))
             began = time.perf_counter()
             batch = self._read_ahead().get(self._epoch(), self.cursor, self.batch_size, part)
             self.wait_seconds += time.perf_counter() - began
@@ -194,3 +207,55 @@ class Loader:
         self._lanes = int(state["lanes"])
         # The run keeps the rules it began with: those before they were noted are the first.
         self._order_version = int(state.get("order", 1))
+
+
+def _among_fewer(part: Part, ranks: int) -> Part:
+    """An equal part of what the first few ranks share, for a rank that may be none of them."""
+    lower = min(part.rank, ranks)
+    return Part(part.rank, part.size, lower, min(part.rank + 1, ranks), ranks)
+
+
+class _WholeBatches(Source):
+    """Samples whose epochs end with the last whole batch."""
+
+    def __init__(self, source: Source, batch_size: int) -> None:
+        if len(source) < batch_size:
+            raise Error(
+                f"data.drop_last leaves nothing: {len(source)} samples, batches of {batch_size}.",
+                hint="use a smaller batch size.",
+            )
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def digest(self) -> str:
+        """That of all samples."""
+        return self._source.digest
+
+    def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
+        """Rows of every field."""
+        return self._source.take(indices, empty)
+
+    def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Which samples are not known to be lost."""
+        return self._source.readable(indices)
+
+    def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
+        """All samples' order, cut off; the lanes are as many as a batch has samples."""
+        whole = self._source.order(seed, epoch, shuffle, lanes)
+        return _CutOff(whole, whole.samples - whole.samples % lanes or whole.samples)
+
+
+class _CutOff(NamedTuple):
+    """The first positions of an order."""
+
+    order: Order
+    samples: int
+
+    def indices(self, positions: Positions) -> NDArray[np.int64]:
+        return self.order.indices(positions)
+
+    def uniform(self, positions: Positions, count: int) -> NDArray[np.float32]:
+        return self.order.uniform(positions, count)

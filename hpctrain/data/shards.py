@@ -7,10 +7,8 @@ in chunks are decompressed a chunk at a time (see chunks.py).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +31,7 @@ from hpctrain.data.index import (
 from hpctrain.data.order import WINDOW_BLOCKS, EpochOrder, Order, Shuffle
 from hpctrain.data.source import Arrays, Empty, Source
 from hpctrain.errors import Error, nearest
+from hpctrain.files import is_own, open_regular
 
 BLOCK_BYTES = 512 * 2**10
 """What is read at a stretch, about: parallel file systems move a megabyte as fast as a page."""
@@ -294,7 +293,7 @@ class ShardSplit(Source):
     def _path_of(self, shard: ShardEntry) -> Path:
         if self._staged is not None:
             copy = self._staged / staged_name(shard)
-            if copy.exists():
+            if is_own(self._staged) and is_own(copy):
                 return copy
         return self.path / shard.path
 
@@ -317,10 +316,6 @@ def staged_name(shard: ShardEntry) -> str:
     return f"{place}-{Path(shard.path).name}"
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def check(path: Path, shard: ShardEntry) -> None:
     """Compare what costs nothing: the file's size, and its first bytes.
 
@@ -328,12 +323,8 @@ def check(path: Path, shard: ShardEntry) -> None:
         BadShard: It is missing, or differs from the index.
     """
     try:
-        # A FIFO that nobody writes to would be waited for.
-        with open(path, "rb", opener=_without_waiting) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
-            size = found.st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             head = file.read(HEAD_BYTES)
     except OSError as error:
         raise BadShard(
