@@ -514,6 +514,7 @@ def logs(folder: Path, which: str, follow: bool) -> None:
     if path is None and not follow:
         raise Error(f"job {run.job} has no log yet.", hint="`hpctrain jobs` shows why it waits.")
     shown, checked = 0, 0.0
+    silence = jobs.Silence(lambda text: click.echo(text, err=True))
     while True:
         path = path or jobs.log(run)
         if path is not None:
@@ -527,8 +528,8 @@ def logs(folder: Path, which: str, follow: bool) -> None:
         if time.monotonic() - checked > jobs.POLL_SECONDS:
             checked = time.monotonic()
             run = jobs.named(str(run.run), folder)
-            with contextlib.suppress(commands.Unanswered):
-                state = commands.states([run.job]).get(run.job)
+            if (states := silence.states([run.job])) is not None:
+                state = states.get(run.job)
                 follow = state is not None and not state.over
         time.sleep(FOLLOW_SECONDS)
 

@@ -200,7 +200,7 @@ def describe(run: Submitted, state: State | None) -> str:
     return state.name if state is not None else "unknown to Slurm, and without a result"
 
 
-class _Silence:
+class Silence:
     """Slurm's silence, which a wait outlives for a while.
 
     Args:
@@ -245,7 +245,7 @@ def wait(run: Submitted, say: Callable[[str], None]) -> int:
     """
     before = ""
     unknown_since: float | None = None
-    silence = _Silence(say)
+    silence = Silence(say)
     while True:
         run = _now(run)
         states = silence.states([run.job])
@@ -287,7 +287,7 @@ def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
     before = ""
     known: dict[str, State] = {}
     begun = time.monotonic()
-    silence = _Silence(say)
+    silence = Silence(say)
     while True:
         now = silence.states(numbers)
         states = known | (now or {})
