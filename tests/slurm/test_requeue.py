@@ -6,10 +6,10 @@ import time
 import pytest
 
 from tests.e2e.conftest import result_of
-from tests.slurm.conftest import TASK
+from tests.slurm.conftest import TASK, slow_until
 
 EPOCHS = 5
-SLOW = (TASK, "--nodes", 2, "--epochs", EPOCHS, "--set", "options.pause=0.05",
+SLOW = (TASK, "--nodes", 2, "--epochs", EPOCHS, *slow_until("", at=45, file="go"),
         "--set", "log.every_steps=5", "--set", "checkpoint.every_steps=20")  # fmt: skip
 
 
@@ -17,8 +17,9 @@ SLOW = (TASK, "--nodes", 2, "--epochs", EPOCHS, "--set", "options.pause=0.05",
 def whole(session_cluster, tmp_path_factory):
     """The parameters of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
-    arguments = [*map(str, SLOW), "--set", "options.pause=0", "--out", "run", "--wait"]
-    done = session_cluster.run("hpctrain", "submit", *arguments, cwd=folder, timeout_seconds=120)
+    (folder / "go").touch()
+    arguments = [*map(str, SLOW), "--out", "run", "--wait"]
+    done = session_cluster.run("hpctrain", "submit", *arguments, cwd=folder)
     assert done.returncode == 0, done.stdout
     return result_of(folder / "run")["parameters_sha256"]
 
@@ -36,6 +37,7 @@ def test_a_signal_that_time_is_up(site, whole):
     site.reached(30)
     for _ in range(2):
         site.cluster.call("scancel", "--signal=USR1", "--batch", number)
+    (site.folder / "go").touch()
     code, said = site.wait()
     assert code == 0, said + site.log()
     assert_same(run, whole, ["start", "resumed"])
@@ -44,8 +46,9 @@ def test_a_signal_that_time_is_up(site, whole):
 
 
 def test_a_signal_before_training_has_begun(site, whole):
+    (site.folder / "go").touch()
     number, run = site.submit(*SLOW)
-    site.until(lambda: (run / "ranks").exists())
+    site.until(lambda: (run / "ranks").exists(), "ranks")
     site.cluster.call("scancel", "--signal=USR1", "--batch", number)
     assert site.wait()[0] == 0, site.log()
     assert result_of(run)["parameters_sha256"] == whole
@@ -56,6 +59,7 @@ def test_no_more_requeues(site):
     number, _ = site.submit(*SLOW, "--max-requeues", 0)
     site.reached(10)
     site.cluster.call("scancel", "--signal=USR1", "--batch", number)
+    (site.folder / "go").touch()
     code, said = site.wait()
     assert code == 75, said
     assert "not started again" in site.log()
@@ -67,7 +71,8 @@ def test_requeued_by_others(site, whole):
     number, run = site.submit(*SLOW)
     site.reached(40)
     site.cluster.call("scontrol", "requeue", number)
-    site.until(lambda: site.cluster.field(number, "Restarts") == "1")
+    (site.folder / "go").touch()
+    site.until(lambda: site.cluster.field(number, "Restarts") == "1", "a restart")
     assert site.wait()[0] == 0, site.log()
     assert_same(run, whole, ["start", "resumed"])
 
@@ -113,7 +118,8 @@ def test_a_lost_node(site, whole):
     site.reached(40)
     nodes = site.cluster.field(number, "NodeList")
     site.cluster.kill("n2" if "2" in nodes else "n1")
-    site.until(lambda: (run / "result.json").exists(), seconds=120)
+    (site.folder / "go").touch()
+    site.ended()
     assert_same(run, whole, ["start", "resumed"])
 
 

@@ -57,7 +57,7 @@ def test_by_hand(site):
     ]
     for number in numbers:
         log = site.folder / f"digits-{number}.out"
-        state = site.cluster.wait_for(number, "COMPLETED", "FAILED", "TIMEOUT", seconds=200)
+        state = site.cluster.wait_for(number, "COMPLETED", "FAILED", "TIMEOUT")
         assert state == "COMPLETED", log.read_text()
         assert (site.folder / "runs" / f"digits-{number}" / "result.json").exists()
 

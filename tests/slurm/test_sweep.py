@@ -24,7 +24,7 @@ def test_an_array(site):
     done = site(
         "sweep", TASK, "--set", "options.pause=0.01", "--space", "space.toml",
         "--trials", 12, "--jobs", 4, "--submit",
-        "--epochs", 4, "--out", "sweep", "--time", "10:00", "--wait", seconds=280,
+        "--epochs", 4, "--out", "sweep", "--time", "10:00", "--wait",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     with (site.folder / "sweep" / "trials.csv").open() as file:
@@ -76,11 +76,11 @@ def test_by_hand(site):
         (site.folder / f"{name}.sbatch").write_text(script)
         said = site.cluster.call("sbatch", "--parsable", f"{name}.sbatch", cwd=site.folder)
         numbers.append(said.strip())
-    site.cluster.wait_for(numbers[1], "COMPLETED", "FAILED", seconds=200)
+    site.cluster.wait_for(numbers[1], "COMPLETED", "FAILED")
     log = (site.folder / f"scaling-{numbers[1]}.out").read_text()
     rows = log[log.index("RUN ") :].splitlines()
     assert [row.split()[1] for row in rows] == ["RANKS", "1", "2"], log
     for task in (1, 2):
-        site.cluster.wait_for(f"{numbers[0]}_{task}", "COMPLETED", seconds=100)
+        site.cluster.wait_for(f"{numbers[0]}_{task}", "COMPLETED")
     shown = site("trials", f"runs/digits-{numbers[0]}")
     assert shown.stdout.count("complete") == 2
