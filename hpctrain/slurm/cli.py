@@ -18,6 +18,7 @@ import click
 from hpctrain import compare as comparing
 from hpctrain import process
 from hpctrain.errors import Error
+from hpctrain.files import open_regular
 from hpctrain.slurm import commands, jobs, options
 from hpctrain.slurm.owner import Elsewhere
 from hpctrain.slurm.supervise import Job
@@ -518,9 +519,12 @@ def logs(folder: Path, which: str, follow: bool) -> None:
     while True:
         path = path or jobs.log(run)
         if path is not None:
-            with path.open("rb") as file:
-                file.seek(shown)
-                text = file.read()
+            try:
+                with open_regular(path) as file:
+                    file.seek(shown)
+                    text = file.read()
+            except OSError as error:
+                raise Error(f"{path}: {error.strerror}.", hint="`hpctrain jobs`.") from error
             shown += len(text)
             click.echo(jobs.printable(text.decode(errors="replace")), nl=False)
         if not follow:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import math
 import re
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from hpctrain.errors import Error, nearest
+from hpctrain.files import open_regular, parse_json, read_json, read_regular
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT
 from hpctrain.slurm import commands, owner
 from hpctrain.slurm.commands import State
@@ -91,7 +91,7 @@ def find(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[S
     found = []
     for path in [folder / SUBMISSION, *folder.glob(f"*/{SUBMISSION}")]:
         try:
-            about = _Submission.model_validate_json(owner.read(path, MOST_BYTES))
+            about = _Submission.model_validate_json(read_regular(path, MOST_BYTES))
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -135,7 +135,7 @@ def progress(run: Path) -> Progress:
     path = run / "metrics.jsonl"
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(TAIL_BYTES)
             file.seek(max(0, size - TAIL_BYTES))
             tail = file.read()
@@ -160,8 +160,8 @@ def progress(run: Path) -> Progress:
 
 def _records(data: bytes) -> Iterable[dict[str, Any]]:
     for line in data.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # the first and the last may be cut
-            record = json.loads(line)
+        with contextlib.suppress(ValueError):  # the first and the last may be cut
+            record = parse_json(line)
             whole = isinstance(record, dict) and None not in (
                 _number(record.get("step")), _number(record.get("time"))
             )  # fmt: skip
@@ -180,8 +180,8 @@ def outcome(run: Path) -> tuple[str, int] | None:
     if (run / RESULT).exists():
         return "completed", 0
     if (run / FAILURE).exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            failure = json.loads(owner.read(run / FAILURE, MOST_BYTES))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            failure = read_json(run / FAILURE, MOST_BYTES)
             where = f"rank {failure['rank']}: " if failure["rank"] is not None else ""
             text = f"{where}{failure['what']}: {failure['message']}"
             return f"failed: {text}", int(failure["exit_code"])
