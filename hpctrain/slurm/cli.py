@@ -19,6 +19,7 @@ from hpctrain import compare as comparing
 from hpctrain import process
 from hpctrain.errors import Error
 from hpctrain.files import open_regular
+from hpctrain.run_folder import INTERRUPTED_CODE
 from hpctrain.slurm import commands, jobs, options
 from hpctrain.slurm.owner import Elsewhere
 from hpctrain.slurm.supervise import Job
@@ -393,10 +394,14 @@ def trial(
     from hpctrain import sweep as sweeps
 
     def execute(words: Sequence[str], run: Path, look: Callable[[], None]) -> int:
-        return Job(
-            list(words), run, max_requeues=max_requeues, relaunches=0, told_by=told_by, watch=look,
-            home=Path(folder),
-        ).supervise()  # fmt: skip
+        try:
+            return Job(
+                list(words), run, max_requeues=max_requeues, relaunches=0, told_by=told_by,
+                watch=look, home=Path(folder),
+            ).supervise()  # fmt: skip
+        except Elsewhere as elsewhere:
+            click.echo(f"hpctrain trial: {elsewhere}")
+            return INTERRUPTED_CODE
 
     looked_after = execute if "SLURM_JOB_ID" in os.environ else None
     sys.exit(sweeps.run_trial(Path(folder), Path(space), command, looked_after))

@@ -148,8 +148,8 @@ def hand_over(run: Path, job: str, to: str) -> None:
         OSError: It cannot be written; the other job will claim it for itself.
     """
     number = _count(run)
-    last = claims(run)[-1]
-    if last.job == job:
+    last = next(reversed(claims(run)), None)
+    if last is not None and last.job == job:
         _add(run, number, Claim(job=to, again=last.again + 1, continues=job))
 
 
