@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import math
+import os
 import re
 import time
 from collections import Counter
@@ -17,10 +17,14 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from hpctrain.errors import Error, nearest
+from hpctrain.files import open_regular
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT
 from hpctrain.slurm import commands, owner
 from hpctrain.slurm.commands import State
 from hpctrain.slurm.supervise import FAILURE, SUBMISSION
+
+MOST = 2.0**63
+"""No step, time or loss is as large."""
 
 POLL_SECONDS = 2.0
 TAIL_BYTES = 2**16
@@ -134,8 +138,8 @@ def progress(run: Path) -> Progress:
     """How far a run is."""
     path = run / "metrics.jsonl"
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             head = file.read(TAIL_BYTES)
             file.seek(max(0, size - TAIL_BYTES))
             tail = file.read()
@@ -172,7 +176,7 @@ def _records(data: bytes) -> Iterable[dict[str, Any]]:
 def _number(value: Any) -> float | None:
     """A finite number, or nothing."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if usable and math.isfinite(value) else None
+    return value if usable and abs(value) < MOST else None
 
 
 def outcome(run: Path) -> tuple[str, int] | None:
