@@ -29,7 +29,9 @@ TENSORS = "tensors.safetensors"
 REST = "state.json"
 BEST = "best"
 FORMAT = "hpctrain-checkpoint"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 did not keep the versions of a module's layers, nor tuples as such."""
 
 
 def save(folder: Path, state: Any) -> None:
@@ -46,7 +48,8 @@ def save(folder: Path, state: Any) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / TENSORS)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary / TENSORS)
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -78,7 +81,7 @@ def load_verified(folder: Path) -> Any:
         expected = head.pop("sha256")
         if head["format"] != FORMAT or _digest(head) != expected:
             raise Error(f"checkpoint {folder / REST} is damaged: its checksum differs.")
-        if head["version"] != VERSION:
+        if head["version"] not in READABLE:
             raise Error(
                 f"checkpoint {folder} is of version {head['version']}, not {VERSION}.",
                 hint="use the hpctrain that wrote it.",

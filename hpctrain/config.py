@@ -79,6 +79,9 @@ class DataConfig(Section):
     worker_kind: Literal["thread", "process"] = Field(
         "thread", description="`process` for transforms in plain Python, or with global randomness."
     )
+    drop_last: bool = Field(
+        False, description="Leave out the incomplete batch at the end of an epoch."
+    )
     on_bad_shard: Literal["stop", "skip"] = Field(
         "stop", description="`skip` leaves out the samples of unreadable shards, and counts them."
     )
@@ -104,7 +107,9 @@ class TrainConfig(Section):
     )
     dtype: Literal["float32", "float64", "bf16"] = Field(
         "float32",
-        description="Arithmetic. `bf16` keeps float32 parameters and computes under autocast.",
+        description="Arithmetic. `float64` makes float32 parameters, buffers and samples float64 "
+        "(complex64: complex128); `bf16` keeps float32 and computes under autocast. What the "
+        "task makes of other types stays.",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="Largest 2-norm of the whole gradient; larger ones are scaled down."
@@ -117,6 +122,17 @@ class TrainConfig(Section):
     )
     patience: int | None = Field(
         None, ge=1, description="Stop after so many validations without a better monitored metric."
+    )
+    nonfinite: Literal["stop", "skip", "allow"] = Field(
+        "stop",
+        description="Where a loss, or a parameter, is no number: end the run at the next log line, "
+        "validation or checkpoint; `skip` leaves out steps whose gradient is not finite (and waits "
+        "for the device in each); `allow` goes on. All are counted, and none such is saved.",
+    )
+    sync_batchnorm: bool = Field(
+        False,
+        description="With horovod: BatchNorm takes its statistics of the global batch instead of "
+        "each rank's part of it.",
     )
     deterministic: bool = Field(
         False, description="Refuse kernels whose result depends on timing (matters on GPUs)."
@@ -470,6 +486,7 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
                 raise Error(
                     f"{source}: unknown key '{key}'.", hint=nearest(key, known, "`hpctrain config`")
                 )
+            _check_text(source, key, value)
             origin[key] = source
             put(merged, key, value)
     try:
@@ -484,6 +501,17 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
             f"{origin.get(key, 'configuration')}: {key} = {first['input']!r}: {first['msg']}.",
             hint=description(key) if key in known else "see `hpctrain config`.",
         ) from error
+
+
+def _check_text(source: str, key: str, value: Any) -> None:
+    """Refuse bytes of the command line or the environment that are no text."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise Error(
+            f"{source}: {key} = {value!a} is not UTF-8 text.",
+            hint="rename the file or folder; the run's files are written in UTF-8.",
+        ) from None
 
 
 def _flatten(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Any]]:

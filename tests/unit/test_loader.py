@@ -157,6 +157,7 @@ def test_workers_give_what_one_thread_gives(kind):
     made.close()
 
 
+@pytest.mark.slow
 def test_processes_are_seeded_for_each_batch():
     source = ArraySource({"x": np.arange(300)})
     runs = []
@@ -188,6 +189,7 @@ def test_a_transform_that_fails_says_so(kind):
     loader.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_noticed():
     loader = Loader({"x": np.arange(100)}, 10, transform=dying, worker_kind="process")
     with pytest.raises(Error, match="worker process died"):

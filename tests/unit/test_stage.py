@@ -85,6 +85,7 @@ def _stage(shards, local, results):
     results.put(stage(shards, local).copied)
 
 
+@pytest.mark.slow
 def test_one_process_copies(shards, tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
