@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,27 @@ def test_pytest_fails_at_once_on_every_rank(hpctrain):
     assert "only rank 1 sees this" in result.stdout
     assert "FAILED test_one.py::test_on_one_rank on rank 1 of 2, in its call" in result.stdout
     assert ">       assert detect().rank != 1 or value == 8" in result.stdout
+
+
+HANGING_TEST = """
+import subprocess
+
+def test_hangs():
+    subprocess.run(["setsid", "--wait", "sleep", "4321"])
+"""
+
+
+def test_a_test_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    """As pytest is set up in this project; what is left would make this very test fail."""
+    file = tmp_path / "test_one.py"
+    file.write_text(HANGING_TEST)
+    root = HERE.parents[1]
+    options = ("-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", str(root))
+    result = run([sys.executable, "-m", "pytest", *options, "--timeout", "3", str(file)],
+                 timeout_seconds=SECONDS, cwd=root)  # fmt: skip
+    assert result.returncode == 1, result.stdout
+    assert "test_hangs: not over after 3 s" in result.stdout
+    assert "in test_hangs" in result.stdout and "sleep 4321" in result.stdout
 
 
 def test_a_rank_that_never_comes_is_noticed(hpctrain):
