@@ -1,7 +1,11 @@
 # What people type. `make train` and `make test` do everything on a fresh machine.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+# Where pip gets torch; empty: where it gets everything. On Linux, PyPI's torch is a CUDA build.
+TORCH_INDEX ?=
 NP     ?= 2
+# Cells of the matrix of set-ups; empty: all.
+CELLS  ?=
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -21,7 +25,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
 .PHONY: help train test test-fast check mpi-test slurm-test unit-test campaign conformance horovod \
-        chaos strangers fuzz format clean
+        chaos requeues strangers fuzz matrix format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,8 +71,17 @@ conformance: horovod  ## Horovod's own tests over MPI and Gloo, from a clone of 
 chaos: horovod  ## ranks killed and stopped at random, 200 times (about half an hour)
 	$(BIN)/python -m benchmarks.elastic_kills --runs 200
 
+fuzz: $(VENV)/.installed  ## 50,000 mutated files, each read or refused (about half an hour)
+	FUZZ_EXAMPLES=5000 pytest tests/unit/test_fuzz.py
+
 strangers: horovod  ## 5,000 connections to each port of an elastic run (some minutes)
 	$(BIN)/python -m benchmarks.strangers
+
+matrix:  ## set-ups with other torches, Pythons and MPIs, each in a new environment (hours)
+	$(PYTHON) -m benchmarks.install_matrix $(CELLS)
+
+requeues: horovod  ## jobs told that time is up at random moments, 200 times (about an hour)
+	$(BIN)/python -m benchmarks.requeues --requeues 200
 
 horovod: $(VENV)/.horovod
 
@@ -81,7 +94,9 @@ clean:  ## forget the environment (the wheel cache stays)
 
 $(VENV)/.installed: setup.py pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(if $(TORCH_INDEX)$(shell command -v nvidia-smi),,@echo 'No GPU here. PyPI has CUDA builds\
+	 of torch alone, gigabytes of downloads; README.md says how to have a CPU build.')
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 

@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpctrain.errors import Error
-from hpctrain.files import write_text
+from hpctrain.files import read_regular, write_text
 
 INDEX = "hpctrain-index.json"
 FORMAT = "hpctrain-shards"
 VERSION = 1
 HEAD_BYTES = 8192
+INDEX_BYTES = 2**30
+"""Largest index: of some million shards."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def read_index(folder: Path) -> Index:
     """
     file = folder / INDEX
     try:
-        content = file.read_bytes()
+        content = read_regular(file, INDEX_BYTES)
     except OSError as error:
         raise Error(
             f"{folder} is not a shard set: {INDEX} cannot be read ({error.strerror}).",

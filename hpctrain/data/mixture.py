@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.order import Order, Positions, Shuffle
+from hpctrain.data.order import VERSION, Order, Positions, Shuffle, of_version
 from hpctrain.data.random import key, mix, uniform
 from hpctrain.data.source import OFFSETS, Arrays, Empty, Source
 from hpctrain.errors import Error
@@ -110,6 +110,10 @@ class Mixture(Source):
                 result[rows] = part
         return None if result.all() else result
 
+    def nothing_left(self) -> bool:
+        """Whether all of all sources is lost."""
+        return all(source.nothing_left() for source in self.sources)
+
 
 def _pattern(weights: Sequence[float]) -> NDArray[np.int64]:
     """Which source each of PERIOD positions belongs to, each as evenly spread as can be."""
@@ -134,7 +138,8 @@ class _MixtureOrder:
     epoch: int
     shuffle: Shuffle
     lanes: int
-    _orders: dict[tuple[int, int], Order] = field(default_factory=dict)
+    version: int = VERSION
+    _orders: dict[tuple[int, int], Order] = field(default_factory=dict, init=False)
 
     def indices(self, positions: Positions) -> NDArray[np.int64]:
         pattern = self.mixture.pattern
@@ -158,9 +163,8 @@ class _MixtureOrder:
             share = float((self.mixture.pattern == number).mean())
             lanes = max(1, round(self.lanes * share))
             source = self.mixture.sources[number]
-            self._orders[number, round_] = source.order(
-                key(self.seed, number) >> 1, round_, self.shuffle, lanes
-            )
+            order = source.order(key(self.seed, number) >> 1, round_, self.shuffle, lanes)
+            self._orders[number, round_] = of_version(order, self.version)
         return self._orders[number, round_]
 
     def uniform(self, positions: Positions, count: int) -> NDArray[np.float32]:
@@ -215,6 +219,10 @@ class Weighted(Source):
     def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """The source's."""
         return self._source.readable(indices)
+
+    def nothing_left(self) -> bool:
+        """The source's."""
+        return self._source.nothing_left()
 
 
 @dataclass(frozen=True)

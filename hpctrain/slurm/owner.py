@@ -107,11 +107,11 @@ def claim(run: Path, job: str, restarts: int, continues: str | None) -> Claim:
         Error: The folder is another job's, which is not over; or it cannot be written.
     """
     while True:
-        known = _settled(run)
+        number, known = _settled(run)
         last = known[-1] if known else None
         mine = _next(run, last, Claim(job=job, restarts=restarts, continues=continues), known)
         try:
-            if mine == last or _add(run, _count(run), mine):
+            if mine == last or _add(run, number, mine):
                 return mine
         except OSError as error:
             raise Error(f"cannot write {run / FOLDER}: {error.strerror}.",
@@ -165,9 +165,10 @@ def hand_over(run: Path, job: str, to: str) -> None:
     Raises:
         OSError: It cannot be written; the other job will claim it for itself.
     """
+    number = _count(run)
     last = claims(run)[-1]
     if last.job == job:
-        _add(run, _count(run), Claim(job=to, again=last.again + 1, continues=job))
+        _add(run, number, Claim(job=to, again=last.again + 1, continues=job))
 
 
 def _count(run: Path) -> int:
@@ -175,11 +176,15 @@ def _count(run: Path) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _settled(run: Path) -> list[Claim]:
-    """All claims, when the last one is written whole."""
+def _settled(run: Path) -> tuple[int, list[Claim]]:
+    """The number of the next claim, and all before it, when the last one is written whole.
+
+    The number comes first: if there is one more meanwhile, the next one is that.
+    """
     deadline = time.monotonic() + ASK_SECONDS
     while True:
+        number = _count(run)
         known = claims(run)
-        if len(known) == _count(run) or time.monotonic() > deadline:
-            return known
+        if len(known) == number or time.monotonic() > deadline:
+            return number, known
         time.sleep(0.05)

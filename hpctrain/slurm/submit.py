@@ -18,7 +18,7 @@ from typing import Any
 from hpctrain import __version__
 from hpctrain.errors import Error, nearest
 from hpctrain.files import write_text
-from hpctrain.slurm import commands, jobs, options
+from hpctrain.slurm import commands, jobs, options, schedulers
 from hpctrain.slurm.options import Options, directive
 from hpctrain.slurm.render import render
 from hpctrain.slurm.requeue import CONTINUES
@@ -169,6 +169,8 @@ class Request:
         Raises:
             Error: A value cannot stand in a script.
         """
+        if self.site.scheduler != "slurm":
+            return self._unattended(made)
         asked = self.resolved()
         order = ("job-name", "output", "open-mode", "partition", "account", "nodes")
         first = {name: asked.pop(name) for name in order if name in asked}
@@ -191,7 +193,31 @@ class Request:
                 job += f" --signal {self.warn.signal}"
             more = f" --elastic --relaunches {RELAUNCHES}" if self.template == "elastic" else ""
             blocks["job"] = f"job=({job}{more})"
+            if self.warn is not None:
+                blocks["signal"] = f"trap '' {self.warn.signal}"
         return render(self.template, blocks)
+
+    def _unattended(self, made: str) -> str:
+        """The batch script for another scheduler than Slurm."""
+        if self.template not in ("train", "stage", "parameter-server"):
+            raise Error(f"{self.template} jobs are for Slurm alone.", hint="this site has another.")
+        asked = self.resolved()
+        for name in ("open-mode", "requeue", "no-requeue", "signal"):
+            asked.pop(name, None)
+        asked["output"] = f"{self.run.name}.out"  # nobody makes the run folder before the run
+        size = schedulers.size_of(asked)
+        lines = schedulers.directives(self.site.scheduler, asked, self.site.directives)
+        start = schedulers.SCHEDULERS[self.site.scheduler].start
+        world = str(size.nodes * size.tasks)
+        blocks = {
+            "made": f"# Made by hpctrain {__version__}: {' '.join(made.split())}",
+            "options": "\n".join(lines),
+            "site": "\n".join(filter(None, [start, self.site.prepare()])),
+            "run": f"run={shlex.quote(str(self.run))}",
+            "launch": f"launch=({self.site.launch(self.launcher, places=size.places)})",
+            "command": f"command=({shlex.join([*self.train, '--world-size', world])})",
+        }
+        return render(schedulers.TEMPLATE, blocks)
 
 
 def check(request: Request, made: str) -> str:
@@ -207,6 +233,11 @@ def check(request: Request, made: str) -> str:
     Raises:
         Error: So it is.
     """
+    scheduler = request.site.scheduler
+    if scheduler != "slurm":
+        command = schedulers.SCHEDULERS[scheduler].submit
+        raise Error(f"this site's scheduler is {scheduler}, not Slurm.",
+                    hint=f"--dry-run prints the script, for `{command} FILE`.")  # fmt: skip
     asked = request.resolved()
     commands.fits(asked)
     with tempfile.TemporaryDirectory() as folder:

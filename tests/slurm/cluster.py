@@ -20,6 +20,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import psutil
+
 from hpctrain.process import run, search_path
 from tests.waiting import SECONDS, wait_until
 
@@ -297,6 +299,21 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         """Put it back."""
         number = self.names.index(name) + 1
         _do([*self._inside("ctl"), "ip", "link", "set", f"port{number}", "up"])
+
+    @contextlib.contextmanager
+    def silent(self):
+        """Stop the controller meanwhile: afterwards it does what it was asked for."""
+        config = str(self.folder / "slurm.conf")
+        (controller,) = (
+            each
+            for each in psutil.process_iter(["name", "cmdline"])
+            if each.info["name"] == "slurmctld" and config in (each.info["cmdline"] or ())
+        )
+        controller.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            controller.send_signal(signal.SIGCONT)
 
     # Use.
 

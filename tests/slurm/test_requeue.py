@@ -1,5 +1,8 @@
 """Jobs that are told that time is up, are requeued, or lose a node: they end with the same bits."""
 
+import json
+import time
+
 import pytest
 
 from tests.e2e.conftest import result_of
@@ -72,6 +75,41 @@ def test_requeued_by_others(site, whole):
     site.until(lambda: site.cluster.field(number, "Restarts") == "1", "a restart")
     assert site.wait()[0] == 0, site.log()
     assert_same(run, whole, ["start", "resumed"])
+
+
+def test_a_controller_that_is_silent(site, whole):
+    """It is asked to requeue while it says nothing, and does so when it wakes up: once."""
+    number, run = site.submit(*SLOW)
+    site.reached(30)
+    site.cluster.call("scancel", "--signal=USR1", "--batch", number)
+    with site.cluster.silent():
+        # scontrol gives up after 10 s.
+        site.until(lambda: "to be started again" in site.log())
+        time.sleep(13)
+    assert site.wait()[0] == 0, site.log()
+    assert_same(run, whole, ["start", "resumed"])
+    assert "instead" not in site.log()
+    assert [json.loads(path.read_text())["job"] for path in sorted((run / "owners").iterdir())] == [
+        number, number
+    ]  # fmt: skip
+
+
+def test_a_chain_of_three(site, whole):
+    """Where Slurm does not start the job again: all commands follow, whichever they are told."""
+    number, run = site.submit(*SLOW, "--no-requeue")
+    numbers = [number]
+    for _ in range(2):
+        log = run / f"faulty_task-{numbers[-1]}.out"
+        site.until(lambda log=log: log.exists() and "faulty_task.py: " in log.read_text())
+        site.cluster.call("scancel", "--signal=USR1", "--batch", numbers[-1])
+        site.until(lambda log=log: "goes on as job " in log.read_text())
+        numbers.append(log.read_text().rpartition("goes on as job ")[2].split()[0])
+        assert site("jobs", "--runs", ".").stdout.splitlines()[1].split()[0] == numbers[-1]
+    assert "for the 2. time" in site.log() and len(set(numbers)) == 3
+    other = site("submit", TASK, "--out", "run")
+    assert other.returncode == 2 and f"is that of job {numbers[-1]}, which is" in other.stdout
+    assert site.wait(number)[0] == 0, site.log()
+    assert_same(run, whole, ["start", "resumed", "resumed"])
 
 
 def test_a_lost_node(site, whole):

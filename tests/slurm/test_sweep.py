@@ -39,6 +39,29 @@ def test_an_array(site):
     assert result_of(site.folder / "again")["parameters_sha256"] == best["parameters_sha256"]
 
 
+def test_trials_go_on(site):
+    """Told that time is up, or put back by others, each with its values."""
+    (site.folder / "space.toml").write_text(SPACE)
+    done = site(
+        "sweep", TASK, "--set", "options.pause=0.1", "--set", "log.every_steps=5", "--space",
+        "space.toml", "--trials", 3, "--jobs", 3, "--submit", "--epochs", 3, "--out", "sweep",
+        "--time", "10:00",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    number = done.stdout.split()[2].rstrip(":")
+    chosen = {}
+    for task, order in enumerate(["scancel --signal=USR1 --batch"] * 2 + ["scontrol requeue"], 1):
+        log = site.folder / "sweep" / f"faulty_task-{number}_{task}.out"
+        site.until(lambda log=log: log.exists() and "faulty_task.py: " in log.read_text())
+        chosen[task] = log.read_text().splitlines()[0]
+        site.cluster.call(*order.split(), f"{number}_{task}")
+    for task, line in chosen.items():
+        site.cluster.wait_for(f"{number}_{task}", "COMPLETED", seconds=150)
+        log = (site.folder / "sweep" / f"faulty_task-{number}_{task}.out").read_text()
+        assert log.splitlines().count(line) == 2 and ": interrupted\n" in log
+    assert site("trials", "sweep").stdout.count("complete") == 3
+
+
 def test_by_hand(site):
     """array.sbatch and scaling.sbatch with the edits that they ask for."""
     (site.folder / "space.toml").write_text(SPACE)
