@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hpctrain.data.chunks import CACHE_BYTES, block_rows
 from hpctrain.data.fields import SEQUENCES, is_mapped
 from hpctrain.data.hdf5 import (
     Unusable,
+    aside,
     datasets,
     locate,
     mapped_offset,
@@ -23,12 +25,17 @@ from hpctrain.data.hdf5 import (
 from hpctrain.data.index import FieldSpec, Index, SplitEntry
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.source import check_names
-from hpctrain.data.splits import split_and_field, split_in_name
+from hpctrain.data.splits import listing, splits_of_files, tell
+from hpctrain.data.summary import MOST_COUNTED, Found, count_classes, is_class_field
+from hpctrain.data.tree import walk
 from hpctrain.data.writer import entry_of, prepare, writing
 from hpctrain.errors import Error
 from hpctrain.files import sha256
 from hpctrain.process import cores
 from hpctrain.progress import progress
+
+MOST_LABELS = 2**26
+"""Of a file, to be counted."""
 
 
 def adopt(
@@ -37,43 +44,35 @@ def adopt(
     *,
     fields: tuple[str, ...] = (),
     checksums: bool = True,
-    notes: list[str] | None = None,
+    names_tell_splits: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> ShardSet:
     """Write an index for HDF5 files, each a shard of one split or of several.
 
     Datasets of one file with as many rows are the fields of its samples. A split is told by the
-    dataset's name (``train_x``, ``x_test``, ``train/x``), or else by the file's; else it is
-    ``train``. Text, and HDF5's rows of varying length, are ragged fields.
+    dataset's name (``train_x``, ``x_test``, ``train/x``), or else by the file's, or a folder's;
+    else it is ``train``; :mod:`hpctrain.data.splits` has the rule. Text, and HDF5's rows of varying
+    length, are ragged fields.
 
     Args:
         sources: Files, or folders of files ``*.h5`` and ``*.hdf5``.
         folder: Where to put the index. The files are noted relative to it.
         fields: Datasets to take, or links to them within a file's folder; none: all datasets.
         checksums: Read every file once, so that `verify` can tell whether it has changed.
-        notes: Gets lines that say what was left out, and what reading the set will cost.
+        names_tell_splits: Whether names tell splits at all.
+        say: Gets the lines of the summary: what was taken for what, what was left out, and what
+            reading the set will cost.
 
     Raises:
         Error: A file cannot be used, files differ in what they hold, or the index cannot be
             written.
     """
-    notes = [] if notes is None else notes
-    files = [file for source in sources for file in _files(source)]
     prepare(folder)
-    adoption = _Adoption(folder, fields)
-    for file in progress(files, what="files", total=len(files)):
-        try:
-            adoption.add(file)
-        except OSError as error:
-            raise Error(
-                f"{file} cannot be read as HDF5: {_line(error)}.",
-                hint="is it an HDF5 file, and whole? If it was left open by a program that died, "
-                "`h5clear -s FILE` mends it.",
-            ) from error
+    adoption = _adopted(sources, folder, fields, names_tell_splits)
+    if say is not None:
+        for line in adoption.summary():
+            say(line)
     index = adoption.index
-    if not any(shard.samples for _, _, shard in index.shards()):
-        raise Error(f"{files[0]} holds no samples.", hint="its datasets have 0 rows.")
-    index.chunk_samples = adoption.block()
-    notes += adoption.notes()
     if checksums:
         _checksums(index, folder)
     with writing(folder):
@@ -81,19 +80,68 @@ def adopt(
     return ShardSet(folder)
 
 
+def look(
+    sources: Sequence[Path],
+    *,
+    fields: tuple[str, ...] = (),
+    names_tell_splits: bool = True,
+) -> list[str]:
+    """The summary of HDF5 files: the lines that adopting them would begin with. Nothing is written.
+
+    Args:
+        sources: As of :func:`adopt`.
+        fields: Datasets to take.
+        names_tell_splits: Whether names tell splits at all.
+
+    Raises:
+        Error: They could not be adopted.
+    """
+    return _adopted(sources, Path(), fields, names_tell_splits).summary()
+
+
+def _adopted(
+    sources: Sequence[Path], folder: Path, fields: tuple[str, ...], told: bool
+) -> _Adoption:
+    found = Found("HDF5 files, used where they are, a row a sample")
+    named = [pair for source in sources for pair in _files(source, found)]
+    splits = splits_of_files([name for _, name in named], str(sources[0]), told=told)
+    adoption = _Adoption(folder, fields, found, told)
+    files = zip(named, splits, strict=True)
+    for (file, _), split in progress(files, what="files", total=len(named)):
+        try:
+            adoption.add(file, split or "train")
+        except OSError as error:
+            raise Error(
+                f"{file} cannot be read as HDF5: {_line(error)}.",
+                hint="is it an HDF5 file, and whole? If it was left open by a program that died, "
+                "`h5clear -s FILE` mends it.",
+            ) from error
+    if not any(shard.samples for _, _, shard in adoption.index.shards()):
+        raise Error(f"{named[0][0]} holds no samples.", hint="its datasets have 0 rows.")
+    adoption.index.chunk_samples = adoption.block()
+    return adoption
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _files(source: Path) -> list[Path]:
-    if source.is_dir():
-        found = sorted(file for kind in ("*.h5", "*.hdf5") for file in source.rglob(kind))
-        if not found:
-            raise Error(f"{source} holds no *.h5 or *.hdf5 files.", hint="check the path.")
-        return found
-    if not source.exists():
-        raise Error(f"{source} does not exist.", hint="check the path.")
-    return [source]
+def _files(source: Path, found: Found) -> list[tuple[Path, str]]:
+    """Files, and what their names say below the source."""
+    if not source.is_dir():
+        if not source.exists():
+            raise Error(f"{source} does not exist.", hint="check the path.")
+        return [(source, source.name)]
+    tree = walk(source)
+    for why, name in tree.left_out:
+        found.leave(why, name)
+    files = [(source / name, name) for name in tree.files if name.endswith((".h5", ".hdf5"))]
+    for name in tree.files:
+        if not name.endswith((".h5", ".hdf5")):
+            found.leave("file that is no *.h5 or *.hdf5", name)
+    if not files:
+        raise Error(f"{source} holds no *.h5 or *.hdf5 files.", hint="check the path.")
+    return sorted(files)
 
 
 class _Adoption:
@@ -105,18 +153,27 @@ class _Adoption:
     Args:
         folder: Of the index.
         only: Datasets to take; none: all.
+        found: Where to note what was seen.
+        told: Whether names tell splits.
     """
 
-    def __init__(self, folder: Path, only: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, only: tuple[str, ...], found: Found, told: bool) -> None:
         self.index = Index({}, {}, adopted=1)
         self._folder = folder.resolve()
         self._only = only
+        self._found = found
+        self._told = told
         self._left_out: dict[str, str] = {}
+        self._classes: Counter[int] = Counter()
         # By field that is read in blocks: rows of the largest.
         self._blocks: dict[str, int] = {}
 
-    def add(self, path: Path) -> None:
+    def add(self, path: Path, split: str) -> None:
         """Take a file, or the one that all names lead to.
+
+        Args:
+            path: The file.
+            split: Of its samples, where no name in it tells one.
 
         Raises:
             Error: It cannot be used.
@@ -125,21 +182,23 @@ class _Adoption:
         home, named = self._named(path)
         with open_file(home) as file:
             specs = self._specs(file, path, named)
-            for split, fields in _splits(specs, file, named, path).items():
+            told = self._tell(specs, file, named, path)
+            for named_split, fields in told.items():
                 found = {field: specs[name] for field, name in fields.items()}
                 places = {field: named[name] for field, name in fields.items()}
                 self.index.fields = self.index.fields or found
-                split = split or split_in_name(path.stem) or "train"
-                entry = self.index.splits.setdefault(split, SplitEntry(places))
+                entry = self.index.splits.setdefault(named_split or split, SplitEntry(places))
                 if found != self.index.fields or places != entry.datasets:
                     raise Error(
-                        f"{path} holds {_listing(found)}, others hold "
-                        f"{_listing(self.index.fields)}.",
+                        f"{path} holds {listing(found)}, others hold {listing(self.index.fields)}.",
                         hint="files of a set must have the same datasets; --fields picks some.",
                     )
                 offsets = {}
                 for field, place in places.items():
                     dataset, spec = file[place], found[field]
+                    few = dataset.shape[0] <= MOST_LABELS and len(self._classes) <= MOST_COUNTED
+                    if few and is_class_field(field, spec):
+                        self._classes.update(count_classes(dataset[()]))
                     offset = mapped_offset(dataset, home, spec)
                     if offset is not None:
                         offsets[place] = offset
@@ -179,7 +238,7 @@ class _Adoption:
         unusable: dict[str, str] = {}
         for name, place in named.items():
             dataset = file[place]
-            if not self._only and (why := _aside(dataset)):
+            if not self._only and (why := aside(dataset)):
                 self._left_out[name] = why
                 continue
             if not own_bytes(dataset):
@@ -211,9 +270,34 @@ class _Adoption:
         fields = self.index.fields
         return self._blocks[max(self._blocks, key=lambda field: fields[field].row_bytes)]
 
-    def notes(self) -> list[str]:
-        """What was left out, and what an epoch will decompress."""
-        notes = [f"left out: {name}, {why}" for name, why in self._left_out.items()]
+    def _tell(
+        self, specs: dict[str, FieldSpec], file: h5py.File, named: dict[str, str], path: Path
+    ) -> dict[str, dict[str, str]]:
+        """Split -> field -> name; split ``""`` where names tell none."""
+        arrays = {name: (int(file[named[name]].shape[0]), spec) for name, spec in specs.items()}
+        told = tell(arrays, str(path), told=self._told, chosen=bool(self._only))
+        self._left_out |= told.left_out
+        for fields in told.splits.values():
+            check_names(fields, str(path))
+        return told.splits
+
+    def summary(self) -> list[str]:
+        """Its lines."""
+        for name, why in self._left_out.items():
+            self._found.leave(f"dataset ({why})", name)
+        if len(self._classes) <= MOST_COUNTED:
+            counts = {str(number): self._classes[number] for number in sorted(self._classes)}
+            self._found.classes = counts
+        self._found.notes += self._notes()
+        splits = {
+            split: sum(shard.samples for shard in entry.shards)
+            for split, entry in self.index.splits.items()
+        }
+        return self._found.lines(self.index.fields, splits)
+
+    def _notes(self) -> list[str]:
+        """What an epoch will decompress."""
+        notes = []
         block = self.block()
         for split, entry in self.index.splits.items():
             samples = sum(shard.samples for shard in entry.shards)
@@ -233,48 +317,6 @@ class _Adoption:
         return notes
 
 
-def _aside(dataset: h5py.Dataset) -> str:
-    """Why a dataset that nobody asked for is none of the samples; empty where it may be."""
-    if dataset.shape is None or dataset.ndim == 0:
-        return "a single value"
-    name = dataset.attrs.get("NAME", b"") if "CLASS" in dataset.attrs else b""
-    text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
-    if text.startswith("This is a netCDF dimension but not a netCDF variable"):
-        return "a dimension without values"
-    return ""
-
-
-def _splits(
-    specs: dict[str, FieldSpec], file: h5py.File, named: dict[str, str], path: Path
-) -> dict[str, dict[str, str]]:
-    """Split -> field -> name; split ``""`` where names tell none.
-
-    Raises:
-        Error: Datasets of a split differ in length, or two would be the same field.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for name in specs:
-        split, field = split_and_field(name)
-        if field in found.setdefault(split, {}):
-            raise Error(
-                f"{path}: {found[split][field]} and {name} would both be field {field}.",
-                hint="name one of them in --fields.",
-            )
-        found[split][field] = name
-    for fields in found.values():
-        lengths = {name: int(file[named[name]].shape[0]) for name in fields.values()}
-        if len(set(lengths.values())) > 1:
-            listing = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            common = max(lengths.values(), key=list(lengths.values()).count)
-            alike = ",".join(name for name, length in lengths.items() if length == common)
-            raise Error(
-                f"{path}: datasets differ in length: {listing}.",
-                hint=f"one row a sample; name those that belong together: --fields {alike}.",
-            )
-        check_names(fields, str(path))
-    return found
-
-
 def _checksums(index: Index, folder: Path) -> None:
     paths = list({shard.path: None for _, _, shard in index.shards()})
     with ThreadPoolExecutor(cores()) as pool:
@@ -282,7 +324,3 @@ def _checksums(index: Index, folder: Path) -> None:
         found = dict(progress(zip(paths, digests, strict=True), what="files", total=len(paths)))
     for split in index.splits.values():
         split.shards = [shard._replace(sha256=found[shard.path]) for shard in split.shards]
-
-
-def _listing(fields: dict[str, FieldSpec]) -> str:
-    return ", ".join(f"{name} {spec}" for name, spec in fields.items())

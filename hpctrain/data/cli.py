@@ -48,15 +48,46 @@ def group() -> None:
     show_default=True,
     help="Characters that a text sample predicts.",
 )
+@click.option(
+    "--kind",
+    type=click.Choice(["images", "webdataset", "tables", "text"]),
+    help="What SOURCE is, where it could be read in several ways.",
+)
+@click.option("--fields", default="", help="Arrays, columns or members to take, with commas.")
+@click.option(
+    "--no-splits", is_flag=True, help="Words such as train and test in names tell no splits."
+)
+@click.option(
+    "--classes",
+    type=click.Choice(["first", "last", "path", "none"]),
+    help="Folder that names an image's class: the first below the split, the last, all; or none.",
+)
+@click.option(
+    "--pixels",
+    type=click.Choice(["rgb", "gray", "keep"]),
+    default="rgb",
+    show_default=True,
+    help="What images become: 8 bits of three channels or one, or their own bits and channels.",
+)
+@click.option("--delimiter", help="Between a table's columns; \\t is a tab.  [default: a comma]")
+@click.option(
+    "--header/--no-header", default=None, help="Whether a table's first line names its columns."
+)
+@click.option("--decimal", default=".", show_default=True, help="A table's decimal mark.")
+@click.option(
+    "--missing",
+    help="What stands for missing whole numbers: a number, or nan, for floats.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what SOURCE holds; write nothing.")
 def data_import(
     source: Path,
     destination: Path,
     shard_mib: int | None,
-    compression: Any,
-    resize: int | None,
-    keep_encoded: bool,
-    validation_fraction: float,
-    sequence_length: int,
+    fields: str,
+    no_splits: bool,
+    delimiter: str | None,
+    dry_run: bool,
+    **choices: Any,
 ) -> None:
     """Turn SOURCE into a shard set in the folder DESTINATION.
 
@@ -65,26 +96,36 @@ def data_import(
       a folder of images, or a tar of one: [train|test|validation/]CLASS/NAME.jpg
       a WebDataset tar, or a folder of them: KEY.jpg, KEY.cls, KEY.json, ...
       an .npz or .npy: x_train, y_train, x_test, ... or x, y; one row a sample
-      a .csv or .parquet, or a folder of them: one column a field
+      a .csv, .tsv, .jsonl or .parquet, or a folder of them: one column a field
       an .h5 or .hdf5: one dataset a field (`hpctrain data adopt` uses it where it is)
       a text: rows of bytes for a language model
+
+    What was made of it is said before it is read: fields, splits, classes, what was left out. What
+    can be read in several ways is refused with the options that decide.
 
     Interrupted, it goes on where it was when given again. Under a launcher the work is divided:
     mpirun -np 8 hpctrain data import SOURCE DESTINATION makes the very same shard set.
     """
-    from hpctrain.data.importers import ImportOptions, import_data
+    from hpctrain.data.importers import ImportOptions, import_data, look
 
     options = ImportOptions(
         shard_bytes=shard_mib * 2**20 if shard_mib else None,
-        compression=compression,
-        resize=resize,
-        keep_encoded=keep_encoded,
-        validation_fraction=validation_fraction,
-        sequence_length=sequence_length,
+        fields=_names(fields),
+        names_tell_splits=not no_splits,
+        delimiter="\t" if delimiter == "\\t" else delimiter,
+        **choices,
     )
-    shards = import_data(source, destination, options)
+    if dry_run:
+        for line in look(source, options):
+            click.echo(line)
+        return
+    shards = import_data(source, destination, options, say=click.echo)
     if shards is not None:
         _describe(shards)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip().strip("/") for name in listed.split(",") if name.strip())
 
 
 @group.command()
@@ -94,20 +135,40 @@ def data_import(
 )
 @click.option("--fields", default="", help="Datasets to take, with commas; else all of numbers.")
 @click.option("--no-checksums", is_flag=True, help="Do not read the files; `verify` knows less.")
-def adopt(sources: tuple[Path, ...], out: Path, fields: str, no_checksums: bool) -> None:
+@click.option(
+    "--no-splits", is_flag=True, help="Words such as train and test in names tell no splits."
+)
+@click.option("--dry-run", is_flag=True, help="Say what SOURCES hold; write nothing.")
+def adopt(
+    sources: tuple[Path, ...],
+    out: Path,
+    fields: str,
+    no_checksums: bool,
+    no_splits: bool,
+    dry_run: bool,
+) -> None:
     """Use HDF5 files as a shard set where they are: write an index, copy nothing.
 
     SOURCES are files, or folders of *.h5 and *.hdf5. Datasets with as many rows are the fields of
     a file's samples; names such as x_train or test/x tell splits.
     """
     from hpctrain.data.adopt import adopt as adopt_files
+    from hpctrain.data.adopt import look
 
-    names = tuple(name.strip().strip("/") for name in fields.split(",") if name.strip())
-    notes: list[str] = []
-    shards = adopt_files(sources, out, fields=names, checksums=not no_checksums, notes=notes)
+    names, told = _names(fields), not no_splits
+    if dry_run:
+        for line in look(sources, fields=names, names_tell_splits=told):
+            click.echo(line)
+        return
+    shards = adopt_files(
+        sources,
+        out,
+        fields=names,
+        checksums=not no_checksums,
+        names_tell_splits=told,
+        say=click.echo,
+    )
     _describe(shards)
-    for note in notes:
-        click.echo(note)
 
 
 @group.command()

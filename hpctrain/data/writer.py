@@ -101,12 +101,19 @@ def spec_of(column: Column) -> FieldSpec:
         Error: It is of no type that HDF5 and torch both have.
     """
     array = column.values if isinstance(column, Ragged) else column
-    if array.dtype.kind not in "biufc":
+    if not is_storable(array.dtype):
         raise Error(
             f"samples of type {array.dtype} cannot be stored.",
             hint="use numbers or booleans; text goes in as bytes of varying length (Ragged).",
         )
     return FieldSpec(array.dtype.str, tuple(array.shape[1:]), isinstance(column, Ragged))
+
+
+def is_storable(dtype: np.dtype[Any]) -> bool:
+    """Whether HDF5 and torch both have a type: booleans, and numbers of usual precision."""
+    return (dtype.kind in "biuf" and dtype.itemsize <= 8) or (
+        dtype.kind == "c" and dtype.itemsize <= 16
+    )
 
 
 def chunk_samples(fields: Mapping[str, FieldSpec]) -> int:

@@ -1,13 +1,15 @@
 """What happens to a world when one rank fails: nobody hangs, and the truth is told."""
 
+import os
 import shutil
 import signal
-import time
+import sys
 from pathlib import Path
 
 import psutil
 
 from hpctrain.process import run
+from tests.waiting import SECONDS
 
 HERE = Path(__file__).parent
 
@@ -28,27 +30,25 @@ class Mine(Digits):
 
 def test_an_exception_on_one_rank_ends_the_run(hpctrain):
     (hpctrain.folder / "mine.py").write_text(RAISES_ON_RANK_1)
-    start = time.monotonic()
     result = hpctrain("train", "mine.py:Mine", "--out", "run", ranks=2)
     assert result.returncode == 1
     assert "RuntimeError: boom on rank 1" in result.stdout
-    assert time.monotonic() - start < 60
     assert not (hpctrain.folder / "run" / "result.json").exists()
 
 
 def test_a_stopped_rank_is_noticed(hpctrain):
     """SIGSTOP: the process lives, its sockets too, and only the clock tells."""
-    arguments = ("digits", "--epochs", 100000, "--set", "timeout_seconds=3")
+    arguments = ("digits", "--epochs", 100000, "--set", "timeout_seconds=10")
     with hpctrain.training(*arguments, ranks=2) as process:
         ranks = {
             child.environ()["OMPI_COMM_WORLD_RANK"]: child
             for child in psutil.Process(process.pid).children(recursive=True)
         }
         ranks["1"].send_signal(signal.SIGSTOP)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     lines = [line for line in output.splitlines() if line.startswith("hpctrain: error:")]
-    assert len(lines) == 1 and "waited 3 s for an exchange with ranks 1" in lines[0], output
+    assert len(lines) == 1 and "waited 10 s for an exchange with ranks 1" in lines[0], output
     assert "Traceback" not in output
 
 
@@ -67,17 +67,37 @@ def test_pytest_fails_at_once_on_every_rank(hpctrain):
     """An assertion that fails on one rank alone; the others wait in a barrier by then."""
     shutil.copy(HERE.parent / "mpi" / "conftest.py", hpctrain.folder)
     (hpctrain.folder / "test_one.py").write_text(FAILING_TEST)
-    start = time.monotonic()
     result = run(
         [*hpctrain.prefix(2), "pytest", "--color=no", str(hpctrain.folder)],
-        timeout_seconds=60,
+        timeout_seconds=SECONDS,
         cwd=hpctrain.folder,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
     )
     assert result.returncode == 1, result.stdout
-    assert time.monotonic() - start < 30
     assert "only rank 1 sees this" in result.stdout
     assert "FAILED test_one.py::test_on_one_rank on rank 1 of 2, in its call" in result.stdout
     assert ">       assert detect().rank != 1 or value == 8" in result.stdout
+
+
+HANGING_TEST = """
+import subprocess
+
+def test_hangs():
+    subprocess.run(["setsid", "--wait", "sleep", "4321"])
+"""
+
+
+def test_a_test_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    """As pytest is set up in this project; what is left would make this very test fail."""
+    file = tmp_path / "test_one.py"
+    file.write_text(HANGING_TEST)
+    root = HERE.parents[1]
+    options = ("-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", str(root))
+    result = run([sys.executable, "-m", "pytest", *options, "--timeout", "3", str(file)],
+                 timeout_seconds=SECONDS, cwd=root)  # fmt: skip
+    assert result.returncode == 1, result.stdout
+    assert "test_hangs: not over after 3 s" in result.stdout
+    assert "in test_hangs" in result.stdout and "sleep 4321" in result.stdout
 
 
 def test_a_rank_that_never_comes_is_noticed(hpctrain):
@@ -85,14 +105,12 @@ def test_a_rank_that_never_comes_is_noticed(hpctrain):
     (hpctrain.folder / "late.py").write_text(
         "import os, time\n"
         "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
-        "    time.sleep(100)\n"
+        "    time.sleep(1000)\n"
         "import hpctrain\n"
         "hpctrain.strategy('horovod', hpctrain.init(), timeout_seconds=3)\n"
     )
-    start = time.monotonic()
     result = run(
-        [*hpctrain.prefix(2), "python", "late.py"], timeout_seconds=60, cwd=hpctrain.folder
+        [*hpctrain.prefix(2), "python", "late.py"], timeout_seconds=SECONDS, cwd=hpctrain.folder
     )
     assert result.returncode == 1, result.stdout
     assert "waited 3 s for the 2 ranks of mpirun to meet" in result.stdout
-    assert time.monotonic() - start < 30

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpctrain.data.importers.plan import Importer, ImportOptions
-from hpctrain.data.importers.tar import is_tar
+from hpctrain.data.importers.tar import TARS, is_tar, reading
 from hpctrain.data.importers.work import make
+from hpctrain.data.tree import walk
 from hpctrain.errors import Error
 from hpctrain.launcher import Launch, detect
 
 if TYPE_CHECKING:
     from hpctrain.data.shards import ShardSet
 
-__all__ = ["ImportOptions", "import_data"]
+__all__ = ["ImportOptions", "import_data", "look"]
 
-TABLES = (".parquet", ".csv")
+TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+TABLES = (".parquet", *TEXT_TABLES, *(f"{suffix}.gz" for suffix in TEXT_TABLES))
 HDF5 = (".h5", ".hdf5", ".hdf")
-TEXTS = (".txt", ".md", "")
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TEXTS = (".txt", ".md")
+HEAD_BYTES = 2**16
 
 
 def import_data(
-    source: Path, destination: Path, options: ImportOptions, launch: Launch | None = None
+    source: Path,
+    destination: Path,
+    options: ImportOptions,
+    launch: Launch | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> ShardSet | None:
     """Make a shard set of what ``source`` holds; several ranks share the work.
 
@@ -32,10 +40,11 @@ def import_data(
 
     Args:
         source: A folder of images by class, or a tar of one; WebDataset tars; an ``.npz`` or
-            ``.npy``; HDF5; Parquet or CSV, one or a folder; or text.
+            ``.npy``; HDF5; Parquet, CSV or JSON Lines, one or a folder; or text.
         destination: The shard set to be.
         options: How.
         launch: This process among those that import together; None: as the launcher says.
+        say: Gets the lines of the summary, on rank 0, before samples are read.
 
     Returns:
         The shard set, on rank 0; None on others, which may be done before it is whole.
@@ -43,64 +52,139 @@ def import_data(
     Raises:
         Error: The source is none of these, or something in it cannot be read; no index is written.
     """
-    if not source.exists():
-        raise Error(f"{source} does not exist.", hint="check the path.")
-    if make(importer_of(source, options), destination, launch or detect()) is None:
+    _check(source)
+
+    def open_as(kind: str | None) -> Importer:
+        return importer(kind or kind_of(source, options), source, options)
+
+    if make(open_as, source, destination, launch or detect(), say) is None:
         return None
     from hpctrain.data.shards import ShardSet
 
     return ShardSet(destination)
 
 
-def importer_of(source: Path, options: ImportOptions) -> Importer:
-    """What reads a source. The libraries of its format are loaded here, no others.
+def look(source: Path, options: ImportOptions) -> list[str]:
+    """The summary of a source: the lines that an import would begin with. Nothing is written.
+
+    Args:
+        source: As of :func:`import_data`.
+        options: How it would be imported.
 
     Raises:
-        Error: It is of no kind that can be imported, or a library is missing.
+        Error: It could not be imported.
     """
-    suffix = source.suffix.lower()
+    _check(source)
+    found = importer(kind_of(source, options), source, options)
+    with reading(source):
+        return found.survey().summary(options)
+
+
+def _check(source: Path) -> None:
+    if not source.exists():
+        raise Error(f"{source} does not exist.", hint="check the path.")
+    if not source.is_dir() and not source.is_file():
+        raise Error(f"{source} is a pipe, socket or device.", hint="give a file or a folder.")
+
+
+def kind_of(source: Path, options: ImportOptions) -> str:
+    """What a source is to be read as.
+
+    Raises:
+        Error: It is of no kind that can be imported, or of several.
+    """
     if source.is_dir():
-        names = [file.name.lower() for file in source.iterdir()]
-        if any(name.endswith(TABLES) for name in names):
-            return _tables(source, options)
-        if any(name.endswith(TARS) for name in names):
-            from hpctrain.data.importers.webdataset import WebDataset
-
-            return WebDataset(source, options)
-        from hpctrain.data.importers.images import FolderImages
-
-        return FolderImages(source, options)
-    if suffix in TABLES:
-        return _tables(source, options)
-    if suffix in (".npz", ".npy"):
-        from hpctrain.data.importers.arrays import Npy, Npz
-
-        return (Npz if suffix == ".npz" else Npy)(source, options)
-    if suffix in HDF5:
-        from hpctrain.data.importers.hdf5 import Hdf5
-
-        return Hdf5(source, options)
+        return options.kind or _kind_of_folder(source)
+    if options.kind in ("tables", "text"):
+        return options.kind
+    name = source.name.lower()
+    if options.kind is None and name.endswith(TABLES):
+        return "tables"
+    if options.kind is None and name.endswith((".npz", ".npy")):
+        return name[-3:]
+    if options.kind is None and name.endswith(HDF5):
+        return "hdf5"
     if is_tar(source):
-        from hpctrain.data.importers.images import TarImages
-        from hpctrain.data.importers.webdataset import WebDataset, is_webdataset
+        from hpctrain.data.importers.webdataset import is_webdataset
 
-        return (WebDataset if is_webdataset(source) else TarImages)(source, options)
-    if suffix in TEXTS:
-        from hpctrain.data.importers.text import Text
-
-        return Text(source, options)
+        found = options.kind or ("webdataset" if is_webdataset(source) else "images")
+        return "webdataset" if found == "webdataset" else "tar"
+    if options.kind is None and name.endswith(TEXTS):
+        return "text"
+    if options.kind is None and not source.suffix:
+        return _kind_of_content(source)
     raise Error(
-        f"{source} is of a kind that cannot be imported.",
+        f"{source} is of a kind that cannot be imported"
+        + (f" as {options.kind}." if options.kind else "."),
         hint="`hpctrain data import --help` lists the kinds.",
     )
 
 
-def _tables(source: Path, options: ImportOptions) -> Importer:
+def _kind_of_content(source: Path) -> str:
+    """Of a file whose name does not tell."""
+    with reading(source), source.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    for magic, kind in _MAGIC.items():
+        if head.startswith(magic):
+            return kind
+    if b"\0" in head:
+        raise Error(
+            f"{source} is no text, and of no other kind that is known by its content.",
+            hint="name it by what it is, or give --kind text for rows of its bytes.",
+        )
+    return "text"
+
+
+_MAGIC = {b"\x89HDF\r\n\x1a\n": "hdf5", b"PK": "npz", b"\x93NUMPY": "npy", b"PAR1": "tables"}
+
+
+def _kind_of_folder(source: Path) -> str:
+    from hpctrain.data.importers.images import is_image
+
+    names = walk(source).files
+    held = {
+        "images": [name for name in names if is_image(name)],
+        "webdataset": [name for name in names if name.lower().endswith(TARS)],
+        "tables": [name for name in names if name.lower().endswith(TABLES)],
+    }
+    kinds = [kind for kind, files in held.items() if files]
+    if len(kinds) > 1:
+        listing = ", ".join(f"{len(held[k])} for {k} ({held[k][0]}, ...)" for k in kinds)
+        raise Error(
+            f"{source} holds files of several kinds: {listing}.",
+            hint=" or ".join(f"--kind {kind}" for kind in kinds) + " says which to take.",
+        )
+    return kinds[0] if kinds else "images"
+
+
+def importer(kind: str, source: Path, options: ImportOptions) -> Importer:
+    """What reads a source of a kind. The libraries of its format are loaded here, no others.
+
+    Raises:
+        Error: A library is missing.
+    """
+    module, name = _IMPORTERS["folder" if kind == "images" else kind]
     try:
-        from hpctrain.data.importers.tables import Tables
+        found = getattr(import_module(f"hpctrain.data.importers.{module}"), name)
     except ImportError as error:
+        if kind != "tables":
+            raise
         raise Error(
             f"{source} needs pyarrow to be read, which is not installed ({error}).",
             hint="pip install pyarrow",
         ) from error
-    return Tables(source, options)
+    made: Importer = found(source, options)
+    made.kind = kind
+    return made
+
+
+_IMPORTERS = {
+    "folder": ("images", "FolderImages"),
+    "tar": ("images", "TarImages"),
+    "webdataset": ("webdataset", "WebDataset"),
+    "tables": ("tables", "Tables"),
+    "npz": ("arrays", "Npz"),
+    "npy": ("arrays", "Npy"),
+    "hdf5": ("hdf5", "Hdf5"),
+    "text": ("text", "Text"),
+}

@@ -1,13 +1,17 @@
 """Arrays with one row a sample, from an npz or npy; a piece at a time, so of any size.
 
-``train_x``, ``x_train`` and ``train/x`` are field ``x`` of split ``train``; ``x`` has no split.
+``train_x``, ``x_train`` and ``train/x`` are field ``x`` of split ``train``; ``x`` has no split, but
+its file's name may tell one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import zipfile
+import zlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
@@ -21,16 +25,32 @@ from hpctrain.data.importers.plan import (
     Items,
     Survey,
     blocks,
+    pick,
     stamp,
 )
 from hpctrain.data.importers.tar import reading
 from hpctrain.data.index import FieldSpec
-from hpctrain.data.splits import split_and_field
+from hpctrain.data.splits import Array, splits_of_files, tell
+from hpctrain.data.summary import MOST_COUNTED, Found, count_classes, is_class_field
+from hpctrain.data.writer import Column, Ragged, is_storable
 from hpctrain.errors import Error
 
-Rows = Callable[[int, int], NDArray[Any]]
+Rows = Callable[[int, int], Column]
 """Gives rows from a start to a stop; asked for rising ones."""
-Shape = tuple[tuple[int, ...], "np.dtype[Any]"]
+MOST_ROW_BYTES = 2**27
+"""Of a compressed row, unless its file is as large: a few bytes can claim to be any number."""
+
+
+BROKEN = (
+    ValueError,
+    KeyError,
+    RuntimeError,
+    NotImplementedError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What numpy, zipfile and h5py raise for files that are not what they say."""
 
 
 class Arrays(Importer):
@@ -38,9 +58,15 @@ class Arrays(Importer):
 
     what = "rows"
 
+    said = "arrays"
+
     @abstractmethod
-    def shapes(self) -> dict[str, Shape]:
-        """Name -> shape and type of each array."""
+    def arrays(self, found: Found) -> dict[str, Array]:
+        """Name -> rows, and what they are.
+
+        Args:
+            found: Where to note what is no array.
+        """
 
     @abstractmethod
     def open(self, names: list[str]) -> contextlib.AbstractContextManager[Mapping[str, Rows]]:
@@ -48,57 +74,84 @@ class Arrays(Importer):
 
     def survey(self) -> Survey:
         """See what arrays there are."""
+        where = str(self.path)
+        found = Found(f"{self.said}, one row a sample")
         with self.errors():
-            shapes = self.shapes()
-        splits: dict[str, dict[str, str]] = {}
-        for name in shapes:
-            split, field = split_and_field(name)
-            splits.setdefault(split, {})[field] = name
+            arrays = self._chosen(self.arrays(found))
+        told = tell(
+            arrays,
+            where,
+            told=self.options.names_tell_splits,
+            chosen=bool(self.options.fields),
+        )
+        for name, why in told.left_out.items():
+            found.leave(f"array ({why})", name)
+        splits = told.splits
+        if list(splits) == [""]:
+            of_file = splits_of_files([self.path.name], where, told=self.options.names_tell_splits)
+            splits = {of_file[0]: splits[""]}
         runs: list[tuple[str, int]] = []
         fields: dict[str, FieldSpec] = {}
         for split, names in splits.items():
-            found = {field: self._spec(name, *shapes[name]) for field, name in names.items()}
-            if fields and found != fields:
-                raise Error(
-                    f"{self.path}: split '{split}' has {_listing(found)}, but another has "
-                    f"{_listing(fields)}.",
-                    hint="all splits must have the same arrays, of the same types and row shapes.",
-                )
-            fields = found
-            lengths = {name: shapes[name][0][0] for name in names.values()}
-            if len(set(lengths.values())) != 1 or not next(iter(lengths.values())):
-                raise Error(
-                    f"{self.path}: arrays of a split must be equally long, but have {lengths} "
-                    "rows.",
-                    hint="one row a sample: x and y, or x_train, y_train, x_test and y_test.",
-                )
-            runs.append((split, next(iter(lengths.values()))))
-        if not runs:
-            raise Error(f"{self.path} holds no arrays.", hint="one row a sample, such as x and y.")
-        row_bytes = sum(spec.row_bytes for spec in fields.values())
+            fields = {field: self._checked(name, arrays[name][1]) for field, name in names.items()}
+            runs.append((split, arrays[next(iter(names.values()))][0] or 0))
+        if not sum(count for _, count in runs):
+            raise Error(f"{self.path} holds no samples.", hint="one row a sample, such as x and y.")
+        self._count(splits, arrays, found)
+        size = sum(spec.row_bytes for spec in fields.values()) * sum(count for _, count in runs)
+        if any(spec.ragged for spec in fields.values()):
+            size = max(size, self.path.stat().st_size)
         return Survey(
             runs=runs,
             fields=fields,
-            bytes=row_bytes * sum(count for _, count in runs),
+            bytes=size,
             details={
                 "stamp": stamp(self.path),
                 "splits": [list(splits[split].items()) for split, _ in runs],
             },
+            found=found,
         )
 
-    def _spec(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> FieldSpec:
-        if dtype.kind not in "biufc":
+    def _chosen(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        """Those asked for."""
+        missing = [name for name in self.options.fields if name not in arrays]
+        if missing or not arrays:
+            what = f"no array {missing[0]}" if missing else "no arrays"
             raise Error(
-                f"{self.path}: {name} is an array of {dtype}, not of numbers.",
-                hint="store plain arrays of numbers or booleans, not objects or text.",
+                f"{self.path} holds {what}.", hint=f"it has: {', '.join(arrays) or 'none'}."
             )
-        if not shape:
-            raise Error(f"{self.path}: {name} is a single number.", hint="one row a sample.")
-        return FieldSpec(dtype.str, shape[1:])
+        return {name: arrays[name] for name in self.options.fields or arrays}
+
+    def _count(
+        self, splits: dict[str, dict[str, str]], arrays: dict[str, Array], found: Found
+    ) -> None:
+        """Samples of each class, where a field holds the classes' numbers."""
+        total: Counter[int] = Counter()
+        for names in splits.values():
+            for field, name in names.items():
+                rows, spec = arrays[name]
+                if not rows or not is_class_field(field, spec):
+                    continue
+                with self.errors(), self.open([name]) as opened:
+                    for start in range(0, rows, BLOCK_BYTES):
+                        part = opened[name](start, min(rows, start + BLOCK_BYTES))
+                        total.update(count_classes(np.asarray(part)))
+                        if len(total) > MOST_COUNTED:
+                            return
+        found.classes = {str(number): total[number] for number in sorted(total)}
+
+    def _checked(self, name: str, spec: FieldSpec) -> FieldSpec:
+        check_type(spec.kind, f"{self.path}: {name}")
+        if spec.row_bytes > max(MOST_ROW_BYTES, self.path.stat().st_size):
+            raise Error(
+                f"{self.path}: a row of {name} has {spec.row_bytes:,} bytes, more than the file.",
+                hint="is it whole? save it uncompressed if it is meant so.",
+            )
+        return spec
 
     def errors(self) -> contextlib.AbstractContextManager[None]:
         """Turns what the reading of a broken file raises into one error."""
-        return reading(self.path, ValueError, KeyError, zipfile.BadZipFile)
+        return reading(self.path, *BROKEN)
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
         """Read them in blocks of rows."""
@@ -112,23 +165,55 @@ class Arrays(Importer):
             with self.errors(), self.open([name for _, name in names]) as arrays:
                 for part in blocks(local, rows):
                     start, stop = int(part[0]), int(part[-1]) + 1
-                    taken = {field: arrays[name](start, stop) for field, name in names}
+                    taken = {field: native(arrays[name](start, stop)) for field, name in names}
                     if len(part) < stop - start:
-                        taken = {field: array[part - start] for field, array in taken.items()}
+                        wanted = np.zeros(stop - start, bool)
+                        wanted[part - start] = True
+                        taken = {field: pick(column, wanted) for field, column in taken.items()}
                     yield {field: taken[field] for field in survey.fields}
 
 
-def _listing(fields: Mapping[str, FieldSpec]) -> str:
-    return ", ".join(f"{name} {spec}" for name, spec in fields.items())
+def array_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Rows, and what they are in this machine's byte order."""
+    kind = dtype.newbyteorder("=").str
+    return (shape[0], FieldSpec(kind, shape[1:])) if shape else (None, FieldSpec(kind))
+
+
+def check_type(dtype: np.dtype[Any], where: str) -> None:
+    """See that a field can be of a type.
+
+    Raises:
+        Error: It is of objects, text, records, dates, or of numbers that torch has not.
+    """
+    if not is_storable(dtype):
+        raise Error(
+            f"{where} is an array of {dtype}, not of numbers that torch has.",
+            hint="store plain arrays of numbers or booleans, or name others by --fields A,B.",
+        )
+
+
+def native(column: Column) -> Column:
+    """The same in this machine's byte order."""
+    if isinstance(column, Ragged):
+        return Ragged(in_order(column.values), column.offsets)
+    return in_order(column)
+
+
+def in_order(array: NDArray[Any]) -> NDArray[Any]:
+    """The same in this machine's byte order."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 class Npy(Arrays):
     """One array; the file's name is the field's."""
 
-    def shapes(self) -> dict[str, Shape]:
-        """By mapping it."""
-        array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        return {self.path.stem: (array.shape, array.dtype)}
+    said = "an array of numpy's"
+
+    def arrays(self, found: Found) -> dict[str, Array]:
+        """As its head says."""
+        with self.path.open("rb") as file:
+            shape, _, dtype = npy_head(file, self.path.stat().st_size)
+        return {self.path.stem: array_of(shape, dtype)}
 
     @contextlib.contextmanager
     def open(self, names: list[str]) -> Iterator[Mapping[str, Rows]]:
@@ -140,15 +225,17 @@ class Npy(Arrays):
 class Npz(Arrays):
     """Arrays in a zip, which is read as a stream: compressed or not, none need fit in memory."""
 
-    def shapes(self) -> dict[str, Shape]:
+    said = "arrays of numpy's"
+
+    def arrays(self, found: Found) -> dict[str, Array]:
         """As their heads say."""
-        shapes = {}
+        arrays = {}
         with zipfile.ZipFile(self.path) as archive:
-            for member in archive.namelist():
+            for member in archive.infolist():
                 with archive.open(member) as file:
-                    shape, _, dtype = _head(file)
-                shapes[member.removesuffix(".npy")] = (shape, dtype)
-        return shapes
+                    shape, _, dtype = npy_head(file, member.file_size)
+                arrays[member.filename.removesuffix(".npy")] = array_of(shape, dtype)
+        return arrays
 
     @contextlib.contextmanager
     def open(self, names: list[str]) -> Iterator[Mapping[str, Rows]]:
@@ -159,9 +246,12 @@ class Npz(Arrays):
             for name in names:
                 member = name if name in members else f"{name}.npy"
                 file = stack.enter_context(archive.open(member))
-                shape, fortran, dtype = _head(file)
+                size = archive.getinfo(member).file_size
+                shape, fortran, dtype = npy_head(file, size)
                 if fortran and len(shape) > 1:
                     # Rows are strewn all over it.
+                    if size > max(2 * MOST_ROW_BYTES, self.path.stat().st_size):
+                        raise ValueError(f"{name} is in Fortran's order, and too large to turn")
                     with archive.open(member) as whole:
                         array = np.lib.format.read_array(whole, allow_pickle=False)
                     arrays[name] = _rows_of(array)
@@ -174,13 +264,30 @@ def _rows_of(array: NDArray[Any]) -> Rows:
     return lambda start, stop: np.ascontiguousarray(array[start:stop])
 
 
-def _head(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran's order, and type of the array that a npy file holds."""
+def npy_head(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran's order, and type of the array that a npy file holds.
+
+    Args:
+        file: At its beginning; it is left where the array begins.
+        size: Of the file, in bytes.
+
+    Raises:
+        ValueError: It is none, or of another size than it says.
+    """
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0
     if version != (1, 0):
         read = np.lib.format.read_array_header_2_0
-    return read(file)
+    try:
+        shape, fortran, dtype = read(file)
+    except (MemoryError, RecursionError, TypeError) as error:
+        raise ValueError(f"its head cannot be read ({type(error).__name__})") from error
+    if any(length < 0 for length in shape):
+        raise ValueError(f"its head says it has the shape {shape}")
+    held, said = size - file.tell(), dtype.itemsize * math.prod(shape)
+    if held != said and not dtype.hasobject:
+        raise ValueError(f"an array of {dtype}{shape} has {said} bytes, but {held} are there")
+    return shape, fortran, dtype
 
 
 class _Stream:

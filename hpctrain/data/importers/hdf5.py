@@ -1,6 +1,7 @@
 """HDF5 files whose datasets have one row a sample, such as others' tools write.
 
-``x_train`` and ``train/x`` are field ``x`` of split ``train``.
+``x_train`` and ``train/x`` are field ``x`` of split ``train``. Text, and HDF5's rows of varying
+length, become ragged fields.
 """
 
 from __future__ import annotations
@@ -9,13 +10,25 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import h5py
-import hdf5plugin  # noqa: F401 - so that what its filters compressed can be read
 import numpy as np
-from numpy.typing import NDArray
 
-from hpctrain.data.importers.arrays import Arrays, Rows, Shape
+from hpctrain.data.hdf5 import (
+    Unusable,
+    aside,
+    datasets,
+    locate,
+    open_dataset,
+    open_file,
+    sequences,
+    spec_of_dataset,
+)
+from hpctrain.data.importers.arrays import Arrays, Rows
 from hpctrain.data.importers.tar import reading
+from hpctrain.data.index import FieldSpec
+from hpctrain.data.splits import Array
+from hpctrain.data.summary import Found
+from hpctrain.data.writer import Column, Ragged
+from hpctrain.errors import Error
 
 CACHE_BYTES = 128 * 2**20
 """Of a dataset's chunks: each should be decompressed once, though it spans several blocks."""
@@ -24,32 +37,58 @@ CACHE_BYTES = 128 * 2**20
 class Hdf5(Arrays):
     """One HDF5 file."""
 
-    def shapes(self) -> dict[str, Shape]:
-        """All datasets, in groups and out of them."""
-        shapes: dict[str, Shape] = {}
+    said = "datasets of HDF5"
 
-        def note(name: str, node: Any) -> None:
-            if isinstance(node, h5py.Dataset):
-                shapes[name] = (node.shape or (), node.dtype)
+    def arrays(self, found: Found) -> dict[str, Array]:
+        """All datasets, in groups and out of them, or those asked for, which may be links."""
+        if self.options.fields:
+            return {name: self._array(name) for name in self.options.fields}
+        with open_file(self.path) as file:
+            names, others = datasets(file)
+            aim = {name: aside(file[name]) for name in names}
+        for name, what in others.items():
+            found.leave(f"name in the file ({what})", name)
+        for name, why in aim.items():
+            if why:
+                found.leave(f"dataset ({why})", name)
+        return {name: self._array(name) for name, why in aim.items() if not why}
 
-        with h5py.File(self.path, "r") as file:
-            file.visititems(note)
-        return shapes
+    def _array(self, name: str) -> Array:
+        home, place = locate(self.path, name)
+        with open_file(home) as file:
+            dataset = file[place]
+            try:
+                spec = spec_of_dataset(dataset)
+            except Unusable as error:
+                raise Error(
+                    f"{self.path}: {name} {error}.",
+                    hint="leave it out: --fields A,B says which ones to take.",
+                ) from error
+            kind = spec.kind.newbyteorder("=").str
+            return dataset.shape[0], FieldSpec(kind, spec.shape, spec.ragged)
 
     @contextlib.contextmanager
     def open(self, names: list[str]) -> Iterator[Mapping[str, Rows]]:
         """Open it, to read whole blocks of rows."""
-        with h5py.File(self.path, "r", rdcc_nbytes=CACHE_BYTES) as file:
-            yield {name: _Dataset(file[name]) for name in names}
+        with contextlib.ExitStack() as stack:
+            opened: dict[str, Rows] = {}
+            for name in names:
+                home, place = locate(self.path, name)
+                file = stack.enter_context(open_file(home, rdcc_nbytes=CACHE_BYTES))
+                opened[name] = _Dataset(open_dataset(file, home, place))
+            yield opened
 
     def errors(self) -> contextlib.AbstractContextManager[None]:
         """What HDF5 raises where a file is broken."""
-        return reading(self.path, ValueError, KeyError, RuntimeError)
+        return reading(self.path, ValueError, KeyError, RuntimeError, TypeError)
 
 
 class _Dataset:
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
+        self._ragged = spec_of_dataset(dataset).ragged
 
-    def __call__(self, start: int, stop: int) -> NDArray[Any]:
+    def __call__(self, start: int, stop: int) -> Column:
+        if self._ragged:
+            return Ragged.of(sequences(self._dataset, start, stop))
         return np.asarray(self._dataset[start:stop])

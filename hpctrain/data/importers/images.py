@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from hpctrain.data.importers.jpeg import decode_jpeg
+from hpctrain.data.importers.folders import NO_CLASS, Place, folders_of, places
+from hpctrain.data.importers.pixels import SAID, SUFFIXES, bits, decode, open_image, unreadable
 from hpctrain.data.importers.plan import (
     BLOCK_BYTES,
     Columns,
@@ -26,70 +23,60 @@ from hpctrain.data.importers.plan import (
     runs_of,
     stamp,
 )
-from hpctrain.data.importers.tar import contents, members
+from hpctrain.data.importers.tar import contents, files_in, is_plain
 from hpctrain.data.index import FieldSpec
-from hpctrain.data.splits import split_in
+from hpctrain.data.summary import Found
+from hpctrain.data.tree import HIDDEN, NOWHERE, is_hidden, walk
 from hpctrain.data.writer import Column, Ragged
 from hpctrain.errors import Error
 
-SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp"})
 ENCODED = FieldSpec("|u1", ragged=True)
 PROBES = 64
-"""Images whose sizes tell those of all, where each would have to be asked for its own."""
+"""Images that are looked at for what all are like, where each would have to be opened."""
 MOST_BATCH = 1024
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is an image's; hidden files are none."""
+    """Whether a file's name is an image's."""
     stem, _, suffix = name.rpartition("/")[2].rpartition(".")
-    return suffix.lower() in SUFFIXES and bool(stem) and stem[0] != "."
-
-
-def folders_of(name: str) -> list[str]:
-    """The folders that a file is in."""
-    return [part for part in name.split("/")[:-1] if part not in ("", ".")]
-
-
-def decode(data: bytes, where: str, resize: int | None) -> NDArray[np.uint8]:
-    """An image's pixels: uint8 of shape (height, width, 3).
-
-    Raises:
-        Error: It is not a readable image.
-    """
-    try:
-        image = decode_jpeg(data) or Image.open(io.BytesIO(data))
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if resize is not None:
-            image = image.resize((resize, resize), Image.Resampling.BICUBIC)
-        return np.asarray(image)
-    except Exception as error:  # what a plug-in of Pillow's raises is anyone's guess
-        raise _unreadable(where, error) from error
+    return suffix.lower() in SUFFIXES and bool(stem)
 
 
 def image_spec(data: bytes, where: str, options: ImportOptions) -> FieldSpec:
     """What an image is stored as."""
-    pixels = decode(data, where, options.resize)
-    return ENCODED if options.keep_encoded else FieldSpec("|u1", pixels.shape)
+    pixels = decode(data, where, options.pixels, options.resize)
+    return ENCODED if options.keep_encoded else FieldSpec(pixels.dtype.str, pixels.shape)
 
 
 def image_column(
-    images: Iterable[tuple[str, bytes]], count: int, spec: FieldSpec, resize: int | None
+    images: Iterable[tuple[str, bytes]], count: int, spec: FieldSpec, options: ImportOptions
 ) -> Column:
     """A column of images, each given by what it is called and the bytes of its file.
 
+    Args:
+        images: As they come.
+        count: Of them.
+        spec: What they are stored as.
+        options: How they are decoded.
+
     Raises:
-        Error: One cannot be read, or is not of the others' size.
+        Error: One cannot be read, or is not of the others' size or kind.
     """
     if spec.ragged:
         return Ragged.of([_checked(data, where) for where, data in images])
-    column = np.empty((count, *spec.shape), np.uint8)
+    column = np.empty((count, *spec.shape), spec.kind)
     for row, (where, data) in enumerate(images):
-        pixels = decode(data, where, resize)
-        if pixels.shape != spec.shape:
+        pixels = decode(data, where, options.pixels, options.resize)
+        if pixels.shape[:2] != spec.shape[:2]:
             raise Error(
                 f"{where} is {_size(pixels.shape)}, others are {_size(spec.shape)}.",
                 hint="give --resize N to scale all images to N x N.",
+            )
+        if pixels.shape != spec.shape or pixels.dtype != spec.kind:
+            raise Error(
+                f"{where} has {pixels.shape[2]} channels of {pixels.dtype}, others have "
+                f"{spec.shape[2]} of {spec.kind}.",
+                hint="--pixels rgb or gray makes 8 bits of all but floats and 32-bit integers.",
             )
         column[row] = pixels
     return column
@@ -102,17 +89,31 @@ def _size(shape: tuple[int, ...]) -> str:
 def _checked(data: bytes, where: str) -> bytes:
     """The same, if it begins as an image does."""
     try:
-        Image.open(io.BytesIO(data))
+        open_image(data)
     except Exception as error:  # see decode
-        raise _unreadable(where, error) from error
+        raise unreadable(where, error) from error
     return data
 
 
-def _unreadable(where: str, error: Exception) -> Error:
-    # Pillow's own words for this one end in an address in memory.
-    unknown = isinstance(error, UnidentifiedImageError)
-    why = "it has no format that Pillow knows" if unknown else error
-    return Error(f"{where} is not a readable image: {why}.", hint="mend it, or remove it.")
+def describe_pixels(images: Iterable[tuple[str, bytes]], options: ImportOptions) -> list[str]:
+    """What becomes of images' pixels, and what some of the images are; lines for a summary."""
+    kinds: Counter[str] = Counter()
+    frames = 0
+    for where, data in images:
+        try:
+            image = open_image(data)
+            kinds[bits(image)] += 1
+            frames += getattr(image, "n_frames", 1) > 1
+        except Exception as error:  # see decode
+            raise unreadable(where, error) from error
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    stored = "the bytes of their files" if options.keep_encoded else SAID[options.pixels]
+    upright = "" if options.keep_encoded else "; turned upright as EXIF says, of frames the first"
+    return [
+        f"images are stored as {stored}{upright}",
+        f"of {sum(kinds.values())} images looked at: {listed}"
+        + (f"; {frames} have several frames" if frames else ""),
+    ]
 
 
 def batch_rows(survey: Survey) -> int:
@@ -127,73 +128,135 @@ class Images(Importer):
     what = "images"
 
     @abstractmethod
-    def find(self) -> tuple[list[str], dict[str, Any]]:
-        """The names of all files, and what :meth:`fetch` needs beside the images' names."""
+    def find(self, found: Found) -> dict[str, list[Any]]:
+        """Lists of what :meth:`fetch` needs of all images; that of their "names" is one.
+
+        Args:
+            found: Where to note what is no image.
+        """
 
     @abstractmethod
     def fetch(self, details: dict[str, Any], items: Items) -> Iterator[tuple[str, bytes]]:
         """What to call each of these images in an error, and the bytes of its file."""
 
     @abstractmethod
+    def seeks(self) -> bool:
+        """Whether some images can be fetched without reading all that are before them."""
+
+    @abstractmethod
+    def stamp(self) -> list[list[Any]]:
+        """Tells the source from what it was before."""
+
+    @abstractmethod
     def encoded_bytes(self, details: dict[str, Any]) -> int:
         """Of all images, as they are encoded."""
 
     def survey(self) -> Survey:
-        """List the images; the first one says what size all must have."""
-        names, details = self.find()
-        places = [_place(name) for name in names]
-        if not places:
+        """List the images; the first one says what size and kind all must have."""
+        found = Found("images, the class by folder")
+        lists = self.find(found)
+        names: list[str] = lists["names"]
+        if not names:
+            seen = [f"{n} {why}" for why, (n, _) in found.left_out.items()]
             raise Error(
-                f"{self.path} holds no images.",
+                f"{self.path} holds no images" + (f", but {', '.join(seen)}." if seen else "."),
                 hint="it should hold [train/]CLASS/NAME.jpg and the like.",
             )
-        classes = sorted({label for _, label in places})
-        runs = runs_of(split for split, _ in places)
-        ((where, first),) = self.fetch(details, np.zeros(1, dtype=np.int64))
-        spec = image_spec(first, where, self.options)
-        total = self.encoded_bytes(details) if spec.ragged else spec.row_bytes * len(names)
-        return Survey(
-            runs=runs,
-            fields={"image": spec, "label": FieldSpec("<i8")},
-            bytes=total + 8 * len(names),
-            attributes={"classes": classes},
-            details=details,
+        folders = [folders_of(name) for name in names]
+        where = places(
+            sorted(set(folders)),
+            str(self.path),
+            classes=self.options.classes,
+            told=self.options.names_tell_splits,
         )
+        kept = []
+        for number, folder in enumerate(folders):
+            if where[folder] is None:
+                found.leave(NO_CLASS, names[number])
+            else:
+                kept.append(number)
+        placed = [place for number in kept if (place := where[folders[number]])]
+        details: dict[str, Any] = {
+            key: [values[number] for number in kept] for key, values in lists.items()
+        }
+        details["stamp"] = self.stamp()
+        fields, attributes = self._labelled(placed, found, details)
+        step = max(1, len(kept) // PROBES)
+        some = np.arange(0, len(kept), step, dtype=np.int64)[: PROBES if self.seeks() else 1]
+        probes = list(self.fetch(details, some))
+        found.notes += describe_pixels(probes, self.options)
+        spec = image_spec(probes[0][1], probes[0][0], self.options)
+        total = self.encoded_bytes(details) if spec.ragged else spec.row_bytes * len(kept)
+        return Survey(
+            runs=runs_of(place.split for place in placed),
+            fields={"image": spec, **fields},
+            bytes=total + 8 * len(kept),
+            attributes=attributes,
+            details=details,
+            found=found,
+        )
+
+    def _labelled(
+        self, placed: list[Place], found: Found, details: dict[str, Any]
+    ) -> tuple[dict[str, FieldSpec], dict[str, Any]]:
+        counts = Counter(place.label for place in placed if place.label is not None)
+        if not counts:
+            found.kind = "images without classes"
+            return {}, {}
+        classes = sorted(counts)
+        numbers = {label: number for number, label in enumerate(classes)}
+        details["labels"] = [numbers[place.label] for place in placed if place.label is not None]
+        found.classes = {label: counts[label] for label in classes}
+        return {"label": FieldSpec("<i8")}, {"classes": classes}
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
         """Decode them, or not."""
-        numbers = {name: number for number, name in enumerate(survey.attributes["classes"])}
-        labels = np.array([numbers[_place(name)[1]] for name in survey.details["names"]])
         images = self.fetch(survey.details, items)
+        labels = np.array(survey.details.get("labels", ()), dtype=np.int64)
         rows = batch_rows(survey)
         for start in range(0, len(items), rows):
             part = items[start : start + rows]
             batch = islice(images, len(part))
             spec = survey.fields["image"]
-            yield {
-                "image": image_column(batch, len(part), spec, self.options.resize),
-                "label": labels[part],
-            }
+            columns: Columns = {"image": image_column(batch, len(part), spec, self.options)}
+            if "label" in survey.fields:
+                columns["label"] = labels[part]
+            yield columns
 
 
-def _place(name: str) -> tuple[str, str]:
-    """Split ("" for none) and class of ``[.../][SPLIT/]CLASS/NAME.jpg``."""
-    return _place_of(name.rpartition("/")[0])
-
-
-@cache
-def _place_of(folder: str) -> tuple[str, str]:
-    *outer, label = folders_of(f"{folder}/")
-    return split_in(outer[-1:]), label
+def sort_out(name: str, found: Found) -> bool:
+    """Whether a file is an image to take; if not, note why."""
+    if any(map(is_hidden, name.split("/")[:-1])) or is_hidden(name.rpartition("/")[2]):
+        found.leave(HIDDEN, name)
+        return False
+    if is_image(name):
+        return True
+    found.leave("no image by its name", name)
+    return False
 
 
 class FolderImages(Images):
     """A folder of images."""
 
-    def find(self) -> tuple[list[str], dict[str, Any]]:
+    def find(self, found: Found) -> dict[str, list[Any]]:
+        """By walking through it."""
+        tree = walk(self.path)
+        for why, name in tree.left_out:
+            if why == NOWHERE and is_image(name):
+                raise Error(
+                    f"{self.path / name} is a link that leads nowhere.",
+                    hint="mend it, or remove it.",
+                )
+            found.leave(why, name)
+        return {"names": [name for name in tree.files if sort_out(name, found)]}
+
+    def seeks(self) -> bool:
+        """They can."""
+        return True
+
+    def stamp(self) -> list[list[Any]]:
         """Names alone tell one folder from another: an image may be mended between two runs."""
-        names = _files(str(self.path), "")
-        return names, {"names": names}
+        return []
 
     def fetch(self, details: dict[str, Any], items: Items) -> Iterator[tuple[str, bytes]]:
         """Read the files."""
@@ -211,28 +274,10 @@ class FolderImages(Images):
         return size * len(names) // len(probes)
 
 
-def _files(folder: str, prefix: str) -> list[str]:
-    """The images below a folder that have a class."""
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-    except OSError as error:
-        raise Error(f"cannot list {folder}: {error.strerror}.", hint="may you read it?") from error
-    names = []
-    for entry in entries:
-        if entry.is_dir():
-            if entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry).resolve()):
-                raise Error(f"{entry.path} leads back to where it is.", hint="remove this link.")
-            names += _files(entry.path, f"{prefix}{entry.name}/")
-        elif prefix and is_image(entry.name):
-            names.append(prefix + entry.name)
-    return names
-
-
 def _content(path: str) -> bytes:
     # Three system calls; a file object would take as long as a tenth of decoding a small image.
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # nor wait at a pipe
         try:
             data = part = os.read(file, 2**16)
             if len(part) == 2**16:
@@ -252,19 +297,14 @@ def _content(path: str) -> bytes:
 class TarImages(Images):
     """A tar of a folder of images."""
 
-    def find(self) -> tuple[list[str], dict[str, Any]]:
-        """By one pass over the headers."""
-        found = [
-            member
-            for member in members(self.path)
-            if is_image(member.name) and folders_of(member.name)
-        ]
-        names = [member.name for member in found]
-        return names, {
-            "stamp": stamp(self.path),
-            "names": names,
-            "offsets": [member.offset for member in found],
-            "sizes": [member.size for member in found],
+    def find(self, found: Found) -> dict[str, list[Any]]:
+        """By one pass over the headers, and in the order in which one pass reads them."""
+        members = [member for member in files_in(self.path, found) if sort_out(member.name, found)]
+        members.sort(key=lambda member: member.offset)
+        return {
+            "names": [member.name for member in members],
+            "offsets": [member.offset for member in members],
+            "sizes": [member.size for member in members],
         }
 
     def fetch(self, details: dict[str, Any], items: Items) -> Iterator[tuple[str, bytes]]:
@@ -274,6 +314,14 @@ class TarImages(Images):
         wanted = ((offsets[item], sizes[item]) for item in numbers)
         for item, data in zip(numbers, contents(self.path, wanted), strict=True):
             yield f"{names[item]} in {self.path}", data
+
+    def seeks(self) -> bool:
+        """Where it is not compressed."""
+        return is_plain(self.path)
+
+    def stamp(self) -> list[list[Any]]:
+        """The tar's."""
+        return stamp(self.path)
 
     def encoded_bytes(self, details: dict[str, Any]) -> int:
         """As the headers say."""

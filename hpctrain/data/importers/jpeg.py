@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from PIL import Image
 
+_ORIENTATION = (b"\x01\x12", b"\x12\x01")
+"""The number of EXIF's orientation tag, in either byte order."""
+
 # Start-of-frame markers of baseline, extended sequential and progressive JPEGs.
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})
 # Tables, restart interval, application data, comment: what may come before, and says its length.
@@ -30,7 +33,7 @@ def decode_jpeg(data: bytes) -> Image.Image | None:
 
 
 def _colour_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG of three colours; None for anything else."""
+    """Width and height of a JPEG of three colours that stands upright; None for anything else."""
     if data[:2] != b"\xff\xd8":
         return None
     place = 2
@@ -43,5 +46,8 @@ def _colour_size(data: bytes) -> tuple[int, int] | None:
             return (width, height) if head[4] == 8 and head[9] == 3 and width and height else None
         if head[1] not in _SEGMENTS:
             return None
-        place += 2 + (head[2] << 8 | head[3])
+        length = head[2] << 8 | head[3]
+        if head[1] == 0xE1 and any(tag in data[place : place + length] for tag in _ORIENTATION):
+            return None  # it may have to be turned
+        place += 2 + length
     return None

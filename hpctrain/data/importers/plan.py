@@ -6,18 +6,20 @@ number of ranks writes the same bytes, and an interrupted import goes on where i
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hpctrain.data.index import FieldSpec
 from hpctrain.data.order import EpochOrder
+from hpctrain.data.summary import Found
 from hpctrain.data.writer import Column, Compression, Ragged, chunk_samples, shard_name
 from hpctrain.errors import Error
 
@@ -26,6 +28,11 @@ SHARDS = 64
 """Of a set whose shards are between the two: enough for many ranks, few enough for file systems."""
 BLOCK_BYTES = 4 * 2**20
 """What is read at a stretch, about."""
+
+Kind = Literal["images", "webdataset", "tables", "text"]
+"""Of a source that could be read in several ways."""
+Classes = Literal["first", "last", "path", "none"]
+Pixels = Literal["rgb", "gray", "keep"]
 
 Columns = dict[str, Column]
 Items = NDArray[np.int64]
@@ -44,6 +51,17 @@ class ImportOptions:
         sequence_length: Characters a text sample predicts; it holds one more.
         seed: Chooses the validation samples.
         keep_encoded: Images are stored as the bytes of their files, and decoded while training.
+        kind: What the source is; None: as its content says.
+        fields: Arrays, datasets, columns or members to take; none: all that can be.
+        names_tell_splits: Whether words such as ``train`` in names say to which split samples go.
+        classes: Which folder names an image's class: the first below the split, the last, all of
+            them (``cat/young``), or none; None: the only one there is.
+        pixels: What images become: three channels or one of 8 bits, or as they are.
+        delimiter: Between the columns of a CSV; None: a comma, or a tab in a ``.tsv``.
+        header: Whether the first line of a CSV names its columns; None: if it looks like names.
+        decimal: The decimal mark of a CSV's numbers.
+        missing: What stands for missing whole numbers: a number, or ``nan``, which makes floats of
+            them; None: they are refused. Missing floats are NaN.
     """
 
     shard_bytes: int | None = None
@@ -53,12 +71,26 @@ class ImportOptions:
     sequence_length: int = 128
     seed: int = 0
     keep_encoded: bool = False
+    kind: Kind | None = None
+    fields: tuple[str, ...] = ()
+    names_tell_splits: bool = True
+    classes: Classes | None = None
+    pixels: Pixels = "rgb"
+    delimiter: str | None = None
+    header: bool | None = None
+    decimal: str = "."
+    missing: str | None = None
 
     def __post_init__(self) -> None:
         if self.keep_encoded and self.resize is not None:
             raise Error(
                 "images that are kept encoded cannot be resized.",
                 hint="give one of --keep-encoded and --resize; transforms can resize in training.",
+            )
+        if self.missing not in (None, "nan") and not re.fullmatch(r"-?\d{1,18}", self.missing):
+            raise Error(
+                f"--missing {self.missing} is neither a whole number nor nan.",
+                hint="it stands for missing whole numbers: --missing=-1, or nan for floats.",
             )
 
 
@@ -73,6 +105,7 @@ class Survey:
         bytes: Of all samples, about.
         attributes: Kept in the index.
         details: What the importer needs to read them.
+        found: For the summary; no rank but the one that looks needs it.
     """
 
     runs: list[tuple[str, int]]
@@ -80,10 +113,19 @@ class Survey:
     bytes: int
     attributes: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    found: Found = field(default_factory=lambda: Found(""))
 
     def tree(self) -> dict[str, Any]:
         """As JSON has it."""
-        return {**vars(self), "fields": {name: asdict(spec) for name, spec in self.fields.items()}}
+        fields = {name: asdict(spec) for name, spec in self.fields.items()}
+        tree = {**vars(self), "fields": fields}
+        del tree["found"]
+        return tree
+
+    def summary(self, options: ImportOptions) -> list[str]:
+        """Its lines."""
+        splits = {split: len(items) for split, items in _splits(self, options).items()}
+        return self.found.lines(self.fields, splits)
 
     @staticmethod
     def of(tree: Mapping[str, Any]) -> Survey:
@@ -99,11 +141,15 @@ class Survey:
 class Importer(ABC):
     """Reads one kind of source.
 
+    Attributes:
+        kind: By which other ranks know what reads it.
+
     Args:
         path: The source.
         options: How to import it.
     """
 
+    kind = ""
     what = "samples"
 
     def __init__(self, path: Path, options: ImportOptions) -> None:

@@ -1,4 +1,4 @@
-"""Tables: Parquet and CSV, one file or a folder of them. Columns are fields, rows are samples.
+"""Tables: Parquet, CSV, JSON Lines; one file or a folder of them. Columns are fields, rows samples.
 
 Numbers and booleans stay what they are; text becomes its UTF-8 bytes (ragged), unless it is the
 column of classes, which becomes their numbers; lists become rows of fixed or of varying length.
@@ -7,15 +7,20 @@ column of classes, which becomes their numbers; lists become rows of fixed or of
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from hpctrain.data.importers import delimited, json_lines
 from hpctrain.data.importers.columns import (
     column_of,
+    counts_classes,
+    decode,
     holds_classes,
     is_undecided,
     lengths_of,
@@ -30,12 +35,17 @@ from hpctrain.data.importers.plan import (
     stamp,
 )
 from hpctrain.data.importers.tar import reading
-from hpctrain.data.splits import split_in_name
+from hpctrain.data.splits import splits_of_files
+from hpctrain.data.summary import MOST_COUNTED, Found
+from hpctrain.data.tree import walk
 from hpctrain.errors import Error
 
-CSV_BLOCK_BYTES = 16 * 2**20
-"""What is parsed at a time; the first tells the types, unless a later one belies it."""
+DELIMITED = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+TABLES = (".parquet", *DELIMITED, *JSON_LINES)
 BATCH_ROWS = 65_536
+MOST_ROWS_A_BYTE = 2**13
+"""Of a Parquet file: columns of one value take few bytes, but a damaged file may claim anything."""
 
 
 class Tables(Importer):
@@ -43,54 +53,132 @@ class Tables(Importer):
 
     what = "rows"
 
+    @cached_property
+    def _names(self) -> list[str]:
+        if not self.path.is_dir():
+            return [""]
+        return [name for name in walk(self.path).files if name.lower().endswith(TABLES)]
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        return [self.path / name for name in self._names]
+
     def survey(self) -> Survey:
         """Count the rows; read the columns whose values decide what becomes of them."""
-        files = _files(self.path)
-        schemas = [_schema(file) for file in files]
-        schema = self._common(files, schemas)
-        undecided = [field.name for field in schema if is_undecided(field)]
-        classes: set[Any] = set()
-        lengths: dict[str, set[int]] = {name: set() for name in schema.names}
-        counts, size = [], 0
-        for file in files:
-            rows, file_bytes = _extent(file, schema)
-            counts.append(rows)
-            size += file_bytes
-            for _, batch in _batches(file, schema, undecided, 0, rows) if undecided else ():
-                for name, column in zip(undecided, batch.columns, strict=True):
-                    lengths[name] |= lengths_of(column)
-                    if holds_classes(schema.field(name)):
-                        classes.update(column.unique().to_pylist())
+        found = Found("a table, a row a sample")
+        if self.path.is_dir():
+            tree = walk(self.path)
+            found = tree.found(f"{len(self._files)} files of a table, a row a sample")
+            for name in sorted(set(tree.files) - set(self._names)):
+                found.leave("no table", name)
+        splits = splits_of_files(
+            self._names if self.path.is_dir() else [self.path.name],
+            str(self.path),
+            told=self.options.names_tell_splits,
+        )
+        schema, counts, size, missing = self._look(found)
         if not sum(counts):
             raise Error(f"{self.path} holds no rows.", hint="is it the right file?")
-        named = {"classes": sorted(_text(name) for name in classes if name is not None)}
+        lengths, counted = self._decide(schema, counts)
+        fields = {}
+        for field in schema:
+            where = f"column {field.name} of {self.path}"
+            lacking = missing.get(field.name, 0)
+            fields[field.name] = spec_of_field(
+                field, lengths[field.name], lacking, self.options.missing, where
+            )
+            if lacking and fields[field.name].kind.kind == "f":
+                found.notes.append(f"{lacking} missing values of {field.name} are NaN")
+            elif lacking:
+                stands = "empty" if fields[field.name].ragged else self.options.missing
+                found.notes.append(f"{lacking} missing values of {field.name} are {stands}")
+        named = [field.name for field in schema if holds_classes(field)]
+        if len(named) > 1:
+            raise Error(
+                f"{self.path} has several columns of classes: {', '.join(named)}.",
+                hint="--fields A,B takes one of them, or rename the others.",
+            )
+        if named or len(counted) == 1:
+            classes = counted[named[0]] if named else next(iter(counted.values()))
+            key = decode if named else None
+            if named or len(classes) <= MOST_COUNTED:
+                found.classes = {decode(name): classes[name] for name in sorted(classes, key=key)}
+        details = {
+            "stamp": stamp(*self._files),
+            "names": self._names,
+            "schema": schema.serialize().to_pybytes().hex(),
+        }
         return Survey(
-            runs=[
-                (split_in_name(file.stem), count) for file, count in zip(files, counts, strict=True)
-            ],
-            fields={
-                field.name: spec_of_field(
-                    field, lengths[field.name], f"column {field.name} of {self.path}"
-                )
-                for field in schema
-            },
+            runs=list(zip(splits, counts, strict=True)),
+            fields=fields,
             bytes=size,
-            attributes=named if any(holds_classes(field) for field in schema) else {},
-            details={"stamp": stamp(*files), "schema": schema.serialize().to_pybytes().hex()},
+            attributes={"classes": list(found.classes)} if named else {},
+            details=details,
+            found=found,
         )
+
+    def _look(self, found: Found) -> tuple[Any, list[int], int, dict[str, int]]:
+        """The schema of all files, rows of each, bytes of all, and how much columns lack."""
+        schemas = [self._schema(file) for file in self._files]
+        names = self._common_names(schemas)
+        texts = [file for file in self._files if _is_delimited(file)]
+        if not texts:
+            counts, size, missing = [], 0, Counter[str]()
+            schema = self._common(schemas, names)
+            for file in self._files:
+                rows, file_bytes, lacking = _extent(file, schema)
+                counts.append(rows)
+                size += file_bytes
+                missing.update(lacking)
+            return schema, counts, size, missing
+        if len(texts) < len(self._files):
+            raise Error(
+                f"{self.path} holds tables of several kinds: {texts[0].name} and others.",
+                hint="keep one kind, or import them one by one.",
+            )
+        cuts = [(file, self._dialect(file)) for file in texts]
+        columns, counts = delimited.infer(cuts, names)
+        kinds = [
+            (name, column.kind(f"column {name} of {self.path}", cuts[0][1]))
+            for name, column in columns.items()
+        ]
+        if cuts[0][1].header:
+            found.notes.append("the first line names the columns")
+        missing = Counter(
+            {name: columns[name].missing for name, kind in kinds if not pa.types.is_binary(kind)}
+        )
+        return pa.schema(kinds), counts, sum(file.stat().st_size for file in texts), missing
+
+    def _decide(
+        self, schema: Any, counts: list[int]
+    ) -> tuple[dict[str, set[int]], dict[str, Counter[Any]]]:
+        """Lengths of lists, and rows of each class, by column."""
+        undecided = [field.name for field in schema if is_undecided(field)]
+        lengths: dict[str, set[int]] = {name: set() for name in schema.names}
+        classes = {field.name: Counter[Any]() for field in schema if counts_classes(field)}
+        for file, rows in zip(self._files, counts, strict=True):
+            for _, batch in self._batches(file, schema, undecided, 0, rows) if undecided else ():
+                for name, column in zip(undecided, batch.columns, strict=True):
+                    lengths[name] |= lengths_of(column)
+                    if name in classes:
+                        for entry in column.value_counts().to_pylist():
+                            if entry["values"] is not None:
+                                classes[name][entry["values"]] += entry["counts"]
+        return lengths, classes
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
         """Batch by batch; of Parquet only the row groups that hold what is wanted."""
         schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(survey.details["schema"])))
+        files = [self.path / name for name in survey.details["names"]]
         first = 0
-        for file, (_, count) in zip(_files(self.path), survey.runs, strict=True):
+        for file, (_, count) in zip(files, survey.runs, strict=True):
             begin, end = np.searchsorted(items, [first, first + count])
             wanted = items[begin:end] - first
             first += count
             if not len(wanted):
                 continue
             last = int(wanted[-1]) + 1
-            for start, batch in _batches(file, schema, schema.names, int(wanted[0]), last):
+            for start, batch in self._batches(file, schema, schema.names, int(wanted[0]), last):
                 low, high = np.searchsorted(wanted, [start, start + batch.num_rows])
                 rows = wanted[low:high] - start
                 if len(rows):
@@ -103,44 +191,89 @@ class Tables(Importer):
                 column,
                 survey.fields[field.name],
                 classes if holds_classes(field) else None,
+                self.options.missing,
                 f"column {field.name} of {file}",
             )
             for field, column in zip(schema, batch.columns, strict=True)
         }
 
-    def _common(self, files: list[Path], schemas: list[Any]) -> Any:
-        """The schema of all files; the types of CSVs are guesses, and give way to wider ones."""
-        for file, schema in zip(files, schemas, strict=True):
-            if len(set(schema.names)) < len(schema.names):
-                raise Error(f"{file} has two columns of one name.", hint="rename one.")
+    def _dialect(self, file: Path) -> delimited.Dialect:
+        return delimited.dialect(file, self.options)
+
+    def _schema(self, file: Path) -> Any:
+        """Of one file; the types of delimited text are not known yet."""
+        if _is_parquet(file):
+            with _parquet(file) as table:
+                return table.schema_arrow
+        if _is_delimited(file):
+            cut = self._dialect(file)
+            with reading(file, pa.ArrowException), cut.open(file, None, None) as table:
+                return table.schema
+        schemas = [batch.schema for batch in json_lines.batches(file)]
+        return _unified(schemas, file) if schemas else pa.schema([])
+
+    def _common_names(self, schemas: list[Any]) -> list[str]:
+        """The columns to take, which all files must have."""
+        for file, schema in zip(self._files, schemas, strict=True):
+            twice = [name for name, count in Counter(schema.names).items() if count > 1]
+            if twice:
+                raise Error(f"{file} has two columns of one name.", hint=f"rename one {twice[0]}.")
             if set(schema.names) != set(schemas[0].names):
                 odd = sorted(set(schema.names) ^ set(schemas[0].names))
                 raise Error(
-                    f"only one of {file} and {files[0]} has column {odd[0]}.",
+                    f"only one of {file} and {self._files[0]} has column {odd[0]}.",
                     hint="all files must have the same columns.",
                 )
-            for name in schema.names:
-                alike = schema.field(name).type == schemas[0].field(name).type
-                if not alike and file.suffix.lower() == ".parquet":
+        for name in self.options.fields:
+            if name not in schemas[0].names:
+                raise Error(
+                    f"{self.path} has no column {name}.",
+                    hint=f"--fields takes some of {', '.join(schemas[0].names)}.",
+                )
+        return [
+            name for name in schemas[0].names if name in (self.options.fields or schemas[0].names)
+        ]
+
+    def _common(self, schemas: list[Any], names: list[str]) -> Any:
+        """The schema of all files that say their types; those of JSON may be widened."""
+        chosen = [pa.schema([schema.field(name) for name in names]) for schema in schemas]
+        for file, schema in zip(self._files, chosen, strict=True):
+            for name in names if _is_parquet(file) else ():
+                if schema.field(name).type != chosen[0].field(name).type:
                     raise Error(
                         f"column {name} of {file} is of type {schema.field(name).type}, that of "
-                        f"{files[0]} of {schemas[0].field(name).type}.",
+                        f"{self._files[0]} of {chosen[0].field(name).type}.",
                         hint="all files must have the same types.",
                     )
-        with reading(self.path, pa.ArrowException):
-            common = pa.unify_schemas(schemas, promote_options="permissive")
-        return common.remove_metadata()
+        return _unified(chosen, self.path)
+
+    def _batches(
+        self, file: Path, schema: Any, names: list[str], first: int, last: int
+    ) -> Iterator[tuple[int, Any]]:
+        """Batches that hold the rows from ``first`` to ``last``, and each one's first row."""
+        if _is_parquet(file):
+            yield from _parquet_batches(file, names, first, last)
+            return
+        if _is_delimited(file):
+            kinds = {field.name: field.type for field in schema}
+            found = delimited.batches(file, self._dialect(file), kinds, names)
+        else:
+            found = (
+                batch
+                for table in json_lines.batches(file, schema)
+                for batch in table.select(names).to_batches()
+            )
+        start = 0
+        for batch in found:
+            yield start, batch
+            start += batch.num_rows
+            if start >= last:
+                return
 
 
-def _files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = [file for file in path.iterdir() if file.suffix.lower() in (".parquet", ".csv")]
-    return sorted(file for file in files if not file.name.startswith("."))
-
-
-def _text(name: Any) -> str:
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+def _unified(schemas: list[Any], path: Path) -> Any:
+    with reading(path, pa.ArrowException):
+        return pa.unify_schemas(schemas, promote_options="permissive").remove_metadata()
 
 
 def _rows(batch: Any, rows: Items) -> Any:
@@ -150,7 +283,11 @@ def _rows(batch: Any, rows: Items) -> Any:
 
 
 def _is_parquet(file: Path) -> bool:
-    return file.suffix.lower() == ".parquet"
+    return file.name.lower().endswith(".parquet")
+
+
+def _is_delimited(file: Path) -> bool:
+    return file.name.lower().endswith(DELIMITED)
 
 
 @contextlib.contextmanager
@@ -161,57 +298,33 @@ def _parquet(file: Path) -> Iterator[Any]:
         yield table
 
 
-def _csv(file: Path, schema: Any = None, names: list[str] | None = None) -> Any:
-    import pyarrow.csv
-
-    kinds = {field.name: field.type for field in schema} if schema is not None else None
-    return pyarrow.csv.open_csv(
-        file,
-        read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=kinds, include_columns=names),
-    )
-
-
-def _schema(file: Path) -> Any:
-    if _is_parquet(file):
-        with _parquet(file) as table:
-            return table.schema_arrow
-    import pyarrow.csv
-
-    with reading(file, pa.ArrowException):
-        try:
-            with _csv(file) as batches:
-                for _ in batches:
-                    pass
-                return batches.schema
-        except pa.ArrowInvalid:
-            return pyarrow.csv.read_csv(file).schema  # which tells types from all rows
-
-
-def _extent(file: Path, schema: Any) -> tuple[int, int]:
-    """Rows of a file, and their bytes, about."""
-    if _is_parquet(file):
-        with _parquet(file) as table:
-            groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-            return table.metadata.num_rows, sum(group.total_byte_size for group in groups)
-    with reading(file, pa.ArrowException), _csv(file, schema) as batches:
-        sizes = [(batch.num_rows, batch.nbytes) for batch in batches]
-    return sum(rows for rows, _ in sizes), sum(size for _, size in sizes)
-
-
-def _batches(
-    file: Path, schema: Any, names: list[str], first: int, last: int
-) -> Iterator[tuple[int, Any]]:
-    """Batches that hold the rows from ``first`` to ``last``, and each one's first row."""
-    start = 0
+def _extent(file: Path, schema: Any) -> tuple[int, int, dict[str, int]]:
+    """Rows of a file, their bytes, about, and how much its columns lack, where that is known."""
+    lacking: Counter[str] = Counter()
     if not _is_parquet(file):
-        with reading(file, pa.ArrowException), _csv(file, schema, names) as batches:
-            for batch in batches:
-                yield start, batch
-                start += batch.num_rows
-                if start >= last:
-                    return
-        return
+        rows = size = 0
+        for table in json_lines.batches(file, schema):
+            rows += table.num_rows
+            size += table.nbytes
+            lacking.update({name: table[name].null_count for name in schema.names})
+        return rows, size, lacking
+    with _parquet(file) as table:
+        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+        rows = table.metadata.num_rows
+        counted = sum(group.num_rows for group in groups)
+        if not 0 <= rows == counted <= MOST_ROWS_A_BYTE * file.stat().st_size:
+            raise EOFError(f"it says it has {rows} rows, and {counted} in its groups")
+        for group in groups:
+            for place in range(group.num_columns):
+                column = group.column(place)
+                if column.path_in_schema in schema.names and column.statistics is not None:
+                    lacking[column.path_in_schema] += column.statistics.null_count or 0
+        return rows, sum(max(0, group.total_byte_size) for group in groups), lacking
+
+
+def _parquet_batches(
+    file: Path, names: list[str], first: int, last: int
+) -> Iterator[tuple[int, Any]]:
     with _parquet(file) as table:
         counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
         ends = np.cumsum(counts).tolist()
@@ -225,4 +338,4 @@ def _batches(
 
 def _weight(table: Any) -> int:
     groups = range(table.num_row_groups)
-    return sum(table.metadata.row_group(i).total_byte_size for i in groups)
+    return sum(max(0, table.metadata.row_group(i).total_byte_size) for i in groups)

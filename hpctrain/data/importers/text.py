@@ -16,6 +16,7 @@ from hpctrain.data.importers.plan import (
     stamp,
 )
 from hpctrain.data.index import FieldSpec
+from hpctrain.data.summary import Found
 from hpctrain.errors import Error
 
 
@@ -42,6 +43,7 @@ class Text(Importer):
             fields={"tokens": FieldSpec("|u1", (length + 1,))},
             bytes=rows * (length + 1),
             details={"stamp": stamp(self.path)},
+            found=Found("text, rows of its bytes; the end of it is the validation split"),
         )
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:

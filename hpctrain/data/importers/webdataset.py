@@ -10,19 +10,21 @@ import io
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpctrain.data.importers.arrays import check_type, in_order, npy_head
+from hpctrain.data.importers.folders import folders_of
 from hpctrain.data.importers.images import (
-    SUFFIXES,
     batch_rows,
-    folders_of,
+    describe_pixels,
     image_column,
     image_spec,
     is_image,
 )
+from hpctrain.data.importers.pixels import SUFFIXES
 from hpctrain.data.importers.plan import (
     Columns,
     Importer,
@@ -31,18 +33,25 @@ from hpctrain.data.importers.plan import (
     runs_of,
     stamp,
 )
-from hpctrain.data.importers.tar import Member, contents, members
+from hpctrain.data.importers.tar import TARS, Member, contents, files_in, members
 from hpctrain.data.index import FieldSpec
-from hpctrain.data.splits import split_in_name
+from hpctrain.data.splits import splits_of_files
+from hpctrain.data.summary import Found
+from hpctrain.data.tree import HIDDEN, is_hidden, walk
 from hpctrain.data.writer import Column, Ragged
 from hpctrain.errors import Error
 
 BYTES = FieldSpec("|u1", ragged=True)
+MOST_LABEL_BYTES = 30
+
+
+ARCHIVES = frozenset({"tar", "zip", "tgz", "tar.gz", "tar.bz2", "tar.xz", "tar.zst", "7z", "rar"})
 
 
 def is_webdataset(path: Path) -> bool:
     """Whether a tar's first image has company of another kind, or no folder to name its class."""
-    for _, group in groupby(members(path), key=lambda member: _key(member.name)[0]):
+    shown = (member for member in members(path) if not _is_hidden(member))
+    for _, group in groupby(shown, key=lambda member: _key(member.name)[0]):
         names = [member.name for member in group]
         images = [name for name in names if is_image(name)]
         if images:
@@ -57,35 +66,49 @@ def _key(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def _field(extension: str) -> str:
-    if extension in SUFFIXES:
+def _field(extension: str, images: int) -> str:
+    """Of a member, where so many of its sample's are images."""
+    if extension in SUFFIXES and images == 1:
         return "image"
     return "label" if extension == "cls" else extension.replace(".", "_")
 
 
-class WebDataset(Importer):
-    """One tar, or a folder of them; a tar's name may tell its split (``train-0001.tar``)."""
+def _is_array(field: str) -> bool:
+    return field == "npy" or field.endswith("_npy")
 
-    def _tars(self) -> list[Path]:
+
+class WebDataset(Importer):
+    """One tar, or a folder of them, whose names may tell their split (``train-0001.tar``)."""
+
+    def _names(self) -> list[str]:
         if not self.path.is_dir():
-            return [self.path]
-        return sorted(
-            file for file in self.path.iterdir() if ".tar" in file.name or file.suffix == ".tgz"
-        )
+            return [""]
+        return [name for name in walk(self.path).files if name.lower().endswith(TARS)]
 
     def survey(self) -> Survey:
         """List the members; the first sample says what all must have."""
-        tars = self._tars()
+        names = self._names()
+        found = Found("WebDataset, a sample the members that stand side by side")
+        if self.path.is_dir():
+            for why, name in walk(self.path).left_out:
+                found.leave(why, name)
+            for name in sorted(set(walk(self.path).files) - set(names)):
+                found.leave("no tar", name)
+        told = splits_of_files(
+            names if self.path.is_dir() else [self.path.name],
+            str(self.path),
+            told=self.options.names_tell_splits,
+        )
         keys: list[list[str]] = []
         splits: list[str] = []
         places: dict[str, tuple[list[int], list[int]]] = {}  # field -> offsets and sizes
-        for tar in tars:
-            split = split_in_name(tar.name.partition(".tar")[0])
-            found = (member for member in members(tar) if not _is_hidden(member))
+        for name, split in zip(names, told, strict=True):
+            tar = self.path / name
             keys.append([])
-            for key, group in groupby(found, key=lambda member: _key(member.name)[0]):
+            for key, group in groupby(_shown(tar, found), key=lambda m: _key(m.name)[0]):
                 where = f"sample {key} in {tar}"
                 sample = _sample(list(group), where)
+                self._refuse_archives(sample, key, tar)
                 if places and sample.keys() != places.keys():
                     raise Error(
                         f"{where} has {', '.join(sorted(sample))}; others have "
@@ -100,12 +123,28 @@ class WebDataset(Importer):
                 splits.append(split)
         if not places:
             raise Error(f"{self.path} holds no samples.", hint="is it the right tar?")
-        details = {
-            "stamp": stamp(*tars),
+        for field in self.options.fields:
+            if field not in places:
+                raise Error(
+                    f"{self.path} holds no member {field}.",
+                    hint=f"--fields takes some of {', '.join(places)}.",
+                )
+        for field in set(places) - set(self.options.fields) if self.options.fields else ():
+            found.leave("member that was not asked for", field, len(splits))
+            del places[field]
+        details: dict[str, Any] = {
+            "stamp": stamp(*(self.path / name for name in names)),
+            "tars": names,
             "keys": keys,
             "places": places,
         }
-        fields = {name: self._spec(name, details) for name in places}
+        fields = {name: self._spec(name, details, found) for name in places}
+        folders = {"/".join(folders_of(key)) for group in keys for key in group}
+        if "label" not in places and len(folders) > 1:
+            found.notes.append(
+                f"the {len(folders)} folders that samples are in name no classes here; where they "
+                "do, --kind images takes the images alone"
+            )
         return Survey(
             runs=runs_of(splits),
             fields=fields,
@@ -116,17 +155,30 @@ class WebDataset(Importer):
                 for name, spec in fields.items()
             ),
             details=details,
+            found=found,
         )
 
-    def _spec(self, name: str, details: dict[str, Any]) -> FieldSpec:
+    def _refuse_archives(self, sample: dict[str, tuple[int, int]], key: str, tar: Path) -> None:
+        if all(field.replace("_", ".") in ARCHIVES for field in sample):
+            raise Error(
+                f"{tar} holds nothing but archives, such as {key}.{next(iter(sample))}.",
+                hint="unpack it, and import what it holds: archives of one class each into folders "
+                "of these names.",
+            )
+
+    def _spec(self, name: str, details: dict[str, Any], found: Found) -> FieldSpec:
         (sample,) = self._samples(details, np.zeros(1, dtype=np.int64))
         where, data = sample[name]
         if name == "image":
+            found.notes += describe_pixels([(where, data)], self.options)
             return image_spec(data, where, self.options)
         if name == "label":
             return FieldSpec("<i8")
-        if name == "npy":
+        if _is_array(name):
             array = _array(data, where)
+            sizes = set(details["places"][name][1])
+            if len(sizes) > 1 and array.ndim:  # sequences of several lengths
+                return FieldSpec(array.dtype.str, array.shape[1:], ragged=True)
             return FieldSpec(array.dtype.str, array.shape)
         return BYTES
 
@@ -136,7 +188,7 @@ class WebDataset(Importer):
         """Of each sample, field -> what to call it in an error, and its bytes."""
         keys = [key for tar in details["keys"] for key in tar]
         places = details["places"]
-        tars = self._tars()
+        tars = [self.path / name for name in details["tars"]]
         ends = np.cumsum([len(group) for group in details["keys"]])
         for tar, end, count in zip(tars, ends, map(len, details["keys"]), strict=True):
             begin, stop = np.searchsorted(items, [end - count, end])
@@ -169,32 +221,44 @@ class WebDataset(Importer):
 
     def _column(self, name: str, parts: list[tuple[str, bytes]], spec: FieldSpec) -> Column:
         if name == "image":
-            return image_column(parts, len(parts), spec, self.options.resize)
+            return image_column(parts, len(parts), spec, self.options)
         if name == "label":
             return np.array([_label(data, where) for where, data in parts], dtype=np.int64)
-        if name != "npy":
+        if not _is_array(name):
             return Ragged.of([data for _, data in parts])
-        column = np.empty((len(parts), *spec.shape), spec.kind)
-        for row, (where, data) in enumerate(parts):
+        arrays = []
+        for where, data in parts:
             array = _array(data, where)
-            if array.shape != spec.shape or array.dtype != spec.kind:
+            shape = array.shape[1:] if spec.ragged and array.ndim else array.shape
+            if shape != spec.shape or array.dtype != spec.kind:
                 raise Error(
-                    f"{where} is {array.dtype}{array.shape}, others are {spec.kind}{spec.shape}.",
-                    hint="arrays of all samples must be of one type and shape.",
+                    f"{where} is {array.dtype}{array.shape}, others are {spec}.",
+                    hint="arrays of all samples must be of one type, and of one shape but for "
+                    "their length.",
                 )
-            column[row] = array
-        return column
+            arrays.append(array)
+        return Ragged.of(arrays) if spec.ragged else np.stack(arrays)
 
 
 def _is_hidden(member: Member) -> bool:
-    return member.name.rpartition("/")[2].startswith(".")
+    return any(map(is_hidden, member.name.removeprefix("./").split("/")))
+
+
+def _shown(tar: Path, found: Found) -> Iterator[Member]:
+    for member in files_in(tar, found):
+        if _is_hidden(member):
+            found.leave(HIDDEN, member.name)
+        else:
+            yield member
 
 
 def _sample(group: list[Member], where: str) -> dict[str, tuple[int, int]]:
-    """Field -> offset and size."""
+    """Field -> offset and size. Where a sample has several images, each keeps its extension."""
     sample: dict[str, tuple[int, int]] = {}
-    for member in group:
-        name = _field(_key(member.name)[1])
+    extensions = [_key(member.name)[1] for member in group]
+    images = sum(extension in SUFFIXES for extension in extensions)
+    for member, extension in zip(group, extensions, strict=True):
+        name = _field(extension, images)
         if not name or name in sample:
             raise Error(
                 f"{where} has two members for {name}." if name else f"{where} has no extension.",
@@ -206,17 +270,24 @@ def _sample(group: list[Member], where: str) -> dict[str, tuple[int, int]]:
 
 def _label(data: bytes, where: str) -> int:
     try:
-        return int(data)
-    except ValueError as error:
+        number = int(data[:MOST_LABEL_BYTES])
+    except ValueError:
+        number = 2**63
+    if len(data) > MOST_LABEL_BYTES or not -(2**63) <= number < 2**63:
         raise Error(
             f"{where} is {data[:20]!r}, not a number.", hint="a .cls holds the class's number."
-        ) from error
+        )
+    return number
 
 
 def _array(data: bytes, where: str) -> NDArray[Any]:
+    file = io.BytesIO(data)
     try:
-        return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
-    except (ValueError, EOFError, OSError) as error:
+        shape, fortran, dtype = npy_head(file, len(data))
+        check_type(dtype, where)
+        order: Literal["F", "C"] = "F" if fortran else "C"
+        return in_order(np.ndarray(shape, dtype, data, file.tell(), order=order))
+    except (ValueError, EOFError) as error:
         raise Error(
             f"{where} is not a readable array: {error}.", hint="remove or mend it."
         ) from error

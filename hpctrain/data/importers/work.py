@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import repeat
@@ -45,35 +45,53 @@ from hpctrain.launcher import Launch
 from hpctrain.progress import progress
 
 FOLDER = ".import"
-VERSION = 1
+VERSION = 2
 """Of what decides the bytes of an import; one that another version began is not gone on with."""
 MOST_TICKS = 100_000
 
 
-def make(importer: Importer, destination: Path, launch: Launch) -> Index | None:
+def make(
+    open_as: Callable[[str | None], Importer],
+    source: Path,
+    destination: Path,
+    launch: Launch,
+    say: Callable[[str], None] | None = None,
+) -> Index | None:
     """Import with all ranks; on rank 0 the index, on others None.
+
+    Args:
+        open_as: Gives what reads the source as a kind; asked for None, it looks of what kind it is.
+        source: What is read.
+        destination: The shard set to be.
+        launch: This rank.
+        say: Gets the lines of the summary, on rank 0.
 
     Raises:
         Error: Something cannot be read or written, here or on another rank; no index is written.
     """
-    options = importer.options
     folder = destination / FOLDER
     prepare(destination)
-    with reading(importer.path), Ranks(folder, launch) as ranks:
+    with reading(source), Ranks(folder, launch) as ranks:
         if launch.rank > 0:
-            todo = ranks.receive()["todo"]
+            begun = ranks.receive()
+            importer, todo = open_as(begun["kind"]), begun["todo"]
             survey = Survey.of(_stored(folder)["survey"])
-            shards = layout(survey, options)
+            shards = layout(survey, importer.options)
         else:
+            importer = open_as(None)
             survey = _begin(importer, destination)
-            shards = layout(survey, options)
+            if say is not None:
+                deque(map(say, survey.summary(importer.options)), maxlen=0)
+            shards = layout(survey, importer.options)
             _clear(destination, shards)
             todo = [shard.name for shard in shards if not _entry(destination, shard)]
-            ranks.publish({"todo": todo})
+            ranks.publish({"todo": todo, "kind": importer.kind})
         left = set(todo)
         mine = share([shard for shard in shards if shard.name in left], launch)
         _write(importer, survey, mine, destination, ranks)
-        return _finish(survey, shards, options, destination, ranks) if launch.rank == 0 else None
+        if launch.rank > 0:
+            return None
+        return _finish(survey, shards, importer.options, destination, ranks)
 
 
 def _begin(importer: Importer, destination: Path) -> Survey:
