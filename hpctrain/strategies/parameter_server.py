@@ -257,7 +257,7 @@ class PsOptimizer(DistributedOptimizer):
         self._missing: list[int] = []
         self._absent: dict[int, list[int]] = {}
         self._pending: set[nn.Parameter] = set()
-        self._last: list[nn.Parameter] = []  # ready to be pushed
+        self._last: nn.Parameter | None = None  # ready to be pushed
         self._rows: dict[int, torch.Tensor] = {}
         # Of passes: those under way, what has had a gradient, and how that was at their end.
         self._tasks: set[int] = set()
@@ -341,7 +341,7 @@ class PsOptimizer(DistributedOptimizer):
             for number in slices:
                 self._missing[number] += 1
         self._pending = set(self._ordered)
-        self._last = []
+        self._last = None
         self._rows, self._absent = {}, {}
         self._begun = False
         self._fired, self._seen = set(), {}
@@ -393,7 +393,7 @@ class PsOptimizer(DistributedOptimizer):
         self._fired.add(parameter)
         if self._local_only or not (self._early or self._begun):
             return
-        if parameter not in self._pending or parameter in self._last:
+        if parameter not in self._pending or parameter is self._last:
             raise Error(
                 "a gradient came twice in a step, when the first was with the servers already: "
                 "backward() ran twice, or reentrant activation checkpointing did.",
@@ -401,11 +401,11 @@ class PsOptimizer(DistributedOptimizer):
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
             )
         # Only now those before: hooks of the user's may have come after this one.
-        last, self._last = self._last, [parameter]
-        if last:
+        last, self._last = self._last, parameter
+        if last is not None:
             if not self._begun:
                 self._begin()
-            self._push(last)
+            self._push([last])
 
     def _pass_ended(self, task: int) -> None:
         self._tasks.discard(task)

@@ -275,8 +275,28 @@ class Scaler(Loop):
 HABITS = [
     Plain, ClipNorm, ClipValue, Sign, Replaced, Drop, Skip, Twice, Retained, ZeroNotNone,
     ModelZero, Accumulated, Alternate, Penalty, Reentrant, AllReentrant, HookBefore, HookAfter,
-    Unfreeze, Freeze, ClampedData, Shrunk, PostHook, PreHook, Scaler,
+    Unfreeze, Freeze, ClampedData, Shrunk, PostHook, PreHook, Scaler, Overlapping,
+    OverlappingReentrant, OverlappingAlternate, OverlappingClamp,
 ]  # fmt: skip
+
+
+class Overlapping(Loop):
+    """Gradients are pushed while backward() computes: nothing is done to them."""
+
+    def wrapped(self):
+        self.optimizer.overlaps = True
+
+
+class OverlappingReentrant(Reentrant):
+    wrapped = Overlapping.wrapped
+
+
+class OverlappingAlternate(Alternate):
+    wrapped = Overlapping.wrapped
+
+
+class OverlappingClamp(ClampedData):
+    wrapped = Overlapping.wrapped
 
 
 @pytest.fixture(params=["horovod", "ps", "ps by messages"])
