@@ -272,14 +272,6 @@ class Scaler(Loop):
         return False
 
 
-HABITS = [
-    Plain, ClipNorm, ClipValue, Sign, Replaced, Drop, Skip, Twice, Retained, ZeroNotNone,
-    ModelZero, Accumulated, Alternate, Penalty, Reentrant, AllReentrant, HookBefore, HookAfter,
-    Unfreeze, Freeze, ClampedData, Shrunk, PostHook, PreHook, Scaler, Overlapping,
-    OverlappingReentrant, OverlappingAlternate, OverlappingClamp,
-]  # fmt: skip
-
-
 class Overlapping(Loop):
     """Gradients are pushed while backward() computes: nothing is done to them."""
 
@@ -297,6 +289,14 @@ class OverlappingAlternate(Alternate):
 
 class OverlappingClamp(ClampedData):
     wrapped = Overlapping.wrapped
+
+
+HABITS = [
+    Plain, ClipNorm, ClipValue, Sign, Replaced, Drop, Skip, Twice, Retained, ZeroNotNone,
+    ModelZero, Accumulated, Alternate, Penalty, Reentrant, AllReentrant, HookBefore, HookAfter,
+    Unfreeze, Freeze, ClampedData, Shrunk, PostHook, PreHook, Scaler, Overlapping,
+    OverlappingReentrant, OverlappingAlternate, OverlappingClamp,
+]  # fmt: skip
 
 
 @pytest.fixture(params=["horovod", "ps", "ps by messages"])
