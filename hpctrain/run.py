@@ -51,7 +51,6 @@ from hpctrain.strategies import strategy
 from hpctrain.strategies.base import Serving, Strategy
 from hpctrain.strategies.broadcast import broadcast_json
 from hpctrain.task import Task, load_task, make_task
-from hpctrain.task_checks import warnings_of
 from hpctrain.trainer import Trainer
 from hpctrain.world import World, init
 
@@ -252,7 +251,7 @@ class _Run:
             f"{self._config.task}: {how.name} on {_ranks(self._world)}, {self._world.device.type}, "
             f"step {start.step} of {trainer.steps}, in {self._out}"
         )
-        for warning in warnings_of(self._task):
+        for warning in trainer.warnings:
             recorder.say(f"warning: {warning}")
         if how.outlives is not None and how.outlives.mode != "off":
             recorder.say(f"elastic: {how.outlives.mode}: {how.outlives.why}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import os
 import re
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from hpctrain.errors import Error, nearest
-from hpctrain.files import open_regular
+from hpctrain.files import open_regular, parse_json, read_json, read_regular
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT
 from hpctrain.slurm import commands, owner
 from hpctrain.slurm.commands import State
@@ -95,7 +94,7 @@ def find(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[S
     found = []
     for path in [folder / SUBMISSION, *folder.glob(f"*/{SUBMISSION}")]:
         try:
-            about = _Submission.model_validate_json(owner.read(path, MOST_BYTES))
+            about = _Submission.model_validate_json(read_regular(path, MOST_BYTES))
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -164,8 +163,8 @@ def progress(run: Path) -> Progress:
 
 def _records(data: bytes) -> Iterable[dict[str, Any]]:
     for line in data.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # the first and the last may be cut
-            record = json.loads(line)
+        with contextlib.suppress(ValueError):  # the first and the last may be cut
+            record = parse_json(line)
             whole = isinstance(record, dict) and None not in (
                 _number(record.get("step")), _number(record.get("time"))
             )  # fmt: skip
@@ -184,8 +183,8 @@ def outcome(run: Path) -> tuple[str, int] | None:
     if (run / RESULT).exists():
         return "completed", 0
     if (run / FAILURE).exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            failure = json.loads(owner.read(run / FAILURE, MOST_BYTES))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            failure = read_json(run / FAILURE, MOST_BYTES)
             where = f"rank {failure['rank']}: " if failure["rank"] is not None else ""
             text = f"{where}{failure['what']}: {failure['message']}"
             return f"failed: {text}", int(failure["exit_code"])
@@ -204,7 +203,7 @@ def describe(run: Submitted, state: State | None) -> str:
     return state.name if state is not None else "unknown to Slurm, and without a result"
 
 
-class _Silence:
+class Silence:
     """Slurm's silence, which a wait outlives for a while.
 
     Args:
@@ -249,7 +248,7 @@ def wait(run: Submitted, say: Callable[[str], None]) -> int:
     """
     before = ""
     unknown_since: float | None = None
-    silence = _Silence(say)
+    silence = Silence(say)
     while True:
         run = _now(run)
         states = silence.states([run.job])
@@ -291,7 +290,7 @@ def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
     before = ""
     known: dict[str, State] = {}
     begun = time.monotonic()
-    silence = _Silence(say)
+    silence = Silence(say)
     while True:
         now = silence.states(numbers)
         states = known | (now or {})

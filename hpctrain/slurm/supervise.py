@@ -383,7 +383,7 @@ class Job:
         """Whether SIGTERM was Slurm's, by which it ends a job; or just a signal."""
         deadline = time.monotonic() + ENDING_SECONDS
         while time.monotonic() < deadline:
-            with contextlib.suppress(Error):
+            with contextlib.suppress(commands.Unanswered):
                 return not requeue.runs(self.number, self._restarts)
             time.sleep(LOOK_SECONDS)
         return True

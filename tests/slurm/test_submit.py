@@ -79,7 +79,7 @@ def test_by_hand(site):
         (["--partitoin", "small"], "no option --partitoin"),
         (
             ["--partitoin=small"],
-            "partitoin=small' (exit code 255). HINT: --partitoin: did you mean",
+            "(exit code 255). HINT: --partitoin: did you mean 'partition'?",
         ),
         (["--array", "1-2"], "each task of an --array would train in the same folder"),
         (["--signal", "KILL"], "ends a process before it can save"),
