@@ -1,7 +1,11 @@
 # What people type. `make train` and `make test` do everything on a fresh machine.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+# Where pip gets torch; empty: where it gets everything. On Linux, PyPI's torch is a CUDA build.
+TORCH_INDEX ?=
 NP     ?= 2
+# Cells of the matrix of set-ups; empty: all.
+CELLS  ?=
 
 VENV := .venv
 BIN  := $(VENV)/bin
@@ -20,7 +24,8 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test check mpi-test slurm-test unit-test horovod chaos strangers fuzz format clean
+.PHONY: help train test test-fast check mpi-test slurm-test unit-test campaign conformance horovod \
+        chaos requeues strangers fuzz matrix format clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +36,9 @@ train: horovod  ## set up, then train the digits on 2 ranks over Horovod
 test: check horovod  ## set up, then every check and test
 	$(MAKE) -j 2 slurm-test unit-test
 	$(MAKE) mpi-test
+
+test-fast: $(VENV)/.installed  ## the tests that need no world and take no time (under three minutes)
+	pytest tests/unit -m "not slow"
 
 check: $(VENV)/.installed  ## lint, format and types
 	ruff check .
@@ -45,15 +53,35 @@ slurm-test: horovod  ## tests on a Slurm cluster of their own
 unit-test: horovod  ## tests that start their own worlds, or need none
 	pytest tests/unit tests/e2e
 
+# An mpirun that was killed leaves files named after its process number, and a later one with that
+# number does not start. So here it has a folder of its own for them.
+OWN_TMP := export TMPDIR=$$(mktemp -d) && trap 'rm -rf "$$TMPDIR"' EXIT
+
 mpi-test: horovod  ## tests that run inside a world, of 2 ranks and of 3
-	mpirun -np 3 pytest tests/mpi
-	mpirun -np 2 pytest tests/mpi
+	$(OWN_TMP) && mpirun -np 3 pytest tests/mpi && mpirun -np 2 pytest tests/mpi
+
+ROUNDS ?= 20
+campaign: horovod  ## tests of random examples with new ones, so many ROUNDS, until one fails
+	for round in $$(seq $(ROUNDS)); do \
+	    pytest -q tests/unit -m hypothesis --hypothesis-profile=random || exit 1; done
+
+conformance: horovod  ## Horovod's own tests over MPI and Gloo, from a clone of it at HOROVOD_SOURCE
+	$(OWN_TMP) && python -m tests.conformance $(or $(HOROVOD_SOURCE),HOROVOD_SOURCE)
 
 chaos: horovod  ## ranks killed and stopped at random, 200 times (about half an hour)
 	$(BIN)/python -m benchmarks.elastic_kills --runs 200
 
+fuzz: $(VENV)/.installed  ## 50,000 mutated files, each read or refused (about half an hour)
+	FUZZ_EXAMPLES=5000 pytest tests/unit/test_fuzz.py
+
 strangers: horovod  ## 5,000 connections to each port of an elastic run (some minutes)
 	$(BIN)/python -m benchmarks.strangers
+
+matrix:  ## set-ups with other torches, Pythons and MPIs, each in a new environment (hours)
+	$(PYTHON) -m benchmarks.install_matrix $(CELLS)
+
+requeues: horovod  ## jobs told that time is up at random moments, 200 times (about an hour)
+	$(BIN)/python -m benchmarks.requeues --requeues 200
 
 horovod: $(VENV)/.horovod
 
@@ -66,7 +94,9 @@ clean:  ## forget the environment (the wheel cache stays)
 
 $(VENV)/.installed: setup.py pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(if $(TORCH_INDEX)$(shell command -v nvidia-smi),,@echo 'No GPU here. PyPI has CUDA builds\
+	 of torch alone, gigabytes of downloads; README.md says how to have a CPU build.')
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 

@@ -20,6 +20,7 @@ setup(
         "hpctrain.report": ["page.html"],
         "hpctrain.slurm": [
             "templates/*.sbatch",
+            "templates/*.sh",
             "templates/*.def",
             "templates/sites/*.toml",
             "shim/ssh",

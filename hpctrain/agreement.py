@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from hpctrain.errors import Error
-from hpctrain.strategies.broadcast import broadcast_json
+from hpctrain.strategies.broadcast import broadcast_json, gather_numbers
 from hpctrain.world import Communicator
 
 SHOWN_CHARACTERS = 80
@@ -118,23 +118,17 @@ def checksum(tensor: torch.Tensor) -> int:
     return sum((2 * n + 1) * part for n, part in enumerate(sums)) % 2**64
 
 
-def _gather(comm: Communicator, text: str) -> list[tuple[float, ...]]:
-    """Every rank's digest of a text, by a sum of vectors in which each rank has its own place."""
+def _gather(comm: Communicator, text: str) -> list[list[float]]:
+    """Every rank's digest of a text: 96 bits, in pieces that a float64 holds exactly."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-    # Of 96 bits, in pieces that a float64 holds exactly.
-    pieces = [float(int.from_bytes(digest[i : i + 6], "big")) for i in (0, 6)]
-    rank, size = comm.rank, comm.size
-    table = torch.zeros(size, len(pieces), dtype=torch.float64)
-    table[rank] = torch.tensor(pieces, dtype=torch.float64)
-    comm.all_reduce(table)
-    return [tuple(row) for row in table.tolist()]
+    return gather_numbers(comm, [int.from_bytes(digest[i : i + 6], "big") for i in (0, 6)])
 
 
-def _first_other(digests: Sequence[tuple[float, ...]]) -> int | None:
+def _first_other(digests: Sequence[list[float]]) -> int | None:
     return next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
 
 
-def _alike(digests: Sequence[tuple[float, ...]], rank: int, *, same: bool = True) -> list[int]:
+def _alike(digests: Sequence[list[float]], rank: int, *, same: bool = True) -> list[int]:
     """The ranks whose digest is (not) that of a rank."""
     return [r for r, digest in enumerate(digests) if (digest == digests[rank]) is same]
 

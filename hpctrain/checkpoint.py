@@ -23,13 +23,15 @@ from safetensors.torch import load, save_file
 
 from hpctrain import tree
 from hpctrain.errors import Error
-from hpctrain.files import sha256, sync
+from hpctrain.files import open_regular, read_json, sha256, sync
 
 TENSORS = "tensors.safetensors"
 REST = "state.json"
 BEST = "best"
 FORMAT = "hpctrain-checkpoint"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 did not keep the versions of a module's layers, nor tuples as such."""
 
 
 def save(folder: Path, state: Any) -> None:
@@ -46,7 +48,8 @@ def save(folder: Path, state: Any) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / TENSORS)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary / TENSORS)
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -74,16 +77,17 @@ def load_verified(folder: Path) -> Any:
         Error: It is missing, incomplete or damaged; the file at fault is named.
     """
     try:
-        head = json.loads((folder / REST).read_bytes())
+        head = read_json(folder / REST)
         expected = head.pop("sha256")
         if head["format"] != FORMAT or _digest(head) != expected:
             raise Error(f"checkpoint {folder / REST} is damaged: its checksum differs.")
-        if head["version"] != VERSION:
+        if head["version"] not in READABLE:
             raise Error(
                 f"checkpoint {folder} is of version {head['version']}, not {VERSION}.",
                 hint="use the hpctrain that wrote it.",
             )
-        data = (folder / TENSORS).read_bytes()
+        with open_regular(folder / TENSORS) as file:
+            data = file.read()
         if hashlib.sha256(data).hexdigest() != head["tensors_sha256"]:
             raise Error(f"checkpoint {folder / TENSORS} is damaged: its checksum differs.")
         return tree.join(load(data), head["state"])
@@ -91,7 +95,9 @@ def load_verified(folder: Path) -> Any:
         raise Error(
             f"checkpoint {error.filename or folder} cannot be read: {error.strerror}."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except Error:
+        raise
+    except Exception as error:  # whatever it makes its readers say
         raise Error(f"checkpoint {folder} is damaged: {type(error).__name__}: {error}.") from error
 
 

@@ -223,6 +223,7 @@ for command in (
 
 def main() -> NoReturn:
     """Run the command line; errors of the caller are one line and exit code 2."""
+    _open_streams()
     code = 1
     try:
         code = cli.main(standalone_mode=False) or 0
@@ -240,9 +241,33 @@ def main() -> NoReturn:
         code = 130
     except Exception as error:
         failure.note(error, 1)
-        traceback.print_exc()
+        click.echo(_traceback(error), nl=False, err=True)
         code = 1
     _leave(code)
+
+
+def _open_streams() -> None:
+    """Have somewhere to write to where the caller closed it, and a way to write any path's name."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            stream = os.fdopen(descriptor, "w")
+            if descriptor != number:
+                os.dup2(descriptor, number)
+            setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _traceback(error: BaseException) -> str:
+    """An exception's traceback, from the first line that is the user's own, if there is one."""
+    shown = traceback.TracebackException.from_exception(error)
+    ours = (str(Path(__file__).parent), str(Path(click.__file__).parent), sys.argv[0])
+    own = [n for n, frame in enumerate(shown.stack) if not frame.filename.startswith(ours)]
+    if own:
+        shown.stack = traceback.StackSummary.from_list(list(shown.stack)[own[0] :])
+    return "".join(shown.format())
 
 
 def _complain(text: str) -> None:

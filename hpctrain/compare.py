@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpctrain.errors import Error
+from hpctrain.files import json_lines
 
 Record = dict[str, Any]
 
@@ -79,11 +79,6 @@ def speeds_of(records: Sequence[Record]) -> list[float]:
 
 def records_of(run: Path) -> list[Record]:
     """The lines of a run's ``metrics.jsonl``, but for those that were cut when it was killed."""
-    records = []
     with contextlib.suppress(OSError):
-        for line in (run / "metrics.jsonl").read_bytes().splitlines():
-            with contextlib.suppress(ValueError):
-                record = json.loads(line)
-                if isinstance(record, dict):
-                    records.append(record)
-    return records
+        return list(json_lines(run / "metrics.jsonl"))
+    return []

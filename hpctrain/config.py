@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from hpctrain.errors import Error, nearest
+from hpctrain.files import read_regular
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +31,11 @@ else:
     import tomli as tomllib
 
 ENVIRONMENT_PREFIX = "HPCTRAIN__"
+
+TOML_BYTES = 2**20
+MOST_DEPTH = 64
+MOST_DOTS = 1000
+"""Bounds on a file of configuration: whoever wrote it, reading it takes no time and no memory."""
 
 Layer = dict[str, Any]
 """Nested mapping of section -> name -> value, as a TOML file gives it."""
@@ -73,6 +79,9 @@ class DataConfig(Section):
     worker_kind: Literal["thread", "process"] = Field(
         "thread", description="`process` for transforms in plain Python, or with global randomness."
     )
+    drop_last: bool = Field(
+        False, description="Leave out the incomplete batch at the end of an epoch."
+    )
     on_bad_shard: Literal["stop", "skip"] = Field(
         "stop", description="`skip` leaves out the samples of unreadable shards, and counts them."
     )
@@ -98,7 +107,9 @@ class TrainConfig(Section):
     )
     dtype: Literal["float32", "float64", "bf16"] = Field(
         "float32",
-        description="Arithmetic. `bf16` keeps float32 parameters and computes under autocast.",
+        description="Arithmetic. `float64` makes float32 parameters, buffers and samples float64 "
+        "(complex64: complex128); `bf16` keeps float32 and computes under autocast. What the "
+        "task makes of other types stays.",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="Largest 2-norm of the whole gradient; larger ones are scaled down."
@@ -111,6 +122,17 @@ class TrainConfig(Section):
     )
     patience: int | None = Field(
         None, ge=1, description="Stop after so many validations without a better monitored metric."
+    )
+    nonfinite: Literal["stop", "skip", "allow"] = Field(
+        "stop",
+        description="Where a loss, or a parameter, is no number: end the run at the next log line, "
+        "validation or checkpoint; `skip` leaves out steps whose gradient is not finite (and waits "
+        "for the device in each); `allow` goes on. All are counted, and none such is saved.",
+    )
+    sync_batchnorm: bool = Field(
+        False,
+        description="With horovod: BatchNorm takes its statistics of the global batch instead of "
+        "each rank's part of it.",
     )
     deterministic: bool = Field(
         False, description="Refuse kernels whose result depends on timing (matters on GPUs)."
@@ -369,15 +391,37 @@ def read_toml(path: Path) -> Layer:
         Error: The file cannot be read or is not TOML.
     """
     try:
-        with path.open("rb") as file:
-            layer: Layer = tomllib.load(file)
-            return layer
+        text = read_regular(path, TOML_BYTES).decode("utf-8")
+        if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+            raise ValueError("a line with too many dots")
+        layer: Layer = tomllib.loads(text)
+        _check_depth(layer)
+        return layer
     except OSError as error:
         raise Error(
             f"cannot read {path}: {error.strerror}.", hint="check the path given to --config."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise Error(f"{path} is not TOML: {error}.", hint="see https://toml.io.") from error
+
+
+def _check_depth(layer: Layer) -> None:
+    """Refuse what is nested more deeply than a configuration ever is.
+
+    Raises:
+        ValueError: It is.
+    """
+    level: list[Any] = [layer]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested more than {MOST_DEPTH} deep")
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> Layer:
@@ -409,7 +453,7 @@ def value_of(text: str) -> Any:
     """A value typed on a command line: TOML where it parses as such, else the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 
@@ -442,6 +486,7 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
                 raise Error(
                     f"{source}: unknown key '{key}'.", hint=nearest(key, known, "`hpctrain config`")
                 )
+            _check_text(source, key, value)
             origin[key] = source
             put(merged, key, value)
     try:
@@ -456,6 +501,17 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
             f"{origin.get(key, 'configuration')}: {key} = {first['input']!r}: {first['msg']}.",
             hint=description(key) if key in known else "see `hpctrain config`.",
         ) from error
+
+
+def _check_text(source: str, key: str, value: Any) -> None:
+    """Refuse bytes of the command line or the environment that are no text."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise Error(
+            f"{source}: {key} = {value!a} is not UTF-8 text.",
+            hint="rename the file or folder; the run's files are written in UTF-8.",
+        ) from None
 
 
 def _flatten(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from importlib import metadata
@@ -14,9 +13,11 @@ from pathlib import Path
 
 from hpctrain.elastic import selftest
 from hpctrain.errors import Error
-from hpctrain.finding import Finding
+from hpctrain.finding import Finding, Level
+from hpctrain.horovod_build import mpi, toolchain
 from hpctrain.horovod_build.check import check as check_horovod
 from hpctrain.process import NO_MPI_HINT, cores, mpirun, run, which
+from hpctrain.slurm.examine import examine as examine_site
 
 LAUNCH_TIMEOUT_SECONDS = 90
 
@@ -27,6 +28,7 @@ def examine() -> list[Finding]:
         _versions,
         _cores,
         _mpi,
+        _build,
         check_horovod,
         _launch_mpi,
         _launch_horovod,
@@ -35,6 +37,7 @@ def examine() -> list[Finding]:
         _hdf5,
         _shared_memory,
         _slurm,
+        _site,
     ]
     findings: list[Finding] = []
     for one in checks:
@@ -72,8 +75,10 @@ def _mpi() -> list[Finding]:
     program = which("mpirun")
     if program is None:
         return [Finding("problem", "MPI", "no mpirun on PATH", NO_MPI_HINT)]
-    version = run([str(program), "--version"], timeout_seconds=30).stdout.strip().splitlines()
-    findings = [Finding("ok", "MPI", f"{version[0] if version else '?'} ({program})")]
+    said = run([str(program), "--version"], timeout_seconds=30).stdout
+    # MPICH's says no more than "HYDRA build details" in its first line.
+    version = " ".join(" ".join(said.splitlines()[: 2 if "HYDRA" in said else 1]).split())
+    findings = [Finding("ok", "MPI", f"{version or '?'} ({program})")]
     if which("mpicxx") is None:
         findings.append(
             Finding(
@@ -83,7 +88,8 @@ def _mpi() -> list[Finding]:
                 "load the MPI module's development part.",
             )
         )
-    if os.geteuid() == 0 and "OMPI_ALLOW_RUN_AS_ROOT" not in os.environ:
+    open_mpi = "Open MPI" in said
+    if open_mpi and os.geteuid() == 0 and "OMPI_ALLOW_RUN_AS_ROOT" not in os.environ:
         findings.append(
             Finding(
                 "note",
@@ -95,37 +101,34 @@ def _mpi() -> list[Finding]:
     return findings
 
 
-_WORLD = "from mpi4py import MPI; print('size', MPI.COMM_WORLD.size)"
+def _build() -> list[Finding]:
+    """Could Horovod be built here, for this torch and this MPI?"""
+    if which("mpicxx") is None:
+        return []  # said already
+    try:
+        built_from = toolchain.find(gpu=False).built_from
+    except Error as error:
+        level: Level = "problem" if toolchain.installed_version() is None else "note"
+        return [Finding(level, "building Horovod", error.message, error.hint)]
+    detail = f"C++{built_from['cxx_standard']}, {built_from['compiler']}, {built_from['cmake']}"
+    return [Finding("ok", "building Horovod", detail)]
 
 
 def _launch_mpi() -> list[Finding]:
     """Two real ranks with mpi4py: do they see each other?"""
-    result = run([*mpirun(2), sys.executable, "-c", _WORLD], timeout_seconds=LAUNCH_TIMEOUT_SECONDS)
-    if result.stdout.count("size 2") == 2:
-        return [Finding("ok", "mpirun -np 2, mpi4py", "both ranks see a world of 2")]
-    if "size 1" in result.stdout:
-        return [
-            Finding(
-                "problem",
-                "mpirun -np 2, mpi4py",
-                "each rank sees a world of its own",
-                "mpi4py loads another MPI than mpirun's: load one MPI module only, then "
-                "`pip install --force-reinstall --no-cache-dir --no-binary mpi4py mpi4py`.",
-            )
-        ]
-    return [
-        Finding(
-            "problem",
-            "mpirun -np 2, mpi4py",
-            f"exit code {result.returncode}: {_last(result.stdout)}",
-            "try that command by hand.",
-        )
-    ]
+    seen = mpi.of_mpi4py()
+    what = "mpirun -np 2, mpi4py"
+    if seen.size == 2:
+        return [Finding("ok", what, "both ranks see a world of 2")]
+    detail = seen.said
+    if seen.size == 1:
+        detail = f"each rank sees a world of its own: mpi4py uses {seen.library[:40]}"
+    return [Finding("problem", what, detail, mpi.HINT)]
 
 
 def _launch_horovod() -> list[Finding]:
     """Two real ranks with every controller: do Horovod and the launcher agree?"""
-    from hpctrain.horovod_build import build, toolchain
+    from hpctrain.horovod_build import build
 
     if toolchain.installed_version() is None:
         return []
@@ -248,6 +251,10 @@ def _slurm() -> list[Finding]:
             "start Open MPI jobs by mpirun within sbatch: srun would give worlds of size 1.",
         )
     ]
+
+
+def _site() -> list[Finding]:
+    return examine_site()
 
 
 def _last(output: str) -> str:

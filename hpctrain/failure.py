@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpctrain.errors import Error, PeerLost
-from hpctrain.files import write_text
+from hpctrain.files import read_regular, write_text
 from hpctrain.launcher import detect
 
 FOLDER = "HPCTRAIN_JOB"
 """The environment variable that names the folder; ``hpctrain job`` sets it."""
+
+NOTE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,11 @@ def note(error: BaseException, exit_code: int) -> None:
 
 def read_notes(folder: Path) -> list[Failure]:
     """What ranks left, the first one first."""
+    from pydantic import TypeAdapter
+
     found = []
+    note = TypeAdapter(Failure)
     for path in folder.glob("rank-*.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            found.append(Failure(**json.loads(path.read_text())))
+        with contextlib.suppress(OSError, ValueError):
+            found.append(note.validate_json(read_regular(path, NOTE_BYTES), strict=True))
     return sorted(found, key=lambda failure: failure.time)

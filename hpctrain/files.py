@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import json
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+JSON_BYTES = 2**28
+"""Largest file of JSON that is read whole."""
 
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
@@ -53,3 +62,93 @@ def cache_folder() -> Path:
     own = os.environ.get("HPCTRAIN_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(own) if own else Path(base) / "hpctrain"
+
+
+def open_regular(path: Path | str, *, follow: bool = True) -> BinaryIO:
+    """Open a regular file to be read; nothing else, such as a FIFO, which would wait for a writer.
+
+    Args:
+        path: Of the file.
+        follow: Whether it may be a symbolic link.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except ValueError as error:  # a NUL, or half a character
+        raise OSError(errno.EINVAL, "not a name of a file", repr(path)) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path | str, most_bytes: int) -> bytes:
+    """Read a regular file that is not larger than it can rightly be.
+
+    Args:
+        path: Of the file.
+        most_bytes: Largest size.
+
+    Raises:
+        OSError: It cannot be read, is not a regular file, or is larger.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > most_bytes:
+            raise OSError(errno.EFBIG, f"larger than {most_bytes} bytes", str(path))
+        return file.read()
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Return what JSON says.
+
+    Raises:
+        ValueError: It is not JSON, or is nested too deeply for what reads it.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path | str, most_bytes: int = JSON_BYTES) -> Any:
+    """Return what a file of JSON says, whoever may have written it.
+
+    Args:
+        path: Of the file.
+        most_bytes: Largest size.
+
+    Raises:
+        OSError: It cannot be read, is not a regular file, or is larger.
+        ValueError: It is not JSON, or is nested too deeply.
+    """
+    return parse_json(read_regular(path, most_bytes))
+
+
+def json_lines(path: Path | str) -> Iterator[dict[str, Any]]:
+    """Give the objects of a file with one in a line; other lines, such as one cut off, are skipped.
+
+    Raises:
+        OSError: It cannot be read, or is not a regular file.
+    """
+    with open_regular(path) as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                record = parse_json(line)
+                if isinstance(record, dict):
+                    yield record
+
+
+def is_own(path: Path | str) -> bool:
+    """Whether something is this user's, no link, and cannot be written by others."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    kind = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    return kind and status.st_uid == os.geteuid() and not status.st_mode & 0o022

@@ -13,7 +13,8 @@ class Launch:
     """A process's place among those its launcher started.
 
     Attributes:
-        name: ``hpctrain launch``, ``horovodrun``, ``mpirun``, ``srun`` or ``alone``.
+        name: ``hpctrain launch``, ``horovodrun``, ``mpirun``, ``mpiexec``, ``jsrun``,
+            ``flux run``, ``srun`` or ``alone``.
         rank: This process, 0 to ``size - 1``.
         size: How many processes the launcher started.
         local_rank: This process among those of its host.
@@ -29,8 +30,10 @@ class Launch:
 
 ALONE = Launch("alone", rank=0, size=1, local_rank=0, local_size=1)
 
-# Launcher, and its variables for rank, size, local rank, local size. The first set that is whole
-# wins: under mpirun inside a Slurm job SLURM_PROCID is mpirun's own, and wrong for its children.
+_PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID PMI_LOCAL_RANK", "MPI_LOCALNRANKS PMI_LOCAL_SIZE")
+# Launcher, and its variables for rank, size, local rank, local size; of several the first that is
+# set. The first launcher that has rank and size wins: those further down are set by others, too, as
+# PMI's are, and under mpirun inside a Slurm job SLURM_PROCID is mpirun's own.
 _CONVENTIONS = (
     (
         "hpctrain launch",
@@ -41,7 +44,7 @@ _CONVENTIONS = (
         ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"),
     ),
     (
-        "mpirun",
+        "mpirun",  # Open MPI
         (
             "OMPI_COMM_WORLD_RANK",
             "OMPI_COMM_WORLD_SIZE",
@@ -49,30 +52,60 @@ _CONVENTIONS = (
             "OMPI_COMM_WORLD_LOCAL_SIZE",
         ),
     ),
-    ("mpirun", ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")),
-)
+    (
+        "mpirun",  # MVAPICH 2, and 3
+        (
+            "MV2_COMM_WORLD_RANK MVP_COMM_WORLD_RANK",
+            "MV2_COMM_WORLD_SIZE MVP_COMM_WORLD_SIZE",
+            "MV2_COMM_WORLD_LOCAL_RANK MVP_COMM_WORLD_LOCAL_RANK",
+            "MV2_COMM_WORLD_LOCAL_SIZE MVP_COMM_WORLD_LOCAL_SIZE",
+        ),
+    ),
+    ("mpiexec", ("PALS_RANKID", "PMI_SIZE PALS_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE "
+                 "PMI_LOCAL_SIZE")),  # of Cray PALS
+    (
+        "jsrun",
+        (
+            "JSM_NAMESPACE_RANK",
+            "JSM_NAMESPACE_SIZE",
+            "JSM_NAMESPACE_LOCAL_RANK",
+            "JSM_NAMESPACE_LOCAL_SIZE",
+        ),
+    ),
+    ("flux run", ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "")),
+    ("mpirun", _PMI),  # MPICH's, Intel's, Cray's
+)  # fmt: skip
 
 
 def detect(environment: Mapping[str, str] = os.environ) -> Launch:
     """Find out who started this process.
 
-    Precedence: those of `hpctrain launch`, Horovod's, Open MPI's, PMI's, Slurm's. Slurm's count
-    only inside a step (``SLURM_STEP_ID``), because the batch shell has ``SLURM_PROCID=0`` too.
+    Precedence: that of ``_CONVENTIONS``, then Slurm's. Slurm's count only inside a step
+    (``SLURM_STEP_ID``), because the batch shell has ``SLURM_PROCID=0`` too.
     """
-    if "SLURM_STEP_ID" in environment and "OMPI_COMM_WORLD_RANK" not in environment:
-        in_step = _slurm(environment)
-    else:
-        in_step = None
+    in_step = _slurm(environment) if "SLURM_STEP_ID" in environment else None
     for name, variables in _CONVENTIONS:
-        if in_step is not None and "PMI_RANK" in variables:
+        if in_step is not None and variables is _PMI and "MPI_LOCALRANKID" not in environment:
             continue  # srun --mpi=pmi2 sets PMI_RANK, but srun it is
-        values = [environment.get(variable, "") for variable in variables]
-        if values[0].isdigit() and values[1].isdigit():
-            rank, size = int(values[0]), int(values[1])
-            local_rank = int(values[2]) if values[2].isdigit() else rank
-            local_size = int(values[3]) if values[3].isdigit() else size
-            return Launch(name, rank, size, local_rank, local_size)
+        rank, size, local_rank, local_size = (_number(environment, each) for each in variables)
+        if rank is None or size is None:
+            continue
+        if local_size is None and (nodes := _number(environment, "FLUX_JOB_NNODES")):
+            local_size = -(-size // nodes)
+        return Launch(
+            name,
+            rank,
+            size,
+            rank if local_rank is None else local_rank,
+            size if local_size is None else local_size,
+        )
     return in_step or ALONE
+
+
+def _number(environment: Mapping[str, str], names: str) -> int | None:
+    """The first of some variables that is a number."""
+    values = (environment.get(name, "") for name in names.split())
+    return next((int(value) for value in values if value.isdigit()), None)
 
 
 def _slurm(environment: Mapping[str, str]) -> Launch | None:

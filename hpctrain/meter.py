@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from hpctrain.strategies.broadcast import broadcast_json
+from hpctrain.strategies.broadcast import gather_json
 from hpctrain.world import Communicator
 
 
@@ -12,54 +14,56 @@ class Meter:
     """Adds up batch means, each weighted by its samples; costs no transfer until it is read.
 
     Attributes:
-        names: What the metrics are called; empty until they were first read.
+        names: What the metrics are called, as far as they were read.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor | float] = {}
         self._samples: dict[str, int] = {}
         self._read = False
         self.names: list[str] = []
 
-    def add(self, means: dict[str, torch.Tensor], samples: int) -> None:
-        """Count a batch in."""
+    def add(self, means: Mapping[str, torch.Tensor | float], samples: int) -> None:
+        """Count a batch in; it need not have all the means that others have."""
         for name, mean in means.items():
-            value = mean.detach().to(torch.float64) * samples
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            wide = mean.detach().to(torch.float64) if isinstance(mean, torch.Tensor) else mean
+            self._sums[name] = self._sums.get(name, 0.0) + wide * samples
             self._samples[name] = self._samples.get(name, 0) + samples
 
     def read(self, comm: Communicator, *, lockstep: bool = True) -> dict[str, float]:
-        """The world's means.
+        """The world's means, each over the samples of the batches that had it.
 
         Every rank calls this. In lockstep every rank gets them; a rank that had no samples takes
-        part: what the metrics are called it learns from the first rank that had some. That is
-        rank 0, unless the shards it reads are lost. Otherwise rank 0 gets what has come together.
+        part. What the metrics are called ranks tell each other when one of them has a new one.
+        Otherwise rank 0 gets what has come together.
 
         In lockstep what was read counts until :meth:`settle`: it is read again if a rank is lost
         meanwhile.
         """
         if not lockstep:
             return self._read_pool(comm)
-        for root in range(comm.size):
-            if not self.names:
-                self.names = broadcast_json(comm, sorted(self._sums), root)
-        if not self.names:
-            return {}
-        totals = torch.tensor(
-            [
-                [float(self._sums.get(name, 0.0)) for name in self.names],
-                [float(self._samples.get(name, 0)) for name in self.names],
-            ],
-            dtype=torch.float64,
-        )
-        comm.all_reduce(totals)
+        sums, samples, news = self._totals(comm)
+        if news:
+            given = gather_json(comm, sorted(self._sums))
+            self.names = sorted({*self.names, *(name for names in given for name in names)})
+            sums, samples, _ = self._totals(comm)
         self._read = True
-        sums, samples = totals.tolist()
         return {
             name: total / count
             for name, total, count in zip(self.names, sums, samples, strict=True)
             if count
         }
+
+    def _totals(self, comm: Communicator) -> tuple[list[float], list[float], bool]:
+        """Sums and samples of the known names over ranks, and whether there are other names."""
+        totals = torch.zeros(2, len(self.names) + 1, dtype=torch.float64)
+        for place, name in enumerate(self.names):
+            totals[0, place] = float(self._sums.get(name, 0.0))
+            totals[1, place] = float(self._samples.get(name, 0))
+        totals[0, -1] = float(not self._sums.keys() <= set(self.names))
+        comm.all_reduce(totals)
+        (*sums, news), (*samples, _) = totals.tolist()
+        return sums, samples, news > 0
 
     def settle(self) -> None:
         """Begin anew, if what was added has been read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,11 +45,19 @@ def run(
     timeout_seconds: float,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    each: Callable[[str], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program in a process group of its own and collect what it printed.
 
     At the time limit the whole group is killed and the result's ``returncode`` is 124, as with
     ``timeout(1)``; standard error is folded into standard output.
+
+    Args:
+        command: The program and its arguments.
+        timeout_seconds: The time limit.
+        env: Its environment; None: this process's. PATH is :func:`search_path` anyway.
+        cwd: The folder it runs in; None: this process's.
+        each: Is given every line as it comes, with its end.
 
     Raises:
         Error: The program does not exist.
@@ -71,23 +80,35 @@ def run(
         raise Error(
             f"cannot start {command[0]}: {error.strerror}.", hint="is it installed and on PATH?"
         ) from error
-    with _group_killed_after(process):
-        try:
-            output, _ = process.communicate(timeout=timeout_seconds)
-            return subprocess.CompletedProcess(command, process.returncode, output)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            return subprocess.CompletedProcess(command, 124, output)
+    late = threading.Event()
 
+    def end() -> None:
+        late.set()
+        _kill_group(process)
 
-@contextlib.contextmanager
-def _group_killed_after(process: subprocess.Popen[str]) -> Iterator[None]:
+    timer = threading.Timer(timeout_seconds, end)
+    timer.daemon = True
+    lines = []
+    assert process.stdout is not None
     try:
-        yield
+        timer.start()
+        for line in process.stdout:
+            lines.append(line)
+            if each is not None:
+                each(line)
+        process.wait()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        timer.cancel()
+        _kill_group(process)
+        process.stdout.close()
+        process.wait()
+    code = 124 if late.is_set() else process.returncode
+    return subprocess.CompletedProcess(command, code, "".join(lines))
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def mpirun(ranks: int) -> list[str]:
@@ -127,11 +148,16 @@ def ended_after(seconds: float, error: Error) -> Iterator[None]:
 
 def loaded(name: str) -> ctypes.CDLL | None:
     """A shared library that this process has loaded, wherever it came from; None: it has not."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[5:]
-        if path and Path(path[0]).name.startswith(name):
-            return ctypes.CDLL(path[0])
+    for path in loaded_files(re.compile(re.escape(name))):
+        return ctypes.CDLL(path)
     return None
+
+
+def loaded_files(name: re.Pattern[str]) -> list[str]:
+    """Paths of what this process has mapped whose file names begin so, each once."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = {line.split(maxsplit=5)[5] for line in lines if line.count(" /")}
+    return sorted(path for path in paths if name.match(Path(path).name))
 
 
 def cores() -> int:

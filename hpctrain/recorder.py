@@ -98,7 +98,9 @@ class RunRecorder:
         if self._bar is not None and kind == "train":
             self._bar.set_postfix_str(text)
         else:
-            self.say(f"step {step}/{self._steps} {text}")
+            # An event's text says what it is.
+            what = f"{kind} " if kind != "event" else ""
+            self.say(f"step {step}/{self._steps} {what}{text}")
 
     def say(self, text: str) -> None:
         """Tell the person who watches, without breaking the bar."""

@@ -8,6 +8,7 @@ What a run folder holds::
     checkpoints/      the newest few, and `best`
     result.json       written last, and only at success: its being there is the proof
     interrupted.json  instead of it, where the run was asked to stop before its end
+    .lock             held while the run is under way: two runs do not write one folder
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import contextlib
 import json
 import os
 import platform
-import re
-import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hpctrain import garbage
+from hpctrain.agreement import compare
 from hpctrain.checkpoint import CheckpointStore, load_verified
 from hpctrain.config import Layer, RunConfig, put, resolve
 from hpctrain.data.stage import stage, unstage
@@ -32,9 +32,19 @@ from hpctrain.elastic.outlive import outlive
 from hpctrain.errors import Dismissed, Error, PeerLost
 from hpctrain.failure import FOLDER
 from hpctrain.files import write_text
+from hpctrain.fingerprint import of_start, of_training
 from hpctrain.interruption import Interruption
 from hpctrain.recorder import OnRankZero, Recorder, RunRecorder, plain
-from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT, STOP
+from hpctrain.run_folder import (
+    INTERRUPTED,
+    INTERRUPTED_CODE,
+    RESULT,
+    STOP,
+    claim,
+    new_folder,
+    unwritable,
+)
+from hpctrain.seeds import set_start_seeds
 from hpctrain.slurm.orphan import end_job
 from hpctrain.state import parameters_sha256
 from hpctrain.strategies import strategy
@@ -79,7 +89,9 @@ def run(config: RunConfig, say: Callable[[str], None]) -> int:
     """
     if config.resume == "auto" and config.out is None:
         raise Error("--resume auto without --out.", hint="say which run to go on with: --out DIR.")
-    task = make_task(load_task(config.task), config.options)
+    kind = load_task(config.task, config.seed)
+    set_start_seeds(config.seed)  # for what is drawn while the task is made, alike on all ranks
+    task = make_task(kind, config.options)
     world = init()
     if config.data.stage_dir is not None:
         _stage(config, world, say)
@@ -130,6 +142,8 @@ class _Run:
         self._trainer: Trainer | None = None
         self._recorder: Recorder | None = None
         self._interruption: Interruption | None = None
+        self._out = Path()
+        self._lock: IO[str] | None = None
 
     def work(self) -> int:
         """The exit code."""
@@ -174,18 +188,34 @@ class _Run:
     def _start(self, meeting: Meeting | None) -> None:
         """Take over rank 0's checkpoint, if there is one."""
         config, world = self._config, self._world
-        mine = str(config.out or _default_out(config.task))
+        compare(world.comm, of_start(config, self._task))
+        prepares = world.rank == 0
+        if prepares and self._lock is None:
+            self._claim()
+        mine = os.fsencode(self._out).decode("utf-8", "surrogateescape") if prepares else ""
         out = Path(broadcast_json(world.comm, mine))
         store = CheckpointStore(out / CHECKPOINTS, config.checkpoint.keep)
-        prepares = world.rank == 0
         snapshot = _prepare(out, config, store, self._say) if prepares else None
         trainer = self._make(out)
+        state = trainer.state
+        compare(world.comm, of_training(state.model, state.optimizer, trainer.splits))
         while not trainer.restore(snapshot, prepared=prepares):
             # Rank 0 was lost; it is another now.
             if world.rank == 0 and not prepares:
                 snapshot, prepares = _prepare(out, config, store, self._say), True
         if meeting is not None:
             trainer.note(meeting)
+
+    def _claim(self) -> None:
+        """Hold the run folder, on rank 0; where that was lost before, it may hold it still."""
+        config, elastic = self._config, self._how.elastic
+        if self._trainer is None:
+            self._out = config.out or new_folder(config.task)
+        try:
+            self._lock = claim(self._out)
+        except Error:
+            if elastic is None or elastic.membership.generation == 0:
+                raise
 
     def _wrap(self, meeting: Meeting | None) -> None:
         if meeting is not None:
@@ -221,6 +251,8 @@ class _Run:
             f"{self._config.task}: {how.name} on {_ranks(self._world)}, {self._world.device.type}, "
             f"step {start.step} of {trainer.steps}, in {self._out}"
         )
+        for warning in trainer.warnings:
+            recorder.say(f"warning: {warning}")
         if how.outlives is not None and how.outlives.mode != "off":
             recorder.say(f"elastic: {how.outlives.mode}: {how.outlives.why}")
         for change in start.world[-1:]:
@@ -275,11 +307,6 @@ def _stage(config: RunConfig, world: World, say: Callable[[str], None]) -> None:
             say(f"{os.uname().nodename}: staged {path}: {staged}")
 
 
-def _default_out(task: str) -> Path:
-    name = re.sub(r"\W+", "-", Path(task.rpartition(":")[2] or task).stem)
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
 def _ranks(world: World) -> str:
     return "1 rank" if world.size == 1 else f"{world.size} ranks under {world.launch.name}"
 
@@ -296,7 +323,7 @@ def _prepare(
             (out / name).unlink(missing_ok=True)
         store.clean()
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
     _write(out / CONFIG, config.to_toml())
     return snapshot
 
@@ -323,14 +350,7 @@ def _write(path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> Error:
-    return Error(
-        f"cannot write {path}: {error.strerror}.",
-        hint="make room, or choose another --out.",
-    )
+        raise unwritable(path, error) from error
 
 
 def _result(trainer: Trainer) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from hpctrain import tree
 from hpctrain.data.loader import Loader
 from hpctrain.errors import Error, nearest
 from hpctrain.task import Task
@@ -28,6 +29,8 @@ class Counters:
         stopped_early: Whether that has happened.
         metrics: The last train and validation metrics.
         world: Sizes the world has had: ``step``, ``size`` and ``reason`` of each change.
+        nonfinite_losses: Losses that were no numbers, each rank's counting by itself.
+        skipped_steps: Steps left out because their gradient was not finite.
     """
 
     step: int = 0
@@ -37,6 +40,8 @@ class Counters:
     stopped_early: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     world: list[dict[str, Any]] = field(default_factory=list)
+    nonfinite_losses: int = 0
+    skipped_steps: int = 0
 
     def judge(self, metrics: dict[str, float], task: Task, patience: int | None) -> bool:
         """Compare a validation with the best so far; whether it is better.
@@ -92,31 +97,40 @@ class TrainState:
             "counters": asdict(self.counters),
         }
 
+    def check(self) -> None:
+        """Try whether a checkpoint can hold the state, before training has cost anything.
+
+        Raises:
+            Error: It has something that no file can hold; its place is named.
+        """
+        if not any(nn.parameter.is_lazy(p) for p in self.model.parameters()):
+            tree.split(self.state_dict())
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state.
 
         Raises:
             Error: It is of another model, optimizer or data.
         """
-        self.loader.load_state_dict(state["loader"])
         try:
+            self.loader.load_state_dict(state["loader"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema is not None and state["ema"] is not None:
                 self.ema.load_state_dict(state["ema"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            self.counters = Counters(**state["counters"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise Error(
                 f"the checkpoint is of another model or optimizer: {error}.",
                 hint="resume with the task, options and optimizer the run was started with.",
             ) from error
-        self.counters = Counters(**state["counters"])
 
 
 def parameters_sha256(model: nn.Module) -> str:
     """A hash of the names, types, shapes and bytes of all parameters, in the model's order."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach().cpu().contiguous()
+        tensor = parameter.detach().cpu().resolve_conj().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

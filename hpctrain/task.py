@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import sys
 import traceback
+import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +24,7 @@ from hpctrain.data.source import Source
 from hpctrain.data.stage import folder_of
 from hpctrain.errors import Error, nearest
 from hpctrain.lamb import Lamb
+from hpctrain.seeds import set_start_seeds
 
 READY = {
     "digits": "hpctrain.tasks.digits:Digits",
@@ -30,7 +33,7 @@ READY = {
     "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
 }
 
-Loss = torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]
+Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]
 
 
 class Task:
@@ -52,7 +55,7 @@ class Task:
 
     def model(self) -> nn.Module:
         """A new model. Random numbers are seeded before, so every rank builds the same one."""
-        raise NotImplementedError(f"{type(self).__name__} must define model()")
+        raise _undefined(self, "model()", "return the network, a torch.nn.Module.")
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """The mean loss over a batch's samples; with it, if wanted, further means by name.
@@ -64,7 +67,7 @@ class Task:
         Returns:
             A scalar, or a scalar and a dict of scalars such as ``{"accuracy": ...}``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define loss()")
+        raise _undefined(self, "loss(model, batch)", "return the mean loss over the batch.")
 
     def data(self, config: DataConfig) -> dict[str, Source]:
         """Samples by split: ``train``, and where there is one ``validation``.
@@ -130,6 +133,10 @@ class Task:
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
+def _undefined(task: Task, method: str, hint: str) -> Error:
+    return Error(f"task {type(task).__name__} must define {method}.", hint=hint)
+
+
 def _open(path: Path, config: DataConfig) -> ShardSet:
     staged = folder_of(path, config.stage_dir) if config.stage_dir else None
     return ShardSet(path, on_bad_shard=config.on_bad_shard, staged=staged)
@@ -153,38 +160,49 @@ class TaskTransform:
         training: Passed to it.
         spec: What :func:`load_task` finds the task by.
         options: What :func:`make_task` gave it.
+        seed: Of the run, for random numbers drawn while the task is made.
     """
 
     task: Task
     training: bool
     spec: str
     options: dict[str, Any]
+    seed: int = 0
 
     def __call__(self, batch: Batch) -> Batch:
         """The transformed batch."""
         return self.task.transform(batch, self.training)
 
     def __reduce__(self) -> Any:
-        return _transform_anew, (self.training, self.spec, self.options)
+        return _transform_anew, (self.training, self.spec, self.options, self.seed)
 
 
-def _transform_anew(training: bool, spec: str, options: dict[str, Any]) -> TaskTransform:
-    return TaskTransform(make_task(load_task(spec), options), training, spec, options)
+def _transform_anew(training: bool, spec: str, options: dict[str, Any], seed: int) -> TaskTransform:
+    kind = load_task(spec, seed)
+    set_start_seeds(seed)  # as where the others were made
+    return TaskTransform(make_task(kind, options), training, spec, options, seed)
 
 
-def load_task(spec: str) -> type[Task]:
+def load_task(spec: str, seed: int = 0) -> type[Task]:
     """The task class of a ready name, ``file.py[:Name]`` or ``package.module:Name``.
+
+    Random numbers that a file draws while it is loaded are a function of the seed; a module is
+    loaded once, with a seed of 0.
+
+    Args:
+        spec: Which one.
+        seed: Of the run.
 
     Raises:
         Error: There is none, there are several, or the file raised.
     """
     place, colon, name = READY.get(spec, spec).rpartition(":")
-    if not colon:
-        place, name = name, ""
+    if not colon or name.endswith(".py"):  # a folder's name may have a colon
+        place, name = READY.get(spec, spec), ""
     if place.endswith(".py"):
-        module = _import_file(Path(place))
+        module = _import_file(Path(place), seed)
     elif name:
-        module = _run_import(place, lambda: importlib.import_module(place))
+        module = _import_module(place)
     else:
         raise Error(
             f"there is no task '{spec}'.",
@@ -227,8 +245,15 @@ def make_task(kind: type[Task], options: dict[str, Any]) -> Task:
                 hint=nearest(option, fields) if fields else "it has none.",
             )
     if not fields:
-        made: Task = _run_import(kind.__name__, kind)
-        return made
+        try:
+            return kind()
+        except TypeError as error:
+            if "required positional argument" not in str(error):
+                raise
+            raise Error(
+                f"task {kind.__name__} cannot be made: {error}.",
+                hint="make it a dataclass: its fields are set by --set options.name=value.",
+            ) from error
     try:
         task: Task = TypeAdapter(kind).validate_python(options)
     except ValidationError as error:
@@ -240,18 +265,44 @@ def make_task(kind: type[Task], options: dict[str, Any]) -> Task:
     return task
 
 
-def _import_file(path: Path) -> Any:
+def _import_file(path: Path, seed: int) -> Any:
     if not path.is_file():
         raise Error(f"task file {path} does not exist.", hint="check the path.")
-    name = f"hpctrain_task_{path.stem}"
+    folder = path.resolve().parent
+    if (folder / "__init__.py").is_file():
+        names = [path.stem]
+        while (folder / "__init__.py").is_file():
+            names.insert(0, folder.name)
+            folder = folder.parent
+        _look_in(folder)
+        return _import_module(".".join(names), str(path))
+    # A package of its own, so that it may import its neighbours as `.helpers` too.
+    package = types.ModuleType("hpctrain_task_folder")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    name = f"{package.__name__}.hpctrain_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    sys.path.insert(0, str(path.resolve().parent))  # a task may have helpers beside it
+    _look_in(folder)  # a task may have helpers beside it
     loader = spec.loader
+    set_start_seeds(seed)
     _run_import(str(path), lambda: loader.exec_module(module))
     return module
+
+
+def _import_module(name: str, what: str = "") -> Any:
+    if not name.startswith("hpctrain."):
+        _look_in(Path.cwd())  # as `python -m` does
+    if name not in sys.modules:
+        set_start_seeds(0)
+    return _run_import(what or name, lambda: importlib.import_module(name))
+
+
+def _look_in(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 
 def _run_import(what: str, action: Any) -> Any:
@@ -259,9 +310,20 @@ def _run_import(what: str, action: Any) -> Any:
     try:
         return action()
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = f", line {frames[-1].lineno} of {Path(frames[-1].filename).name}" if frames else ""
+        text, line = str(error), ""
+        if isinstance(error, SyntaxError):
+            text, place, number = error.msg, error.filename, error.lineno
+        else:
+            # Not Python's own steps from one import to the next.
+            frames = [
+                frame
+                for frame in traceback.extract_tb(error.__traceback__)
+                if not frame.filename.startswith("<frozen")
+            ]
+            place, number = (frames[-1].filename, frames[-1].lineno) if frames else (None, None)
+        if place is not None:
+            line = f", line {number} of {Path(place).name}"
         raise Error(
-            f"task {what} cannot be loaded: {type(error).__name__}: {error}{line}.",
+            f"task {what} cannot be loaded: {type(error).__name__}: {text}{line}.",
             hint=f"try `python {what}`." if what.endswith(".py") else "is it installed?",
         ) from error

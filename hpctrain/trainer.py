@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import random
+import math
 import time
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hpctrain.agreement import check_tensors
+from hpctrain.averaging import average_buffers
+from hpctrain.batchnorm import has_batchnorm, synchronize_batchnorm
 from hpctrain.changes import Changes
 from hpctrain.checkpoint import CheckpointStore
 from hpctrain.config import RunConfig
 from hpctrain.data.batch import Batch
 from hpctrain.data.loader import Loader
-from hpctrain.data.random import key
 from hpctrain.elastic.committed import Committed
 from hpctrain.elastic.ledger import Ledger, launches
 from hpctrain.elastic.membership import Meeting, Progress, Regroup
@@ -26,8 +26,17 @@ from hpctrain.interruption import Interruption
 from hpctrain.laps import PARTS, Laps
 from hpctrain.launcher import ALONE
 from hpctrain.meter import Meter, total
+from hpctrain.model_setup import (
+    UnusedParameters,
+    averaged,
+    begin_training,
+    evaluating,
+    prepared,
+)
+from hpctrain.nonfinite import HINT, Watch, all_finite
 from hpctrain.recorder import Recorder
 from hpctrain.schedule import factor, peak_scale
+from hpctrain.seeds import set_seeds, set_start_seeds
 from hpctrain.state import Counters, TrainState
 from hpctrain.strategies.base import (
     Change,
@@ -38,9 +47,23 @@ from hpctrain.strategies.base import (
 )
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.task import Task, TaskTransform
-from hpctrain.world import Even, World
+from hpctrain.task_checks import (
+    Read,
+    check_defined,
+    checked_loss,
+    model_of,
+    no_means,
+    optimizer_of,
+    splits_of,
+    warnings_of,
+)
+from hpctrain.world import Alone, Even, World
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
+"""Of samples."""
+
+SKIPPED_IN_A_ROW = 100
+"""Steps left out one after the other, because their gradients are not finite, that end a run."""
 
 
 class _Mark(NamedTuple):
@@ -65,6 +88,8 @@ class Trainer:
 
     Attributes:
         interrupted: Whether the run was asked to stop, and did before its end.
+        splits: The task's samples.
+        warnings: What the task or the configuration has, and nothing reads.
     """
 
     def __init__(
@@ -78,24 +103,39 @@ class Trainer:
         self.dtype = DTYPES[config.train.dtype]
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        sources = task.data(config.data)
-        self._seed(step=-1, rank=0)  # the same start on every rank
-        model = task.model().to(self.device, self.dtype)
-        optimizer = task.optimizer(model, config.optimizer)
+        check_defined(task)
+        if config.train.nonfinite == "skip" and strategy.name == "ps":
+            raise Error(
+                "train.nonfinite=skip cannot be used with strategy 'ps': when the world's gradient "
+                "is known, the servers have used it.",
+                hint="use stop or allow, or --strategy horovod.",
+            )
+        set_start_seeds(config.seed)  # the same start on every rank
+        read = Read(config)
+        self.splits = splits_of(task, read)
+        self._validation = self._validates()
+        set_start_seeds(config.seed)
+        model = prepared(model_of(task), self.device, config.train.dtype)
+        if config.train.sync_batchnorm:
+            self._synchronize_batchnorm(model, strategy)
+        optimizer = optimizer_of(task, model, read)
+        self.warnings = [*warnings_of(task), *read.unread(task)]
         scale = peak_scale(config.optimizer, config.train.batch_size)
         self._peaks = [group["lr"] * scale for group in optimizer.param_groups]
         self._loader = Loader(
-            sources["train"],
+            self.splits["train"],
             config.train.batch_size,
             world=self.world,
             seed=config.seed,
             shuffle=config.data.order,
-            transform=TaskTransform(task, True, config.task, config.options),
+            transform=self._transform(training=True),
             workers=config.data.workers,
             worker_kind=config.data.worker_kind,
             timeout_seconds=config.timeout_seconds,
+            drop_last=config.data.drop_last,
+            # BatchNorm's statistics are of two samples at least.
+            least_part=1 if config.train.sync_batchnorm or not has_batchnorm(model) else 2,
         )
-        self._validation = sources.get("validation")
         self._train_meter = Meter()
         self._validation_meter = Meter()
         self._laps = Laps(self.device)
@@ -109,7 +149,7 @@ class Trainer:
         self.optimizer: DistributedOptimizer | None = None
         self._begun = False
         self._attended = 0  # the last step after which all that was due is done
-        self._computed: list[tuple[dict[str, torch.Tensor], int]] = []  # means of a step
+        self._computed: list[tuple[dict[str, Any], int]] = []  # means of a step
         self._next_mark: _Mark | None = None
         self._regroups = False
         self._came_late = False  # and has not asked yet what the metrics are called
@@ -117,14 +157,51 @@ class Trainer:
         self._ledger: Ledger | None = None
         self.state = TrainState(model, optimizer, self._loader)
         if config.train.ema_decay is not None:
-            self.state.ema = AveragedModel(
-                model,
-                multi_avg_fn=get_ema_multi_avg_fn(config.train.ema_decay),
-                use_buffers=True,
-            )
+            self.state.ema = averaged(model, config.train.ema_decay)
+        self.state.check()
+        self._watch = Watch(model)
+        self._skipped_in_a_row = 0
+        self._unfit = False  # for a checkpoint: a parameter is not finite
+        self._averaged_at = 0  # samples of this rank when buffers were last the world's
+        self._unused: UnusedParameters | None = None
         self.strategy = strategy
         self._elastic = strategy.elastic
         self._committed = Committed(self.state) if self._elastic is not None else None
+
+    def _validates(self) -> Loader | None:
+        """The validation samples, if there are any; always in their own order."""
+        config, samples = self.config, self.splits.get("validation")
+        if samples is None:
+            for key in ("patience", "validate_every_steps"):
+                if getattr(config.train, key) is not None:
+                    raise Error(
+                        f"train.{key} is set, but task {type(self.task).__name__} has no "
+                        "validation samples.",
+                        hint="have data() give a split 'validation', or leave it unset.",
+                    )
+            return None
+        return Loader(
+            samples,
+            config.train.batch_size,
+            world=World(ALONE),
+            shuffle="none",
+            transform=self._transform(training=False),
+            workers=config.data.workers,
+            worker_kind=config.data.worker_kind,
+            timeout_seconds=config.timeout_seconds,
+        )
+
+    def _transform(self, *, training: bool) -> TaskTransform:
+        config = self.config
+        return TaskTransform(self.task, training, config.task, config.options, config.seed)
+
+    def _synchronize_batchnorm(self, model: nn.Module, strategy: Strategy) -> None:
+        if not strategy.lockstep or strategy.name == "ps":
+            raise Error(
+                f"train.sync_batchnorm cannot be used with strategy '{strategy.name}'.",
+                hint="use --strategy horovod.",
+            )
+        synchronize_batchnorm(model, self.world)
 
     @property
     def steps(self) -> int:
@@ -132,11 +209,9 @@ class Trainer:
         train, loader = self.config.train, self._loader
         if train.steps is not None:
             return train.steps
-        if loader.batch_size == train.batch_size:
-            return train.epochs * len(loader)
         left = -(-(loader.samples - loader.cursor) // loader.batch_size)
         left += (train.epochs - 1 - loader.epoch) * len(loader)
-        return self.state.counters.step + left
+        return self.state.counters.step + max(left, 0)
 
     @property
     def finished(self) -> bool:
@@ -270,11 +345,15 @@ class Trainer:
             self.interrupted = bool((told > 0).all()) and not counters.stopped_early
             self.world.once(lambda: self._conclude(optimizer, recorder))
         self.tell(recorder)
+        if not self.interrupted:
+            self._fit()
         self.store.wait()
 
     def _begin(self, optimizer: DistributedOptimizer) -> None:
         self._skip(optimizer.missed)
-        self.state.model.train()
+        begin_training(self.state.model)
+        if self.state.counters.step == 0:
+            self._unused = UnusedParameters(self.state.model)
         self._attended = self.state.counters.step
         self._laps.lap("other")
         self._mark = self._now()
@@ -318,28 +397,75 @@ class Trainer:
             self._train_meter.names, self._validation_meter.names = metrics
         recorder.advance(counters.step)
         self.tell(recorder)
+        if self._unused is not None:
+            self._tell_unused(self._unused, recorder)
         if interruption is not None:
             self._listen(interruption)
         last = counters.step >= self.steps
-        if last or counters.step % self.config.log.every_steps == 0:
+        logs = last or counters.step % self.config.log.every_steps == 0
+        validates = last or self._due(self.config.train.validate_every_steps, epoch_ended)
+        saves = self._due(self.config.checkpoint.every_steps, epoch_ended)
+        if logs or validates or saves or self.finished:
+            self._look(recorder)
+        if logs:
             self._log(optimizer, recorder)
         if last and not lockstep:
             return  # the others are not there yet
+        if lockstep and (validates or saves or self.finished):
+            check_tensors(self.world.comm, self.state.model.named_parameters())
         improved = False
-        validates = last or self._due(self.config.train.validate_every_steps, epoch_ended)
         if validates:
             improved = self._validate(optimizer, recorder)
-        due = self._due(self.config.checkpoint.every_steps, epoch_ended)
-        if due or improved or self.finished:
+        if saves or improved or self.finished:
             self._save(optimizer, best=improved)
-        if (validates or due) and not self.finished:
+        if (validates or saves) and not self.finished:
             self.tell(recorder)
         self._attended = counters.step
-        if self._committed is not None and (validates or due):
+        if validates or saves or improved or self.finished:
+            self._averaged_at = self._consumed
+        if self._committed is not None and (validates or saves):
             self._committed.keep_buffers()
         if self._regroups and not self.finished:
             self._regroups = False
             raise Regroup
+
+    def _tell_unused(self, unused: UnusedParameters, recorder: Recorder) -> None:
+        alike = self.strategy.lockstep and self._elastic is None and self.config.ps.workers is None
+        names = unused.names(self.world.comm if alike else None)
+        self._unused = None
+        if names:
+            shown = ", ".join(f"'{name}'" for name in names[:4]) + (
+                ", ..." if len(names) > 4 else ""
+            )
+            recorder.say(f"warning: no gradient came to {shown} in the first step; is that meant?")
+
+    def _look(self, recorder: Recorder) -> None:
+        """Look, together where ranks go in lockstep, whether all is finite still.
+
+        Raises:
+            Error: It is not, and that is to end the run.
+        """
+        counters = self.state.counters
+        seen = self._watch.look(self.world.comm if self.strategy.lockstep else None)
+        self._unfit = bool(seen.parameter)
+        counters.nonfinite_losses += seen.losses
+        if not seen:
+            return
+        if self.config.train.nonfinite == "stop":
+            raise Error(f"step {counters.step}: {seen}.", hint=HINT)
+        recorder.say(f"warning: step {counters.step}: {seen}.")
+
+    def _fit(self) -> None:
+        """Refuse to call a run completed that trained nothing.
+
+        Raises:
+            Error: Its parameters are not finite, or every step was left out.
+        """
+        counters = self.state.counters
+        if self._unfit:
+            raise Error("the run's parameters are not finite at its end.", hint=HINT)
+        if counters.skipped_steps and counters.skipped_steps >= counters.step:
+            raise Error("every step was left out: no gradient was finite.", hint=HINT)
 
     def _catch_up(
         self, meeting: Meeting, recorder: Recorder, interruption: Interruption | None
@@ -417,6 +543,10 @@ class Trainer:
         if self._meter_names() != known:
             self._remember()
         counters.metrics |= {f"train_{name}": value for name, value in metrics.items()}
+        if counters.nonfinite_losses:
+            counters.metrics["nonfinite_losses"] = counters.nonfinite_losses
+        if counters.skipped_steps:
+            counters.metrics["skipped_steps"] = counters.skipped_steps
         now, before = self._now(), self._mark
         self._next_mark = now
         seconds, steps = now.seconds - before.seconds, now.step - before.step
@@ -437,6 +567,9 @@ class Trainer:
         waited = sums["input_wait_seconds"]
         values: dict[str, Any] = {"epoch": round(self.epochs, 3), **metrics}
         values["lr"] = optimizer.param_groups[0]["lr"]
+        for name in ("nonfinite_losses", "skipped_steps"):
+            if name in counters.metrics:
+                values[name] = counters.metrics[name]
         if optimizer.grad_norm is not None:
             values["grad_norm"] = float(optimizer.grad_norm)
         values["samples_per_second"] = sums["samples"] / seconds
@@ -476,7 +609,7 @@ class Trainer:
 
     def _step(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
         counters = self.state.counters
-        self._seed(counters.step, self.world.rank)
+        set_seeds(self.config.seed, counters.step, self.world.rank)
         multiplier = self._multiplier(batch)
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
@@ -485,17 +618,22 @@ class Trainer:
         self._computed = []
         if self._ledger is not None:
             self._ledger.begin(counters.step + 1, self._world()[0], self._loader.epoch, batch)
-        parts = list(batch.split(self._passes()))
+        parts = self._parts(batch)
         for number, part in enumerate(parts, start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
-                loss, means = self._loss(self.state.model, part)
+                loss, means = self._loss(self.state.model, part, training=True)
                 (loss * part.weight).backward()
-            self._computed.append((means, part.samples))
+            if part.samples:
+                self._computed.append((means, part.samples))
         self._laps.lap("compute")
-        # A rank without samples steps too: the others wait for its zeros.
-        optimizer.step()
-        if self.state.ema is not None:
-            self.state.ema.update_parameters(self.state.model)
+        if self.config.train.nonfinite == "skip" and not self._gradients_are_finite(optimizer):
+            self._leave_out(optimizer)
+        else:
+            self._skipped_in_a_row = 0
+            # A rank without samples steps too: the others wait for its zeros.
+            optimizer.step()
+            if self.state.ema is not None:
+                self.state.ema.update_parameters(self.state.model)
         self._count()
         counters.step += 1
         counters.samples += batch.global_samples
@@ -505,21 +643,58 @@ class Trainer:
         if self._committed is not None:
             self._committed.keep()
 
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """This rank's samples of a batch, pass by pass; it may have none."""
+        passes = self._passes()
+        if self.config.train.sync_batchnorm:  # every rank comes to every exchange of statistics
+            return list(batch.split(passes, empty=True))
+        return list(batch.split(max(1, min(passes, batch.samples // self._loader.least_part))))
+
+    def _gradients_are_finite(self, optimizer: DistributedOptimizer) -> bool:
+        """Whether the world's gradient is: the same on every rank; waits for the device."""
+        optimizer.synchronize()
+        parameters = self.state.model.parameters()
+        return all_finite(p.grad for p in parameters if p.requires_grad and p.grad is not None)
+
+    def _leave_out(self, optimizer: DistributedOptimizer) -> None:
+        """Let a step change nothing.
+
+        Raises:
+            Error: So many were left out one after the other that no more is to be hoped for.
+        """
+        counters = self.state.counters
+        optimizer.zero_grad()
+        self._laps.lap("update")
+        counters.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            raise Error(
+                f"step {counters.step + 1}: {self._skipped_in_a_row} steps in a row had a gradient "
+                "that is not finite.",
+                hint=HINT,
+            )
+
     def _count(self) -> None:
         """A step is done: what was computed in it counts, and what was logged before is over."""
         if self.strategy.lockstep:
             self._changes.told()
         self._train_meter.settle()
+        self._watch.settle()
         self._mark, self._next_mark = self._next_mark or self._mark, None
         for means, samples in self._computed:
             self._train_meter.add(means, samples)
+            self._watch.add(self.state.counters.step + 1, means["loss"])
             self._consumed += samples
 
     def _multiplier(self, batch: Batch) -> float:
         """Of the peak learning rate, at a step."""
         schedule, loader, train = self.config.schedule, self._loader, self.config.train
         if loader.batch_size == train.batch_size:
-            return factor(schedule, self.state.counters.step, self.steps, len(loader))
+            if train.steps is not None:
+                return factor(schedule, self.state.counters.step, train.steps, len(loader))
+            # Not by steps done: with another batch size, before a resume, there were others.
+            step = loader.epoch * len(loader) + batch.start // loader.batch_size
+            return factor(schedule, step, train.epochs * len(loader), len(loader))
         # Batches have changed with the world: as far as the run is, with steps as at first.
         epoch_steps = -(-loader.samples // train.batch_size)
         step = round((loader.epoch + batch.start / loader.samples) * epoch_steps)
@@ -552,48 +727,55 @@ class Trainer:
             loader.cursor = min(start + loader.batch_size, loader.samples)
             counters.samples += loader.cursor - start
 
-    def _loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(
+        self, model: nn.Module, batch: Batch, *, training: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
         bf16 = self.config.train.dtype == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            result = self.task.loss(model, batch.to(self.device, self.dtype))
-        loss, means = result if isinstance(result, tuple) else (result, {})
-        return loss, {"loss": loss, **means}
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                result = self.task.loss(model, batch.to(self.device, self.dtype))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise Error(
+                f"BatchNorm cannot take statistics of one sample: step "
+                f"{self.state.counters.step + 1}, a batch of {batch.global_samples}.",
+                hint="data.drop_last=true leaves an epoch's incomplete batch out; else use another "
+                "batch size, fewer ranks or train.sync_batchnorm=true.",
+            ) from error
+        loss, means = checked_loss(self.task, result, training=training)
+        return loss, {"loss": loss.detach(), **means}
 
     def _validate(self, optimizer: DistributedOptimizer, recorder: Recorder) -> bool:
         """Measure on the validation samples, each once; True where it is the best so far."""
         lockstep = self.strategy.lockstep
-        if self._validation is None or not (lockstep or self.world.rank == 0):
+        loader = self._validation
+        if loader is None or not (lockstep or self.world.rank == 0):
             return False
         counters = self.state.counters
         if not lockstep and not self._leads:
             self._succeed()
         self._average_buffers()
         model = self.state.model if self.state.ema is None else self.state.ema
-        training = model.training
-        model.eval()
-        world = World(ALONE)
-        if lockstep:
-            world.comm = Even(self.world.comm)
-        loader = Loader(
-            self._validation,
-            self.config.train.batch_size,
-            world=world,
-            shuffle="none",
-            transform=TaskTransform(self.task, False, self.config.task, self.config.options),
-            workers=self.config.data.workers,
-            timeout_seconds=self.config.timeout_seconds,
-        )
+        loader.world.comm = Even(self.world.comm) if lockstep else Alone()
+        loader.epoch = loader.cursor = 0
         self._validation_meter.clear()
-        with torch.no_grad(), parameters_of(None if lockstep else optimizer.snapshot()):
+        snapshot = None if lockstep else optimizer.snapshot()
+        with evaluating(model), torch.no_grad(), parameters_of(snapshot):
             for batch in loader:
                 for part in batch.split(self.config.train.accumulate):
-                    self._validation_meter.add(self._loss(model, part)[1], part.samples)
-        model.train(training)
+                    means = self._loss(model, part, training=False)[1]
+                    self._validation_meter.add(means, part.samples)
         known = self._meter_names()
-        metrics = self._validation_meter.read(world.comm)
+        metrics = self._validation_meter.read(self.world.comm if lockstep else Alone())
         if self._meter_names() != known:
             self._remember()
         recorder.write("validation", counters.step, metrics)
+        if counters.best is None and (warning := no_means(metrics)):
+            recorder.say(f"warning: {warning}")
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                recorder.say(f"warning: step {counters.step}: val_{name} is {value}.")
         counters.metrics |= {f"val_{name}": value for name, value in metrics.items()}
         improved = counters.judge(
             {f"val_{name}": value for name, value in metrics.items()},
@@ -615,14 +797,19 @@ class Trainer:
 
     def _save(self, optimizer: DistributedOptimizer, *, best: bool) -> None:
         self._average_buffers()
+        if self._unfit:
+            return  # it would push good ones out
         if self.world.rank != 0:
             return
         state = self.state.state_dict()
         snapshot = optimizer.snapshot()
         if snapshot is not None:
+            if not all_finite(snapshot.parameters.values()):
+                self._unfit = True
+                return
             named = self.state.model.named_parameters(remove_duplicate=False)
             values = snapshot.parameters
-            state["model"] |= {name: values[p] for name, p in named if p in values}
+            state["model"].update({name: values[p] for name, p in named if p in values})
             state["optimizer"] = snapshot.optimizer
         self.store.save(self.state.counters.step, state, best=best)
 
@@ -631,20 +818,4 @@ class Trainer:
         if self.world.size == 1 or not self.strategy.lockstep:
             return
         modules = [m for m in (self.state.model, self.state.ema) if m is not None]
-        buffers = [b for module in modules for b in module.buffers() if b.is_floating_point()]
-        if buffers:
-            flat = torch.cat([buffer.detach().double().view(-1) for buffer in buffers])
-            self.world.comm.all_reduce(flat)
-            flat /= self.world.size
-            for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-                buffer.copy_(mean.view_as(buffer))
-
-    def _seed(self, step: int, rank: int) -> None:
-        """Random numbers as a function of (seed, step, rank): nothing to save, nothing to lose."""
-        seed = key(self.config.seed, step, rank)
-        # Not torch.manual_seed: it notes a stack trace for every kind of device it cannot reach.
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        random.seed(seed)
+        average_buffers(self.world.comm, modules, self._consumed - self._averaged_at)

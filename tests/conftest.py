@@ -11,6 +11,7 @@ it the whole run; what any thread was about, and which processes there were, is 
 import faulthandler
 import io
 import os
+import signal
 import sys
 import threading
 
@@ -38,11 +39,18 @@ END_SECONDS = 60.0
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "mpi: runs inside a world of several ranks")
+    config.addinivalue_line("markers", "slow: takes seconds; left out by `make test-fast`")
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if LAUNCH.rank > 0 and reporter is not None:
         # One report is enough; what goes wrong on another rank is printed by tests/mpi/conftest.py.
         reporter._tw._file = io.StringIO()
     processes.adopt_orphans()
+    signal.signal(signal.SIGTERM, terminated)
+
+
+def terminated(number, frame):
+    """Asked to end: end what was started, too."""
+    pytest.exit(signal.Signals(number).name, returncode=128 + number)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,12 @@ from numpy.typing import NDArray
 from hpctrain.data.buffers import Buffers
 from hpctrain.data.order import EpochOrder, Order, share
 from hpctrain.data.random import Integers
-from hpctrain.data.source import OFFSETS
+from hpctrain.data.source import OFFSETS, native
+from hpctrain.errors import Error, nearest
+
+
+class NoField(Error, KeyError):  # noqa: N818 - a KeyError, which has the suffix
+    """A batch has no field of that name."""
 
 
 class Batch(dict[str, torch.Tensor]):
@@ -49,6 +54,9 @@ class Batch(dict[str, torch.Tensor]):
         self.stop = stop
         self.positions = positions
         self.lost = lost
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        raise NoField(f"the batch has no field '{name}'.", hint=nearest(str(name), self))
 
     @property
     def samples(self) -> int:
@@ -87,7 +95,7 @@ class Batch(dict[str, torch.Tensor]):
         It is used again once nothing refers to it, which for large batches is several times as fast
         as memory from ``torch.empty``.
         """
-        return torch.from_numpy(self._buffers.empty(shape, _numpy_dtype(dtype)))
+        return native(self._buffers.empty(shape, _numpy_dtype(dtype)))
 
     def rows(self, name: str) -> list[torch.Tensor]:
         """A ragged field's samples, each of shape (rows, ...), without a copy."""
@@ -97,6 +105,10 @@ class Batch(dict[str, torch.Tensor]):
     def replace(self, **fields: torch.Tensor) -> Batch:
         """The same batch with some fields changed or added."""
         return self._with({**self, **fields}, self.positions)
+
+    def of_fields(self, fields: dict[str, torch.Tensor]) -> Batch:
+        """The same samples with these fields alone."""
+        return self._with(fields, self.positions)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """The same batch on a device, floating-point fields in another type where one is given."""
@@ -108,11 +120,16 @@ class Batch(dict[str, torch.Tensor]):
         }
         return self._with(moved, self.positions)
 
-    def split(self, parts: int) -> Iterator[Batch]:
-        """Nearly equal parts of this rank's samples; empty ones are left out."""
+    def split(self, parts: int, *, empty: bool = False) -> Iterator[Batch]:
+        """Nearly equal parts of this rank's samples.
+
+        Args:
+            parts: How many.
+            empty: Whether to keep those that have no samples.
+        """
         for number in range(parts):
             start, stop = share(0, self.samples, number, parts)
-            if stop > start:
+            if stop > start or empty:
                 yield self._with(cut(self, start, stop), self.positions[start:stop])
 
     def _with(self, fields: dict[str, torch.Tensor], positions: Integers) -> Batch:

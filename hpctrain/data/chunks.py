@@ -33,7 +33,7 @@ from hpctrain.errors import Error
 DEFLATE, SHUFFLE, LZ4, ZSTD = 1, 2, 32004, 32015
 CACHE_BYTES = 2**31
 """Of decompressed samples that a split keeps."""
-BLOCK_BYTES = 64 * 2**10
+BLOCK_BYTES = 32 * 2**10
 """What is decompressed at a time, at least: a sample each would cost more to find than to read."""
 MOST_BLOCKS = 2**28
 TAKERS = 16
@@ -99,7 +99,7 @@ _BROKEN = (OSError, ValueError, RuntimeError, KeyError, struct.error, cramjam.De
 
 
 def block_rows(dataset: h5py.Dataset, row_bytes: int) -> int:
-    """Rows to read at a time: whole chunks, some 64 KiB at least, and no more than there are."""
+    """Rows to read at a time: whole chunks, some 32 KiB at least, and no more than there are."""
     wanted = max(1, BLOCK_BYTES // max(1, row_bytes))
     chunk = int(dataset.chunks[0]) if dataset.chunks else 1
     if dataset.chunks and dataset.id.get_create_plist().get_nfilters() == 0:

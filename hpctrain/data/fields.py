@@ -258,18 +258,19 @@ class _SequencesOfHdf5:
         self._dataset = dataset
         self._spec = spec
         self._room = room
-        self._open: dict[int, tuple[Path, h5py.Dataset]] = {}
+        self._open: dict[int, tuple[h5py.File, Path, h5py.Dataset]] = {}
         self._blocks: OrderedDict[tuple[int, int], list[NDArray[np.uint8]]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     def open(self, number: int, path: Path, shard: ShardEntry) -> None:
-        dataset = open_file(path)[self._dataset]
+        file = open_file(path)
+        dataset = file[self._dataset]
         if not own_bytes(dataset) or spec_of_dataset(dataset) != self._spec:
             raise ValueError(f"{self._dataset} is not what the index says")
         if len(dataset) < shard.samples:
             raise ValueError(f"{self._dataset} has {len(dataset)} rows, not {shard.samples}")
-        self._open[number] = path, dataset
+        self._open[number] = file, path, dataset
 
     def take(self, shards: Numbers, local: Numbers, empty: Empty) -> Arrays:
         pieces = []
@@ -289,7 +290,7 @@ class _SequencesOfHdf5:
             if (shard, number) in self._blocks:
                 self._blocks.move_to_end((shard, number))
                 return self._blocks[shard, number]
-            path, dataset = self._open[shard]
+            _, path, dataset = self._open[shard]
             start = number * SEQUENCES
             try:
                 rows = sequences(dataset, start, start + SEQUENCES)
@@ -301,7 +302,9 @@ class _SequencesOfHdf5:
                 )
                 bad.shard = shard
                 raise bad from error
-            found = self._blocks[shard, number] = [as_bytes(row) for row in rows]
+            found = self._blocks[shard, number] = [
+                row.view(np.uint8).reshape(len(row), self._spec.row_bytes) for row in rows
+            ]
             self._bytes += sum(row.nbytes for row in found)
             while self._bytes > self._room and len(self._blocks) > 1:
                 self._bytes -= sum(row.nbytes for row in self._blocks.popitem(last=False)[1])

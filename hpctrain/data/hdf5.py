@@ -8,12 +8,14 @@ name any file that the reader can read.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import os
 import stat
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import h5py
 import hdf5plugin  # noqa: F401 - lets HDF5 itself read lz4, zstd and others
@@ -70,13 +72,25 @@ def open_file(path: Path, **options: Any) -> h5py.File:
         except OSError as error:
             first = error
     try:
-        return h5py.File(_Unlocked(os.fspath(path), "rb"), "r", **options)
+        file = h5py.File(_Unlocked(os.fspath(path), "rb"), "r", **options)
+        _through_python.add(file)
+        return file
     except OSError as error:
         first = first or error
     try:  # a writer that lets others read at the same time
         return h5py.File(path, "r", locking=False, swmr=True, **options)
     except (OSError, ValueError):
         raise first from None
+
+
+_through_python: WeakSet[h5py.File] = WeakSet()
+
+
+@atexit.register
+def _close() -> None:
+    """HDF5 closes what is open after Python has gone, and cannot call it then."""
+    for file in list(_through_python):
+        file.close()
 
 
 def spec_of_dataset(dataset: h5py.Dataset) -> FieldSpec:
@@ -234,35 +248,33 @@ def datasets(file: h5py.File) -> tuple[list[str], dict[str, str]]:
     """
     names: list[str] = []
     others: dict[str, str] = {}
-    seen: dict[int, str] = {}
-    groups = [("", file)]
-    while groups:
-        prefix, group = groups.pop()
-        inner = []
-        for key in sorted(group):
-            name = f"{prefix}{key}"
-            link = group.get(key, getlink=True)
-            if isinstance(link, h5py.ExternalLink):
-                others[name] = f"a link to {link.path} in {link.filename}"
-            elif isinstance(link, h5py.SoftLink):
-                others[name] = f"a link to {link.path}"
-            else:
-                try:
-                    item = group[key]
-                except (KeyError, OSError, RuntimeError) as error:
-                    others[name] = f"not to be opened ({error})"
-                    continue
-                address = int(h5py.h5o.get_info(item.id).addr)
-                if address in seen:
-                    others[name] = f"another name of {seen[address]}"
-                    continue
-                seen[address] = name
-                if isinstance(item, h5py.Group):
-                    inner.append((f"{name}/", item))
-                elif isinstance(item, h5py.Dataset):
-                    names.append(name)
-        groups += reversed(inner)
+    seen = {_address(file): "the file itself"}
+    waiting = [(name, file) for name in sorted(file, reverse=True)]
+    while waiting:
+        name, group = waiting.pop()
+        link = group.get(name.rpartition("/")[2], getlink=True)
+        if isinstance(link, h5py.ExternalLink):
+            others[name] = f"a link to {link.path} in {link.filename}"
+            continue
+        if isinstance(link, h5py.SoftLink):
+            others[name] = f"a link to {link.path}"
+            continue
+        try:
+            item = group[name.rpartition("/")[2]]
+        except (KeyError, OSError, RuntimeError) as error:
+            others[name] = f"not to be opened ({error})"
+            continue
+        if (other := seen.setdefault(_address(item), name)) != name:
+            others[name] = f"another name of {other}"
+        elif isinstance(item, h5py.Group):
+            waiting += [(f"{name}/{key}", item) for key in sorted(item, reverse=True)]
+        elif isinstance(item, h5py.Dataset):
+            names.append(name)
     return names, others
+
+
+def _address(item: Any) -> int:
+    return int(h5py.h5o.get_info(item.id).addr)
 
 
 def locate(path: Path, name: str) -> tuple[Path, str]:
@@ -337,13 +349,11 @@ def open_dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
         Error: It is put together from files that are missing, too short, or in other folders.
         KeyError: There is none of this name.
     """
-    dataset = file[name]
+    access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+    # Else names are relative to wherever the process happens to be.
+    access.set_efile_prefix(os.fsencode(path.resolve().parent))
+    dataset = h5py.Dataset(h5py.h5d.open(file.id, name.encode(), access))
     _check_sources(dataset, path, MOST_LINKS)
-    if dataset.external:
-        access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-        # Else names are relative to wherever the process happens to be.
-        access.set_efile_prefix(os.fsencode(path.resolve().parent))
-        dataset = h5py.Dataset(h5py.h5d.open(file.id, name.encode(), access))
     return dataset
 
 

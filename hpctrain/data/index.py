@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -20,12 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpctrain.errors import Error
-from hpctrain.files import write_text
+from hpctrain.files import read_regular, write_text
 
 INDEX = "hpctrain-index.json"
 FORMAT = "hpctrain-shards"
 VERSION = 1
 HEAD_BYTES = 8192
+INDEX_BYTES = 2**30
+"""Largest index: of some million shards."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def read_index(folder: Path) -> Index:
     """
     file = folder / INDEX
     try:
-        content = file.read_bytes()
+        content = read_regular(file, INDEX_BYTES)
     except OSError as error:
         raise Error(
             f"{folder} is not a shard set: {INDEX} cannot be read ({error.strerror}).",
@@ -219,6 +222,8 @@ def _check_entry(shard: ShardEntry) -> None:
     strings = (shard.path, shard.sha256, shard.head_sha256)
     if not all(isinstance(text, str) for text in strings):
         raise TypeError(f"shard {shard.path!r}")
+    if b"\0" in os.fsencode(shard.path):  # which fails for half a character
+        raise ValueError(f"shard {shard.path!r}")
     for number in (shard.samples, shard.bytes, *shard.offsets.values()):
         _count(number)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hpctrain.data.batch import Batch
 from hpctrain.data.buffers import Buffers
-from hpctrain.data.order import Order, Shuffle
+from hpctrain.data.order import VERSION, Order, Positions, Shuffle
 from hpctrain.data.read_ahead import Epoch, Maker, ReadAhead
-from hpctrain.data.source import ArraySource, Source
+from hpctrain.data.source import Arrays, ArraySource, Empty, Source
 from hpctrain.errors import Error
 from hpctrain.launcher import ALONE
-from hpctrain.world import World
+from hpctrain.world import Part, World
 
 Transform = Callable[[Batch], Batch]
 WorkerKind = Literal["thread", "process"]
@@ -47,6 +49,9 @@ class Loader:
         workers: How many batches are made at a time; 0: each when it is asked for.
         worker_kind: ``thread`` or ``process``.
         timeout_seconds: Longest wait for a batch.
+        drop_last: Leave out an epoch's last batch where it has fewer samples than others.
+        least_part: Where ranks have equal parts, but less than this of a batch: fewer ranks have
+            that much of it, and the others nothing.
 
     Attributes:
         epoch: Of the next batch, counted from 0.
@@ -55,7 +60,7 @@ class Loader:
         lost: Samples of this rank left out so far because their shards cannot be read.
 
     Raises:
-        Error: The source is empty.
+        Error: The source is empty; while iterating, also that every sample of an epoch is lost.
     """
 
     def __init__(
@@ -70,10 +75,15 @@ class Loader:
         workers: int = 2,
         worker_kind: WorkerKind = "thread",
         timeout_seconds: float = 600.0,
+        drop_last: bool = False,
+        least_part: int = 1,
     ) -> None:
         self.source = ArraySource(source) if isinstance(source, Mapping) else source
         if len(self.source) == 0:
             raise Error("there are no samples to load.", hint="is the split empty?")
+        if drop_last:
+            self.source = _WholeBatches(self.source, batch_size)
+        self.least_part = least_part
         if isinstance(shuffle, bool):
             shuffle = "block" if shuffle else "none"
         self.batch_size = batch_size
@@ -90,6 +100,7 @@ class Loader:
         self.lost = 0
         # The order's lanes: the batch size, but that of the epoch's beginning until its end.
         self._lanes = batch_size
+        self._order_version = VERSION
         self._buffers = Buffers(pinned=torch.cuda.is_available())
         self._ahead: ReadAhead | None = None
 
@@ -112,18 +123,22 @@ class Loader:
         self.epoch, self.cursor, self._lanes = place
 
     def _epoch(self) -> Epoch:
-        return Epoch(self.seed, self.epoch, self.shuffle, self._lanes)
+        return Epoch(self.seed, self.epoch, self.shuffle, self._lanes, self._order_version)
 
     def _order(self) -> Order:
-        return self.source.order(*self._epoch())
+        return self._epoch().order(self.source)
 
     def __iter__(self) -> Iterator[Batch]:
         if self.cursor == 0:
             self._lanes = self.batch_size
         samples = self.samples
+        taken = lost = 0
         while self.cursor < samples:
             # All is asked each time: the world, the batch size and the cursor may have changed.
             part = self.world.part(self.epoch, self.cursor // self.batch_size)
+            count = min(self.batch_size, samples - self.cursor)
+            if count < self.least_part * part.size == self.least_part * part.total:
+                part = _among_fewer(part, max(1, count // self.least_part))
             began = time.perf_counter()
             batch = self._read_ahead().get(self._epoch(), self.cursor, self.batch_size, part)
             self.wait_seconds += time.perf_counter() - began
@@ -131,7 +146,13 @@ class Loader:
             # the batch, after its step, must get the place to go on from.
             self.cursor = batch.stop
             self.lost += batch.lost
+            taken, lost = taken + batch.samples, lost + batch.lost
             yield batch
+        if lost and not taken and self.source.nothing_left():
+            raise Error(
+                f"every sample of epoch {self.epoch} is lost: no shard can be read.",
+                hint="`hpctrain data verify` says what is wrong with them.",
+            )
         self.epoch += 1
         self.cursor = 0
         self._lanes = self.batch_size
@@ -156,7 +177,7 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts: plain values, for JSON."""
         place = {"epoch": self.epoch, "cursor": self.cursor, "lanes": self._lanes}
-        return {**place, **self._identity()}
+        return {**place, "order": self._order_version, **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
         """What a cursor means nothing without."""
@@ -168,6 +189,12 @@ class Loader:
         Raises:
             Error: The state is of other samples, or of another order.
         """
+        if int(state.get("order", 1)) not in range(1, VERSION + 1):
+            raise Error(
+                f"the checkpoint's epoch order is of version {state['order']}; this hpctrain has "
+                f"{VERSION}.",
+                hint="update hpctrain.",
+            )
         for name, value in self._identity().items():
             if state.get(name) != value:
                 raise Error(
@@ -178,3 +205,57 @@ class Loader:
         self.epoch = int(state["epoch"])
         self.cursor = int(state["cursor"])
         self._lanes = int(state["lanes"])
+        # The run keeps the rules it began with: those before they were noted are the first.
+        self._order_version = int(state.get("order", 1))
+
+
+def _among_fewer(part: Part, ranks: int) -> Part:
+    """An equal part of what the first few ranks share, for a rank that may be none of them."""
+    lower = min(part.rank, ranks)
+    return Part(part.rank, part.size, lower, min(part.rank + 1, ranks), ranks)
+
+
+class _WholeBatches(Source):
+    """Samples whose epochs end with the last whole batch."""
+
+    def __init__(self, source: Source, batch_size: int) -> None:
+        if len(source) < batch_size:
+            raise Error(
+                f"data.drop_last leaves nothing: {len(source)} samples, batches of {batch_size}.",
+                hint="use a smaller batch size.",
+            )
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def digest(self) -> str:
+        """That of all samples."""
+        return self._source.digest
+
+    def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
+        """Rows of every field."""
+        return self._source.take(indices, empty)
+
+    def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Which samples are not known to be lost."""
+        return self._source.readable(indices)
+
+    def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
+        """All samples' order, cut off; the lanes are as many as a batch has samples."""
+        whole = self._source.order(seed, epoch, shuffle, lanes)
+        return _CutOff(whole, whole.samples - whole.samples % lanes or whole.samples)
+
+
+class _CutOff(NamedTuple):
+    """The first positions of an order."""
+
+    order: Order
+    samples: int
+
+    def indices(self, positions: Positions) -> NDArray[np.int64]:
+        return self.order.indices(positions)
+
+    def uniform(self, positions: Positions, count: int) -> NDArray[np.float32]:
+        return self.order.uniform(positions, count)

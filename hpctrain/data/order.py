@@ -6,7 +6,7 @@ about any position of an epoch of any length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -23,6 +23,11 @@ WINDOW_BLOCKS = 4
 # ... and has at least this many windows, so that the one which the epoch's start cuts in two, and
 # which is therefore read twice, is a small part of it.
 WINDOWS_PER_LANE = 8
+# Lanes next to each other that see the rest together: more of them read its blocks less often, and
+# bring more neighbours into a batch.
+REST_LANES = 4
+VERSION = 2
+"""Of the order's rules: a cursor counts on them, so they never change within a version."""
 # Positions worked out at a time, so that what lies between stays in the cache.
 AT_A_TIME = 8192
 
@@ -57,7 +62,8 @@ class EpochOrder:
     each block once, while a batch mixes as many places of the data as it has samples.
 
     What does not fill whole blocks in every lane, less than ``lanes * block + block`` samples, is
-    dealt to the lanes in runs and seen at a random moment of the epoch.
+    dealt to the lanes in runs. Each few lanes see theirs at a random moment of the epoch, so no
+    batch has much of it; the last batch, which may be smaller, is of lanes from all over.
 
     With a block of one sample, and with ``shuffle="full"``, the order is a keyed permutation of all
     samples; with ``"none"`` it is the samples' own.
@@ -70,6 +76,10 @@ class EpochOrder:
         block: Largest block, in samples; less where there would be too few blocks to mix.
         lanes: Positions between two samples of a lane; best the global batch.
         aligned: Blocks must not be made smaller, because whole ones are read (compressed chunks).
+        together: Places next to each other in a batch that share a lane: more than one where not
+            as many blocks as a batch has samples can be open.
+        version: Of these rules. In version 1 all lanes saw the rest at the same moment, and the
+            last batch was a run of neighbours.
     """
 
     samples: int
@@ -79,6 +89,8 @@ class EpochOrder:
     block: int = 1
     lanes: int = 1
     aligned: bool = False
+    together: int = 1
+    version: int = VERSION
 
     def indices(self, positions: Positions) -> NDArray[np.int64]:
         """The samples at these positions, each below ``samples``."""
@@ -119,26 +131,98 @@ class EpochOrder:
         whole = self.samples // block  # blocks; what is left over is at the end of the samples
         per_lane = whole // lanes * block  # samples of a lane in whole blocks
         rest = self.samples - per_lane * lanes
-        run = rest // lanes  # samples of a lane in the rest; fewer than `lanes` remain after it
-        row, lane = _divide(positions, lanes)
-        cut = key(self.seed, self.epoch, 2) % (per_lane + 1)
-        late = row >= cut
-        resting = late & ((row < cut + run) | (row >= per_lane + run))
-        steps = row - late * kind(run)
+        row, lane = _divide(self._together(positions), lanes)
+        if self.version == 1:
+            resting, steps, number = self._at_once(row, lane, per_lane, rest)
+        else:
+            lane = self._spread(row, lane, per_lane, rest)
+            resting, steps, number = self._by_lane(row, lane, per_lane, rest)
         if not resting.any():
             return self._whole_blocks(steps, lane, whole, per_lane)
         result = np.empty_like(positions)
         main = ~resting
         if main.any():
             result[main] = self._whole_blocks(steps[main], lane[main], whole, per_lane)
+        dealt = per_lane // block * lanes
+        result[resting] = self._rest(number.astype(kind, copy=False), whole, dealt, rest)
+        return result
+
+    def _together(self, positions: Unsigned) -> Unsigned:
+        """Where each position would be if the places of a batch were dealt to lanes one by one."""
+        if self.together == 1:
+            return positions
+        kind = positions.dtype.type
+        row, place = _divide(positions, self.lanes * self.together)
+        lane, turn = _divide(place, self.together)
+        first = row * kind(self.lanes * self.together)
+        moved = first + turn * kind(self.lanes) + lane
+        # A row that is not whole stays as it is.
+        whole: Unsigned = first + kind(self.lanes * self.together) <= kind(self.samples)
+        return np.where(whole, moved, positions)
+
+    def _at_once(
+        self, row: Unsigned, lane: Unsigned, per_lane: int, rest: int
+    ) -> tuple[NDArray[np.bool_], Unsigned, Unsigned]:
+        """Version 1: all lanes see the rest at one moment, and the epoch ends with its end."""
+        kind = row.dtype.type
+        run = rest // self.lanes  # samples of a lane in the rest; fewer than `lanes` remain
+        cut = key(self.seed, self.epoch, 2) % (per_lane + 1)
+        late = row >= cut
+        resting = late & ((row < cut + run) | (row >= per_lane + run))
+        steps = row - late * kind(run)
         row, lane = row[resting], lane[resting]
-        last = row >= per_lane + run  # fewer than `lanes` positions at the epoch's end
+        last = row >= per_lane + run
         step = np.where(last, kind(0), row - kind(cut))
         if run > 1:
             step = permute(step, run, self._secrets(lane, 4))
-        number = np.where(last, kind(lanes * run) + lane, lane * kind(run) + step)
-        result[resting] = self._rest(number, whole, per_lane // block * lanes, rest)
-        return result
+        number = np.where(last, kind(self.lanes * run) + lane, lane * kind(run) + step)
+        return resting, steps, number
+
+    def _by_lane(
+        self, row: Unsigned, lane: Unsigned, per_lane: int, rest: int
+    ) -> tuple[NDArray[np.bool_], Unsigned, Unsigned]:
+        """Version 2: which positions are of the rest, the others' steps, and which of the rest.
+
+        Each few lanes see their part of the rest at a moment of their own.
+        """
+        kind = row.dtype.type
+        run = rest // self.lanes
+        before, cuts = self._deal(per_lane, rest)
+        cut = cuts[lane]
+        length = run + before[lane + kind(1)] - before[lane]
+        late = row >= cut
+        resting = late & (row < cut + length)
+        steps = row - (late * length).astype(kind)
+        lane, length = lane[resting], length[resting]
+        step = (row[resting] - cut[resting]).astype(kind)
+        for count in (run, run + 1):
+            mine = length == count
+            if count > 1 and mine.any():
+                step[mine] = permute(step[mine], count, self._secrets(lane[mine], 4))
+        return resting, steps, lane * kind(run) + before[lane].astype(kind) + step
+
+    def _spread(self, row: Unsigned, lane: Unsigned, per_lane: int, rest: int) -> Unsigned:
+        """The lanes of positions: those of the last row, if it is not whole, are all over."""
+        last = row >= per_lane + rest // self.lanes
+        if not last.any():
+            return lane
+        spread = lane.astype(np.uint64) * np.uint64(self.lanes) // np.uint64(rest % self.lanes)
+        return np.where(last, spread.astype(lane.dtype), lane)
+
+    def _deal(self, per_lane: int, rest: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Lanes before each lane that have a sample more of the rest, and when each sees its part.
+
+        Lanes next to each other see it together, because they have it of the same blocks.
+        """
+        if "deal" not in self.__dict__:
+            every = np.arange(self.lanes + 1, dtype=np.int64)
+            before = -(-every * (rest % self.lanes) // self.lanes)
+            groups = every[:-1].astype(np.uint64) // np.uint64(REST_LANES)
+            drawn = mix(groups ^ np.uint64(key(self.seed, self.epoch, 2)))
+            cuts = (drawn % np.uint64(per_lane + 1)).astype(np.int64)
+            self.__dict__["deal"] = before, cuts
+        found: tuple[NDArray[np.int64], NDArray[np.int64]] = self.__dict__["deal"]
+        return found
 
     def _whole_blocks(self, steps: Unsigned, lane: Unsigned, whole: int, length: int) -> Unsigned:
         block, lanes, kind = self.block_samples, self.lanes, steps.dtype.type
@@ -192,6 +276,14 @@ class EpochOrder:
         if values.dtype == np.uint32:
             return mix32(values ^ np.uint32(secret & 0xFFFFFFFF))
         return mix(values ^ np.uint64(secret))
+
+
+def of_version(order: Order, version: int) -> Order:
+    """The same order by the rules of a version, where it has any."""
+    if version == VERSION or not hasattr(order, "version"):
+        return order
+    found: Order = replace(order, version=version)  # type: ignore[type-var]
+    return found
 
 
 def _divide(values: Unsigned, divisor: int) -> tuple[Unsigned, Unsigned]:

@@ -18,7 +18,7 @@ from concurrent.futures import (
 )
 from concurrent.futures import TimeoutError as FutureTimeout
 from copy import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,10 @@ from threadpoolctl import threadpool_limits
 from hpctrain.data.batch import Batch, cut
 from hpctrain.data.buffers import Buffers
 from hpctrain.data.chunks import BadShard
-from hpctrain.data.order import Shuffle
+from hpctrain.data.order import VERSION, Order, Shuffle, of_version
 from hpctrain.data.plan import Plan, Span
 from hpctrain.data.random import key
-from hpctrain.data.source import Arrays, Source, native
+from hpctrain.data.source import OFFSETS, Arrays, Source, native
 from hpctrain.errors import Error
 from hpctrain.world import Part
 
@@ -49,6 +49,12 @@ class Epoch(NamedTuple):
     number: int
     shuffle: Shuffle
     lanes: int
+    version: int = VERSION
+
+    def order(self, source: Source) -> Order:
+        """A source's order, by the rules of this version."""
+        order = source.order(self.seed, self.number, self.shuffle, self.lanes)
+        return of_version(order, self.version)
 
     def following(self, lanes: int) -> Epoch:
         """The next one."""
@@ -99,7 +105,7 @@ class Maker:
                 lost=lost[number],
                 buffers=self.buffers,
             )
-            batches.append(self.transform(batch) if self.transform else batch)
+            batches.append(transformed(batch, self.transform) if self.transform else batch)
         return batches
 
     def _take(self, indices: NDArray[np.int64]) -> tuple[Arrays, NDArray[np.bool_] | None]:
@@ -115,6 +121,34 @@ class Maker:
                 before, readable = readable, self.source.readable(indices)
                 if readable is None or (before is not None and (before == readable).all()):
                     raise
+
+
+def transformed(batch: Batch, transform: Callable[[Batch], Batch]) -> Batch:
+    """The batch that a transform makes of one.
+
+    Args:
+        batch: Of some samples.
+        transform: As somebody wrote it.
+
+    Raises:
+        Error: It returned something else, or a field that has no longer a row for each sample.
+    """
+    result: Any = transform(batch)
+    if isinstance(result, dict) and not isinstance(result, Batch):
+        result = batch.of_fields(result)
+    if not isinstance(result, Batch):
+        what = "None (is a `return` missing?)" if result is None else f"a {type(result).__name__}"
+        raise Error(f"transform() returned {what}.", hint="return batch.replace(name=tensor, ...).")
+    for name, tensor in result.items():
+        if name not in batch or name + OFFSETS in result or name.endswith(OFFSETS):
+            continue  # new ones may be what they like
+        rows = len(tensor) if tensor.ndim else 0
+        if rows != result.samples:
+            raise Error(
+                f"field '{name}' has {rows} rows after transform(), for {result.samples} samples.",
+                hint="keep a row for each sample, in their order.",
+            )
+    return result
 
 
 class ReadAhead:
@@ -174,7 +208,7 @@ class ReadAhead:
         if found is None:
             while len(self._plans) > 1:  # this epoch's and the next one's are wanted
                 del self._plans[next(iter(self._plans))]
-            found = Plan(self._maker.source.order(*epoch), part)
+            found = Plan(epoch.order(self._maker.source), part)
             self._plans[epoch, part] = found
         return found
 
@@ -294,7 +328,7 @@ def _begin_process(transform: Callable[[Batch], Batch] | None, source: Source) -
 def _make_in_process(epoch: Epoch, span: Span, part: Part) -> tuple[list[Batch], float]:
     if _Process.key != (epoch, part):
         _Process.key = (epoch, part)
-        _Process.plan = Plan(_Process.maker.source.order(*epoch), part)
+        _Process.plan = Plan(epoch.order(_Process.maker.source), part)
     began = time.perf_counter()
     batches = []
     for start, stop in span.batches():

@@ -7,14 +7,13 @@ in chunks are decompressed a chunk at a time (see chunks.py).
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
 import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakSet
 
 import click
 import numpy as np
@@ -29,13 +28,16 @@ from hpctrain.data.index import (
     first_samples,
     read_index,
 )
-from hpctrain.data.order import EpochOrder, Order, Shuffle
+from hpctrain.data.order import WINDOW_BLOCKS, EpochOrder, Order, Shuffle
 from hpctrain.data.source import Arrays, Empty, Source
 from hpctrain.errors import Error, nearest
+from hpctrain.files import is_own, open_regular
 
 BLOCK_BYTES = 512 * 2**10
 """What is read at a stretch, about: parallel file systems move a megabyte as fast as a page."""
 
+OPEN_BYTES = 2**30
+"""Of decompressed blocks that an epoch's lanes have open. It is part of the order's rules."""
 SEQUENCE_BYTES = 2**28
 """Of samples of varying length that HDF5 has read, and that are kept."""
 
@@ -122,9 +124,10 @@ class ShardSplit(Source):
         self._readers: dict[str, Field] = {}
         self._adopted = index.adopted
         self._open_readers()
+        _splits.add(self)
 
     def _open_readers(self) -> None:
-        """Make ready to open shards; none is open yet."""
+        """Make ready to open shards; none is open yet, and no lock is held."""
         self._lock = threading.RLock()
         # By shard: 0 not opened yet, 1 open, 2 bad.
         self._states = np.zeros(len(self._shards), dtype=np.uint8)
@@ -160,19 +163,34 @@ class ShardSplit(Source):
             shard.sha256 or f"{shard.samples} {shard.bytes} {shard.head_sha256}"
             for shard in self._shards
         )
+        if self._adopted and self._chunk_samples:  # which blocks there are is no part of the files
+            text += f" {self._adopted} {self._chunk_samples}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
         """Shuffled in blocks of some hundred kilobytes, or of what is compressed together."""
+        together = 1
         if self._chunk_samples:
             block, aligned = self._chunk_samples, True
+            if self._adopted:
+                together = -(-lanes // self._lanes_at_most)
+                lanes = -(-lanes // together)
         else:
             # A ragged sample's size is known only on the average.
             size = sum(spec.row_bytes for spec in self.fields.values() if not spec.ragged)
             if any(spec.ragged for spec in self.fields.values()):
                 size = max(size, sum(shard.bytes for shard in self._shards) // max(1, len(self)))
             block, aligned = max(1, BLOCK_BYTES // max(1, size)), False
-        return EpochOrder(len(self), seed, epoch, shuffle, block, lanes, aligned)
+        return EpochOrder(len(self), seed, epoch, shuffle, block, lanes, aligned, together)
+
+    @cached_property
+    def _lanes_at_most(self) -> int:
+        """How many lanes can have their windows open in the room that there is."""
+        largest = max(
+            (spec.row_bytes for spec in self.fields.values() if not spec.ragged), default=1
+        )
+        window = WINDOW_BLOCKS * self._chunk_samples * max(1, largest)
+        return max(1, OPEN_BYTES // window)
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
         """Rows of every field.
@@ -224,6 +242,14 @@ class ShardSplit(Source):
         self._open_all(shards)
         return np.asarray(self._states[shards] != 2)
 
+    def nothing_left(self) -> bool:
+        """Whether no shard can be read."""
+        filled = [number for number, shard in enumerate(self._shards) if shard.samples]
+        if not self._skip or not self.bad:
+            return False
+        self._open_all(np.array(filled, dtype=np.int64))
+        return bool((self._states[filled] == 2).all())
+
     def _open_all(self, shards: NDArray[np.int64]) -> None:
         if (self._states[shards] == 1).all():
             return
@@ -267,19 +293,27 @@ class ShardSplit(Source):
     def _path_of(self, shard: ShardEntry) -> Path:
         if self._staged is not None:
             copy = self._staged / staged_name(shard)
-            if copy.exists():
+            if is_own(self._staged) and is_own(copy):
                 return copy
         return self.path / shard.path
+
+
+_splits: WeakSet[ShardSplit] = WeakSet()
+
+
+def _after_fork() -> None:
+    """Open files anew in a child: another thread of the parent may have held any lock."""
+    for split in list(_splits):
+        split._open_readers()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def staged_name(shard: ShardEntry) -> str:
     """Name of a shard's copy; files of one name in different folders have different ones."""
     place = hashlib.sha256(shard.path.encode()).hexdigest()[:12]
     return f"{place}-{Path(shard.path).name}"
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check(path: Path, shard: ShardEntry) -> None:
@@ -289,12 +323,8 @@ def check(path: Path, shard: ShardEntry) -> None:
         BadShard: It is missing, or differs from the index.
     """
     try:
-        # A FIFO that nobody writes to would be waited for.
-        with open(path, "rb", opener=_without_waiting) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
-            size = found.st_size
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             head = file.read(HEAD_BYTES)
     except OSError as error:
         raise BadShard(

@@ -82,6 +82,10 @@ class Source(ABC):
         """Which of these samples are not known to be lost, of shape (n,); None: all."""
         return None
 
+    def nothing_left(self) -> bool:
+        """Whether every sample is lost."""
+        return False
+
     def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
         """The order in which an epoch's samples are seen."""
         return EpochOrder(len(self), seed, epoch, shuffle, lanes=lanes)
@@ -141,7 +145,7 @@ class ArraySource(Source):
         digest = hashlib.sha256()
         for name, array in sorted(self._fields.items()):
             digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-            digest.update(array.tobytes())
+            digest.update(array.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
@@ -155,9 +159,22 @@ class ArraySource(Source):
 
 
 def native(array: NDArray[Any]) -> torch.Tensor:
-    """The array as a tensor, in this machine's byte order; shared memory where that is the same."""
+    """The array as a tensor, in this machine's byte order; shared memory where that is the same.
+
+    Where the memory is a tensor's (page-locked memory is), the result is a view of that tensor:
+    PyTorch notes copies under way by the storage, and would give memory out again too soon.
+    """
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     import torch  # here, because importing data needs none, and it takes a second to load
 
-    return torch.from_numpy(array)
+    tensor = torch.from_numpy(array)
+    owner: Any = array.base
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if not isinstance(owner, torch.Tensor) or not array.size:
+        return tensor
+    whole = owner.view(torch.uint8).view(-1)
+    start = array.ctypes.data - whole.data_ptr()
+    typed = whole[start : start + array.itemsize].view(tensor.dtype)
+    return typed.as_strided(tensor.shape, tensor.stride(), typed.storage_offset())

@@ -1,26 +1,33 @@
 """Copies of shards on node-local storage: made once a node, checked, as many as there is room for.
 
-Where the copies are is a function of the index, so a job that is requeued on the same node, or two
-jobs on one, find them there. A copy appears under its name only when it is whole and its checksum
-right; a reader that does not find one reads the original.
+Where the copies are is a function of the index and the user, so a job that is requeued on the same
+node, or two jobs on one, find them there. A copy appears under its name only when it is whole and
+its checksum right; a reader that does not find one reads the original.
+
+Others can write to such storage, too: what is not this user's own is neither read nor written to,
+and a copy that is found counts if it is as it was when its checksum was last seen to be right.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hpctrain.data.index import INDEX, ShardEntry, read_index
+from hpctrain.data.index import INDEX, INDEX_BYTES, ShardEntry, read_index
 from hpctrain.data.shards import staged_name
 from hpctrain.errors import Error
+from hpctrain.files import is_own, open_regular, read_regular, write_text
 from hpctrain.progress import progress
 
 COPY_BYTES = 8 * 2**20
@@ -28,6 +35,10 @@ COPY_BYTES = 8 * 2**20
 RESERVE = 0.05
 KEEP = "keep"
 HOLDER = "copying"
+CHECKED = "checked.json"
+CHECKED_BYTES = 2**28
+PLACES = 8
+"""So many folders of others may stand where a set's copies would be."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,66 @@ class Staged:
 
 
 def folder_of(shard_set: Path, stage_dir: Path) -> Path:
-    """Where a set's copies are."""
+    """Where this user's copies of a set are, or will be.
+
+    Args:
+        shard_set: The set's folder.
+        stage_dir: Where it is staged to.
+
+    Raises:
+        Error: What is there is not this user's.
+    """
+    places = _places(shard_set, stage_dir)
+    for place in places:
+        if is_own(place) or not os.path.lexists(place):
+            return place
+    raise _taken(places)
+
+
+def _places(shard_set: Path, stage_dir: Path) -> list[Path]:
     try:
-        digest = hashlib.sha256((shard_set / INDEX).read_bytes()).hexdigest()
+        digest = hashlib.sha256(read_regular(shard_set / INDEX, INDEX_BYTES)).hexdigest()
     except OSError:
         digest = ""  # whoever opens the set says what is wrong with it
-    return stage_dir / f"hpctrain-{digest[:16]}"
+    name = f"hpctrain-{os.geteuid()}-{digest[:16]}"
+    return [stage_dir / (f"{name}-{number}" if number else name) for number in range(PLACES)]
+
+
+def _taken(places: list[Path]) -> Error:
+    return Error(
+        f"cannot stage to {places[0]}: it is not this user's own, or others can write to it.",
+        hint="choose another folder, or have that one removed.",
+    )
+
+
+@contextlib.contextmanager
+def _own_folder(shard_set: Path, stage_dir: Path) -> Iterator[tuple[Path, Path]]:
+    """This user's folder of a set's copies, made if need be.
+
+    Gives its name, and a path to it that stays with it whatever is put in its place meanwhile.
+    """
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    mode = stage_dir.stat().st_mode
+    if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        raise Error(
+            f"cannot stage to {stage_dir}: everybody may replace what is in it.",
+            hint=f"`chmod +t {stage_dir}`, or choose another folder.",
+        )
+    places = _places(shard_set, stage_dir)
+    for place in places:
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(mode=0o700)
+        with contextlib.suppress(OSError):
+            folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                through = Path(f"/proc/self/fd/{folder}")
+                if is_own(f"{through}/."):
+                    os.fchmod(folder, 0o700)
+                    yield place, through
+                    return
+            finally:
+                os.close(folder)
+    raise _taken(places)
 
 
 def stage(
@@ -85,24 +150,24 @@ def stage(
             no progress.
     """
     index = read_index(shard_set)
-    folder = folder_of(shard_set, stage_dir)
     shards = list({shard.path: shard for _, _, shard in index.shards()}.values())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder, timeout_seconds):
+        with (
+            _own_folder(shard_set, stage_dir) as (name, folder),
+            _alone(folder, timeout_seconds, name),
+        ):
             for left_over in folder.glob("*.part"):
                 left_over.unlink()
             if keep:
                 (folder / KEEP).touch()
-            copied = _copy_all(shard_set, folder, shards)
+            there, copied = _copy_all(shard_set, folder, shards, name)
     except OSError as error:
         raise Error(
-            f"cannot stage to {folder}: {error.strerror or error}.",
+            f"cannot stage to {stage_dir}: {error.strerror or error}.",
             hint="may you write there, and is there room?",
         ) from error
-    there = [shard for shard in shards if (folder / staged_name(shard)).exists()]
     sizes = sum(shard.bytes for shard in there), sum(shard.bytes for shard in shards)
-    return Staged(folder, len(there), len(shards), *sizes, copied)
+    return Staged(name, len(there), len(shards), *sizes, copied)
 
 
 def unstage(shard_set: Path, stage_dir: Path, *, kept: bool = False) -> None:
@@ -114,27 +179,81 @@ def unstage(shard_set: Path, stage_dir: Path, *, kept: bool = False) -> None:
         kept: Also such as were to be kept.
     """
     folder = folder_of(shard_set, stage_dir)
-    if kept or not (folder / KEEP).exists():
+    if is_own(folder) and (kept or not (folder / KEEP).exists()):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _copy_all(shard_set: Path, folder: Path, shards: list[ShardEntry]) -> int:
-    missing = [shard for shard in shards if not (folder / staged_name(shard)).exists()]
-    copied = 0
-    for shard in progress(missing, what=f"staging to {folder}", total=len(missing)):
+def _copy_all(
+    shard_set: Path, folder: Path, shards: list[ShardEntry], name: Path
+) -> tuple[list[ShardEntry], int]:
+    """The shards of which there are copies now, and how many were made."""
+    seen = _seen(folder)
+    right = {}
+    there, copied = [], 0
+    missing = []
+    for shard in shards:
+        copy = folder / staged_name(shard)
+        if _is_whole(copy, shard, seen):
+            right[copy.name] = _look_of(copy)
+            there.append(shard)
+        else:
+            copy.unlink(missing_ok=True)
+            missing.append(shard)
+    for shard in progress(missing, what=f"staging to {name}", total=len(missing)):
         if shard.bytes > room(folder):
             continue  # a smaller one may still fit
-        _copy(shard_set / shard.path, folder / staged_name(shard), shard)
+        copy = folder / staged_name(shard)
+        _copy(shard_set / shard.path, copy, shard)
+        right[copy.name] = _look_of(copy)
+        there.append(shard)
         (folder / HOLDER).touch()
         copied += 1
-    return copied
+    if right != seen:
+        write_text(folder / CHECKED, json.dumps(right))
+    return there, copied
+
+
+def _look_of(copy: Path) -> list[int]:
+    """What changes when somebody writes to a copy, or puts another in its place."""
+    status = copy.lstat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _seen(folder: Path) -> dict[str, Any]:
+    """How copies looked when their checksums were last seen to be right."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        seen = json.loads(read_regular(folder / CHECKED, CHECKED_BYTES))
+        if isinstance(seen, dict):
+            return seen
+    return {}
+
+
+def _is_whole(copy: Path, shard: ShardEntry, seen: dict[str, Any]) -> bool:
+    """Whether a copy that was found is what the index says."""
+    if not is_own(copy) or not stat.S_ISREG(copy.lstat().st_mode):
+        return False
+    if copy.lstat().st_size != shard.bytes:
+        return False
+    if seen.get(copy.name) == _look_of(copy):
+        return True
+    if not shard.sha256:
+        return False
+    digest = hashlib.sha256()
+    with open_regular(copy, follow=False) as reader:
+        while block := reader.read(COPY_BYTES):
+            digest.update(block)
+            os.utime(copy.parent / HOLDER)
+    return digest.hexdigest() == shard.sha256
 
 
 def _copy(source: Path, target: Path, shard: ShardEntry) -> None:
     part = target.with_name(target.name + ".part")
     digest = hashlib.sha256()
     try:
-        with source.open("rb") as reader, part.open("wb") as writer:
+        with open_regular(source) as reader, part.open("xb") as writer:
+            # As the original's, but for others' right to write.
+            mode = stat.S_IMODE(os.fstat(reader.fileno()).st_mode)
+            os.fchmod(writer.fileno(), mode & 0o755 | stat.S_IRUSR)
             while block := reader.read(COPY_BYTES):
                 digest.update(block)
                 writer.write(block)
@@ -191,7 +310,7 @@ def _memory_left() -> int:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, timeout_seconds: float) -> Iterator[None]:
+def _alone(folder: Path, timeout_seconds: float, name: Path) -> Iterator[None]:
     """Be the only process of this node that copies; wait for another as long as it gets on."""
     holder = folder / HOLDER
     lock = FileLock(folder / "lock")
@@ -209,7 +328,7 @@ def _alone(folder: Path, timeout_seconds: float) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     who = holder.read_text(encoding="utf-8") or who
                 raise Error(
-                    f"{who} is staging to {folder}, and has got no further for "
+                    f"{who} is staging to {name}, and has got no further for "
                     f"{timeout_seconds:g} s.",
                     hint="does a file system hang? Else end that process.",
                 ) from error

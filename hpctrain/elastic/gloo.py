@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 CONNECT_SECONDS = 10.0
 CUT_EVERY_SECONDS = 0.05
+START_SECONDS = MEET_SECONDS / 2
 PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)
 """Between attempts to be known to a driver that closes the connection."""
 
@@ -214,13 +215,19 @@ class Gloo:
         return entered
 
     def _cut(self, generation: int, before: set[tuple[int, int]]) -> None:
-        """While Horovod starts: if one is lost that it waits for, have the start fail."""
+        """While Horovod starts: if one is lost that it waits for, have the start fail.
+
+        So, too, where it takes too long: Gloo takes the first connection that comes for its
+        peer's, and a stranger's may. The next attempt is at other ports.
+        """
+        deadline = time.monotonic() + START_SECONDS
         with self._changed:
             while self._starting:
-                lost = self._regroup >= generation
-                if lost:
+                left = deadline - time.monotonic()
+                failed = self._regroup >= generation or left <= 0
+                if failed:
                     shut_down(connections() - before)
-                self._changed.wait(CUT_EVERY_SECONDS if lost else None)
+                self._changed.wait(CUT_EVERY_SECONDS if failed else left)
 
     # The connection to the driver.
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hpctrain.data.batch import Batch
 from hpctrain.errors import Error
+from hpctrain.files import json_lines
 
 FOLDER = "trace"
 
@@ -102,8 +103,18 @@ def check(out: Path) -> Verdict:
     """Read a run's trace, and find samples that were consumed twice or never.
 
     Raises:
-        Error: There is none.
+        Error: There is none, or it holds what no run writes.
     """
+    try:
+        return _check(out)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Error(
+            f"the trace in {out / FOLDER} cannot be read: {type(error).__name__}: {error}.",
+            hint="train with --trace-samples again.",
+        ) from error
+
+
+def _check(out: Path) -> Verdict:
     begun: dict[int, dict[tuple[int, ...], dict[int, dict[str, Any]]]] = {}
     ended: dict[int, dict[tuple[int, ...], list[int]]] = {}
     files = sorted((out / FOLDER).glob("*-*.jsonl"))
@@ -111,7 +122,7 @@ def check(out: Path) -> Verdict:
         raise Error(f"{out} has no trace.", hint="train with --trace-samples.")
     for path in files:
         number = int(path.stem.partition("-")[2])
-        for line in _lines(path):
+        for line in json_lines(path):
             world = tuple(line.get("world", ()))
             if "begun" in line:
                 begun.setdefault(line["begun"], {}).setdefault(world, {})[number] = line
@@ -119,7 +130,8 @@ def check(out: Path) -> Verdict:
                 ended.setdefault(line["ended"], {})[world] = line["members"]
     wrong: list[str] = []
     steps = []
-    for number in range(1, max(ended, default=0) + 1):
+    # Where numbers are left out, one of them is among so many.
+    for number in range(1, min(max(ended, default=0), len(ended) + 1) + 1):
         if number not in ended:
             wrong.append(f"step {number} never ended")
             continue
@@ -158,12 +170,3 @@ def _epochs(steps: list[_Step]) -> Iterator[str]:
         first = first or set(samples)
         if number != max(epochs) and set(samples) != first:
             yield f"epoch {number}: other samples than in the first"
-
-
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
-    """A file's lines; the last one of a process that was killed may be cut off."""
-    for text in path.read_text().splitlines():
-        try:
-            yield json.loads(text)
-        except ValueError:
-            continue

@@ -17,36 +17,41 @@ from filelock import FileLock, Timeout
 
 from hpctrain.errors import Error
 from hpctrain.files import cache_folder
-from hpctrain.horovod_build import patches, toolchain
+from hpctrain.horovod_build import mpi, patches, toolchain
+from hpctrain.horovod_build.pip import TIMEOUT_SECONDS, Log, pip, tail
 from hpctrain.horovod_build.toolchain import SDIST_SHA256, VERSION, Toolchain
 from hpctrain.process import mpirun, run
 
-BUILD_TIMEOUT_SECONDS = 3600
 BUILT_FROM = "built-from.json"
 
 
 def build(*, gpu: bool = False, rebuild: bool = False) -> None:
     """Make Horovod work here: a wheel from the cache or a fresh build, installed and proved.
 
+    mpi4py is built from source first, where its wheel cannot use the MPI on PATH.
+
     Args:
         gpu: With NCCL operations.
         rebuild: Build even where the cache holds a wheel.
 
     Raises:
-        Error: A tool is missing, the build failed (its first error is shown, its log is kept), or
-            the result cannot all-reduce over two ranks.
+        Error: A tool is missing or known not to do, the build failed (its first error is shown, its
+            log is kept), or the result cannot all-reduce over two ranks.
     """
     chain = toolchain.find(gpu=gpu)
+    mpi.match_mpi4py(chain.built_from["mpi"])
     folder = cache_folder() / "horovod" / chain.key
     with _locked(folder):
         wheel = next(folder.glob("*.whl"), None)
         if wheel is None or rebuild:
             click.echo(f"Building Horovod {VERSION}; this takes some minutes. Log: {folder}/log")
-            wheel = _build_wheel(chain, folder)
+            with Log(folder / "log") as log:
+                wheel = _build_wheel(chain, folder, log)
+                log.say("built")
         else:
             click.echo(f"Horovod {VERSION} is in the cache: {wheel}")
-        _pip("install", "--force-reinstall", "--no-deps", str(wheel))
-        _pip("install", str(wheel))  # now that it is in place: what it depends on
+        pip("install", "--force-reinstall", "--no-deps", str(wheel))
+        pip("install", str(wheel))  # now that it is in place: what it depends on
     prove()
 
 
@@ -73,22 +78,24 @@ def prove() -> None:
         if not proved(result):
             raise Error(
                 f"Horovod does not work over two ranks with {name} "
-                f"(exit code {result.returncode}): {_tail(result.stdout, 4)}",
+                f"(exit code {result.returncode}): {tail(result.stdout, 4)}",
                 hint="`hpctrain horovod check` says what it was built against.",
             )
         click.echo(f"Horovod all-reduces over 2 ranks with {name}.")
 
 
-def _build_wheel(chain: Toolchain, folder: Path) -> Path:
+def _build_wheel(chain: Toolchain, folder: Path, log: Log) -> Path:
     with tempfile.TemporaryDirectory(prefix="hpctrain-horovod-") as name:
         work = Path(name)
         tools = work / "tools"
-        _pip("install", "--target", str(tools), *toolchain.BUILD_TOOLS)
+        log.say("fetching the build's tools and Horovod's source")
+        pip("install", "--target", str(tools), *toolchain.BUILD_TOOLS, log=log)
         # The tools shadow the environment's own for this build alone, and change nothing in it.
         environment = {**chain.environment, "PYTHONPATH": str(tools)}
-        environment |= _nccl_links(chain, work)
-        source = _fetch(work, environment)
+        environment |= _gpu_links(chain, work)
+        source = _fetch(work, environment, log)
         patches.apply(source)
+        log.say("configuring and compiling")
         wheels = work / "wheels"
         result = run(
             [
@@ -96,9 +103,9 @@ def _build_wheel(chain: Toolchain, folder: Path) -> Path:
                 *["--no-cache-dir", "-v", "--wheel-dir", str(wheels), str(source)],
             ],
             env=environment,
-            timeout_seconds=BUILD_TIMEOUT_SECONDS,
+            timeout_seconds=TIMEOUT_SECONDS,
+            each=log.line,
         )
-        (folder / "log").write_text(result.stdout, encoding="utf-8")
         built = next(wheels.glob("*.whl"), None) if result.returncode == 0 else None
         if built is None:
             raise Error(
@@ -112,43 +119,54 @@ def _build_wheel(chain: Toolchain, folder: Path) -> Path:
         return partial.replace(folder / built.name)
 
 
-def _fetch(work: Path, environment: dict[str, str]) -> Path:
+def _fetch(work: Path, environment: dict[str, str], log: Log) -> Path:
     """The unpacked source distribution, its hash checked by pip."""
     requirement = work / "requirement.txt"
     requirement.write_text(f"horovod=={VERSION} --hash=sha256:{SDIST_SHA256}\n")
-    _pip(
+    pip(
         *["download", "--require-hashes", "--no-binary", "horovod", "--no-deps"],
         *["--no-build-isolation", "--dest", str(work), "--requirement", str(requirement)],
         environment=environment,
+        log=log,
     )
     with tarfile.open(next(work.glob("horovod-*.tar.gz"))) as archive:
-        archive.extractall(work, filter="data")
+        # Python 3.11.2, which Debian 12 has, knows no filters yet.
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
+        archive.extractall(work)  # noqa: S202 - what it holds is known by its hash
     return work / f"horovod-{VERSION}"
 
 
-def _nccl_links(chain: Toolchain, work: Path) -> dict[str, str]:
-    """NCCL as the linker wants it: the nvidia wheel has libnccl.so.2 but no libnccl.so."""
-    home = chain.environment.get("HOROVOD_NCCL_HOME")
-    if not home or (Path(home) / "lib" / "libnccl.so").exists():
-        return {}
-    links = work / "nccl"
-    (links / "lib").mkdir(parents=True)
-    (links / "include").symlink_to(Path(home) / "include")
-    (links / "lib" / "libnccl.so").symlink_to(Path(home) / "lib" / "libnccl.so.2")
-    return {"HOROVOD_NCCL_HOME": str(links)}
+def _gpu_links(chain: Toolchain, work: Path) -> dict[str, str]:
+    """CUDA and NCCL as linkers and CMake look for them: nvidia's wheels have versioned names alone.
+
+    Args:
+        chain: Where they are.
+        work: A folder for links to them.
+
+    Returns:
+        What is to be different in the build's environment.
+    """
+    changed: dict[str, str] = {}
+    cuda, nccl = (chain.environment.get(f"HOROVOD_{name}_HOME") for name in ("CUDA", "NCCL"))
+    if cuda and not any((Path(cuda) / lib / "libcudart.so").exists() for lib in ("lib64", "lib")):
+        home = str(_linked(Path(cuda), work / "cuda", "lib64"))
+        changed |= {name: home for name, value in chain.environment.items() if value == cuda}
+    if nccl and not (Path(nccl) / "lib" / "libnccl.so").exists():
+        changed["HOROVOD_NCCL_HOME"] = str(_linked(Path(nccl), work / "nccl", "lib"))
+    return changed
 
 
-def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
-    result = run(
-        [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
-        env=environment,
-        timeout_seconds=BUILD_TIMEOUT_SECONDS,
-    )
-    if result.returncode != 0:
-        raise Error(
-            f"pip {arguments[0]} failed: {_tail(result.stdout, 2)}",
-            hint="is the package index reachable, and the disk not full?",
-        )
+def _linked(home: Path, links: Path, libraries: str) -> Path:
+    """A folder like another one, whose libraries have names without versions, too."""
+    (links / libraries).mkdir(parents=True)
+    for entry in home.iterdir():
+        if entry.name != "lib":
+            (links / entry.name).symlink_to(entry)
+    for library in (home / "lib").iterdir():
+        names = {library.name, re.sub(r"\.so\.[\d.]+$", ".so", library.name)}
+        for name in names - {path.name for path in (links / libraries).iterdir()}:
+            (links / libraries / name).symlink_to(library)
+    return links
 
 
 def _first_error(log: str) -> str:
@@ -157,23 +175,23 @@ def _first_error(log: str) -> str:
     for number, line in enumerate(lines):
         if re.search(r"CMake Error|\berror:|undefined reference", line):
             return " | ".join(text.strip() for text in lines[number : number + 4])
-    return _tail(log, 4)
-
-
-def _tail(text: str, lines: int) -> str:
-    return " | ".join(text.strip().splitlines()[-lines:])
+    return tail(log, 4)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Two builds of one wheel take turns; the second finds the first one's wheel."""
-    lock = FileLock(folder / "lock", timeout=BUILD_TIMEOUT_SECONDS)
+    lock = FileLock(folder / "lock", timeout=TIMEOUT_SECONDS)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            click.echo(f"Waiting for another build of the same wheel. Its log: {folder / 'log'}")
+            lock.acquire()
     except Timeout as error:
         raise Error(
-            f"another process has held {folder / 'lock'} for {BUILD_TIMEOUT_SECONDS} s.",
+            f"another process has held {folder / 'lock'} for {TIMEOUT_SECONDS} s.",
             hint="is another `hpctrain horovod build` stuck?",
         ) from error
     except OSError as error:

@@ -108,7 +108,7 @@ def _features() -> list[Finding]:
             Finding(
                 "problem",
                 "NCCL",
-                "there are GPUs, but Horovod would move gradients through the CPU",
+                "there are GPUs, but Horovod was built without them",
                 "run `hpctrain horovod build --gpu`.",
             )
         )

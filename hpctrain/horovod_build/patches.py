@@ -19,29 +19,81 @@ class Patch:
     new: str
 
 
-_CXX17 = "torch's headers need C++17 since 2.1 (horovod issue 3996; mended upstream, not released)"
+_CXX = (
+    "torch's headers need C++17 since 2.1 (horovod issue 3996; mended upstream, not released), and "
+    "C++20 since 2.14"
+)
+_NO_GPU = (
+    "whoever asks for no GPU operations needs no CUDA toolkit, though torch has CUDA, and there is "
+    "an nvcc on PATH"
+)
 _CHECKED = (
     "rank 0 goes on where MPI says that an exchange with the others failed, as it does when one of "
     "them is lost, and crashes over what was not received"
 )
 
+_ENVIRONMENT = (
+    "horovodrun --gloo wrote its whole environment into arguments, which everybody on a host can "
+    "read: a rank inherits it where it is started, and reads it from standard input on another "
+    "host (but by Kubeflow's kubexec, which has none)"
+)
+
 PATCHES = (
-    Patch("cxx17", _CXX17, "CMakeLists.txt", "CMAKE_CXX_STANDARD 14", "CMAKE_CXX_STANDARD 17"),
     Patch(
-        "cxx17-torch",
-        _CXX17,
-        "horovod/torch/CMakeLists.txt",
+        "cxx-standard",
+        _CXX,
+        "CMakeLists.txt",
         "CMAKE_CXX_STANDARD 14",
-        "CMAKE_CXX_STANDARD 17",
+        "CMAKE_CXX_STANDARD $ENV{HOROVOD_CXX_STANDARD}",
     ),
     Patch(
-        "cxx17-cuda",
-        _CXX17,
+        "cxx-standard-torch",
+        _CXX,
+        "horovod/torch/CMakeLists.txt",
+        "CMAKE_CXX_STANDARD 14",
+        "CMAKE_CXX_STANDARD $ENV{HOROVOD_CXX_STANDARD}",
+    ),
+    Patch(
+        "cxx-standard-cuda",
+        "the kernels include nothing of torch, and nvcc 13 knows C++17 and newer alone",
         "horovod/common/ops/cuda/CMakeLists.txt",
         "CMAKE_CUDA_STANDARD 11",
         "CMAKE_CUDA_STANDARD 17",
     ),
-    Patch("cxx17-gloo", _CXX17, "third_party/gloo/CMakeLists.txt", "-std=c++11", "-std=c++17"),
+    Patch(
+        "cxx-standard-gloo",
+        _CXX,
+        "third_party/gloo/CMakeLists.txt",
+        "-std=c++11",
+        "-std=c++$ENV{HOROVOD_CXX_STANDARD}",
+    ),
+    Patch(
+        "no-gpu-no-cuda",
+        _NO_GPU,
+        "CMakeLists.txt",
+        "check_language(CUDA)\nif(NOT CMAKE_CUDA_COMPILER)\n",
+        """if(DEFINED ENV{HOROVOD_GPU_OPERATIONS})
+    check_language(CUDA)
+endif()
+if(DEFINED ENV{HOROVOD_GPU_OPERATIONS} AND NOT CMAKE_CUDA_COMPILER)
+""",
+    ),
+    Patch(
+        "no-gpu-no-cuda-torch",
+        _NO_GPU,
+        "cmake/Modules/FindPytorch.cmake",
+        'COMMAND ${PY_EXE} -c "import torch; from torch.utils.cpp_extension import CUDA_HOME; '
+        "print(True if (",
+        'COMMAND ${PY_EXE} -c "import os, torch; from torch.utils.cpp_extension import CUDA_HOME; '
+        "print(True if ('HOROVOD_GPU_OPERATIONS' in os.environ and ",
+    ),
+    Patch(
+        "mpich-of-debian",
+        "where MPICH does not name itself, as Debian's, mpirun calls itself by its launcher's name",
+        "horovod/runner/mpi_run.py",
+        "elif 'MPICH' in output:",
+        "elif 'MPICH' in output or 'HYDRA' in output:",
+    ),
     Patch(
         "double-dash-binding",
         "Open MPI 5 reads single-dash options as a program name ('unable to find ... none'); "
@@ -210,6 +262,48 @@ PATCHES = (
     horovod_global.initialization_done = false;
     horovod_global.initialization_failed = false;
 """,
+    ),
+    Patch(
+        "gloo-environment",
+        _ENVIRONMENT,
+        "horovod/runner/gloo_run.py",
+        """                          if env_util.is_exportable(key)]),
+""",
+        """                          if env_util.is_exportable(key) and
+                          (env_util.is_kubeflow_mpi() or os.environ.get(key) != value)]),
+""",
+    ),
+    Patch(
+        "gloo-environment-elsewhere",
+        _ENVIRONMENT,
+        "horovod/runner/gloo_run.py",
+        """            local_command = quote('cd {pwd} > /dev/null 2>&1 ; {command}'
+                                  .format(pwd=os.getcwd(), command=command))
+            command = get_remote_command(local_command,
+                                         host=host_name,
+                                         port=settings.ssh_port,
+                                         identity_file=settings.ssh_identity_file)
+""",
+        """            exports = tempfile.NamedTemporaryFile('w')
+            exports.writelines('export %s=%s\\n' % (key, quote(value))
+                               for key, value in os.environ.items()
+                               if key.isidentifier() and env_util.is_exportable(key))
+            exports.flush()
+            local_command = quote('. /dev/stdin ; cd {pwd} > /dev/null 2>&1 ; {command}'
+                                  .format(pwd=os.getcwd(), command=command))
+            command = get_remote_command(local_command,
+                                         host=host_name,
+                                         port=settings.ssh_port,
+                                         identity_file=settings.ssh_identity_file)
+            command += ' < ' + quote(exports.name)
+""",
+    ),
+    Patch(
+        "gloo-environment-import",
+        "for the patch gloo-environment-elsewhere",
+        "horovod/runner/gloo_run.py",
+        "import sys\nimport threading\n",
+        "import sys\nimport tempfile\nimport threading\n",
     ),
 )
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 
 import horovod.torch as hvd
+import mpi4py
 import torch
 
+from hpctrain.errors import Error
+from hpctrain.horovod_build import mpi
 from hpctrain.launcher import detect
 
 
@@ -22,6 +25,13 @@ def main() -> int:
     if total.tolist() != [expected] * 3:
         print(f"rank {hvd.rank()}: the sum is {total.tolist()}, not {expected}")
         return 2
+    if launch.name == "mpirun":
+        mpi4py.rc.initialize = False  # the trial is whether it loads Horovod's MPI
+        try:
+            mpi.require()
+        except Error as error:
+            print(error)
+            return 2
     print(f"all-reduce over {hvd.size()} ranks is right")
     hvd.shutdown()
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpctrain.errors import Error
+from hpctrain.files import read_json
 from hpctrain.report.runs import HINT
 
 Record = dict[str, Any]
@@ -46,8 +46,8 @@ def read_benchmark(path: Path) -> Benchmark:
         Error: It is something else.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        document = read_json(path)
+    except (OSError, ValueError) as error:
         raise Error(f"cannot read {path}: {error}.", hint=HINT) from error
     if not isinstance(document, dict) or not {"schema", "benchmark"} <= set(document):
         raise Error(f"{path} is not of a benchmark: it names none, or no schema.", hint=HINT)

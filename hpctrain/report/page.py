@@ -16,6 +16,9 @@ from hpctrain.report.figures import Figure, Section, file_name
 from hpctrain.report.runs import HINT, Run, name_runs, read_run
 
 TEMPLATE = "page.html"
+STEM = 70
+"""Letters of a plot's name where a number follows."""
+
 OWN = {"scaling": scaling.of_benchmark, "accuracy": accuracy.section}
 """Benchmarks of which more is shown than their cases."""
 
@@ -138,6 +141,6 @@ def _distinct(figures: Sequence[Figure]) -> dict[str, Figure]:
         name, count = figure.name, 1
         while name in named:
             count += 1
-            name = file_name(figure.name, str(count))
+            name = file_name(figure.name[:STEM], str(count))
         named[name] = figure
     return named

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from hpctrain.compare import Record, records_of, speeds_of
 from hpctrain.errors import Error
+from hpctrain.files import read_json, read_regular
 from hpctrain.report.figures import number
 from hpctrain.run_folder import RESULT
 from hpctrain.slurm.jobs import outcome
@@ -169,14 +169,14 @@ def name_runs(runs: Sequence[Run]) -> None:
 
 
 def _config(path: Path) -> tuple[dict[str, Any], str]:
+    from hpctrain.config import TOML_BYTES, read_toml
+
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, TOML_BYTES).decode("utf-8")
     except FileNotFoundError:
         return {}, ""
     except (OSError, UnicodeDecodeError) as error:
         raise Error(f"cannot read {path}: {error}.", hint="mend or remove it.") from error
-    from hpctrain.config import read_toml
-
     return _flat(read_toml(path)), text
 
 
@@ -192,7 +192,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _result(path: Path) -> dict[str, Any]:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:

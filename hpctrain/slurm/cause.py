@@ -115,7 +115,7 @@ def _refused(output: str, returncode: int) -> Failure | None:
     if not said or returncode <= 0:
         return None
     hint = "HINT: what a job inherits as SLURM_* are options of srun; unset what does not fit."
-    return Failure("srun", f"{'; '.join(said[:3])} {hint}", None, None, returncode)
+    return Failure("srun", f"{'; '.join(said[:3]).rstrip('.')}. {hint}", None, None, returncode)
 
 
 def root_cause(folder: Path, output: str, returncode: int, launcher: str) -> Failure:

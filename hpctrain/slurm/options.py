@@ -48,6 +48,7 @@ FAMILIES = (
     ("ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket"),
     ("gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket"),
     ("mem", "mem-per-cpu", "mem-per-gpu"),
+    ("requeue", "no-requeue"),
 )
 """Options that answer one question in several ways."""
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import time
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hpctrain.errors import Error
+from hpctrain.files import read_regular
 from hpctrain.slurm import commands
 
 FOLDER = "owners"
@@ -54,26 +54,8 @@ def claims(run: Path) -> list[Claim]:
     with contextlib.suppress(OSError):
         for path in sorted((run / FOLDER).glob("*.json")):
             with contextlib.suppress(OSError, ValidationError):
-                found.append(Claim.model_validate_json(read(path, MOST_BYTES)))
+                found.append(Claim.model_validate_json(read_regular(path, MOST_BYTES)))
     return found
-
-
-def read(path: Path, most: int) -> bytes:
-    """A regular file's content; of anything else it would not end.
-
-    Args:
-        path: The file, which may come from anybody.
-        most: Bytes that it may have.
-
-    Raises:
-        OSError: It cannot be read, or is no such file.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
-            raise OSError(0, "is no regular file, or too large", str(path))
-        return file.read(most)
 
 
 def _add(run: Path, number: int, claim: Claim) -> bool:
@@ -107,11 +89,11 @@ def claim(run: Path, job: str, restarts: int, continues: str | None) -> Claim:
         Error: The folder is another job's, which is not over; or it cannot be written.
     """
     while True:
-        known = _settled(run)
+        number, known = _settled(run)
         last = known[-1] if known else None
         mine = _next(run, last, Claim(job=job, restarts=restarts, continues=continues), known)
         try:
-            if mine == last or _add(run, _count(run), mine):
+            if mine == last or _add(run, number, mine):
                 return mine
         except OSError as error:
             raise Error(f"cannot write {run / FOLDER}: {error.strerror}.",
@@ -165,9 +147,10 @@ def hand_over(run: Path, job: str, to: str) -> None:
     Raises:
         OSError: It cannot be written; the other job will claim it for itself.
     """
-    last = claims(run)[-1]
-    if last.job == job:
-        _add(run, _count(run), Claim(job=to, again=last.again + 1, continues=job))
+    number = _count(run)
+    last = next(reversed(claims(run)), None)
+    if last is not None and last.job == job:
+        _add(run, number, Claim(job=to, again=last.again + 1, continues=job))
 
 
 def _count(run: Path) -> int:
@@ -175,11 +158,15 @@ def _count(run: Path) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _settled(run: Path) -> list[Claim]:
-    """All claims, when the last one is written whole."""
+def _settled(run: Path) -> tuple[int, list[Claim]]:
+    """The number of the next claim, and all before it, when the last one is written whole.
+
+    The number comes first: if there is one more meanwhile, the next one is that.
+    """
     deadline = time.monotonic() + ASK_SECONDS
     while True:
+        number = _count(run)
         known = claims(run)
-        if len(known) == _count(run) or time.monotonic() > deadline:
-            return known
+        if len(known) == number or time.monotonic() > deadline:
+            return number, known
         time.sleep(0.05)

@@ -17,7 +17,7 @@ def render(template: str, blocks: dict[str, str]) -> str:
     """A template's text with some of its blocks replaced.
 
     Args:
-        template: Its name, without ``.sbatch``.
+        template: Its name; ``.sbatch`` may be left out.
         blocks: New text, by name of the block.
 
     Raises:
@@ -39,10 +39,11 @@ def render(template: str, blocks: dict[str, str]) -> str:
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # noqa: S701 - a shell script, quoted by whoever fills it in
     )
-    base = environment.get_template(f"{template}.sbatch")
+    file = template if "." in template else f"{template}.sbatch"
+    base = environment.get_template(file)
     if unknown := set(blocks) - set(base.blocks):
-        raise Error(f"{template}.sbatch has no place for {', '.join(sorted(unknown))}.")
-    lines = [f"#% extends '{template}.sbatch'"]
+        raise Error(f"{file} has no place for {', '.join(sorted(unknown))}.")
+    lines = [f"#% extends '{file}'"]
     for name in blocks:
         lines += [f"#% block {name}", f"@{{{{ {name} }}}}@", "#% endblock"]
     return environment.from_string("\n".join(lines)).render(blocks)

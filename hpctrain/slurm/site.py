@@ -62,6 +62,12 @@ class Container(Section):
 class Site(Section):
     """What jobs on a cluster have in common."""
 
+    scheduler: Literal["slurm", "pbs", "lsf", "flux"] = Field(
+        "slurm", description="For others than Slurm scripts are made, and no more (`--dry-run`)."
+    )
+    directives: list[str] = Field(
+        [], description="More lines for another scheduler than Slurm, without its `#PBS` or such."
+    )
     launcher: str = Field(
         "srun",
         min_length=1,
@@ -96,12 +102,19 @@ class Site(Section):
             if value is not False
         }
 
-    def launch(self, launcher: str | None = None, *, elastic: bool = False) -> str:
+    def launch(
+        self,
+        launcher: str | None = None,
+        *,
+        elastic: bool = False,
+        places: Mapping[str, str] = PLACES,
+    ) -> str:
         """The words that start ranks, as the elements of a bash array.
 
         Args:
             launcher: Instead of the site's own.
             elastic: Whether others may live when a rank fails; `hpctrain job` decides.
+            places: What {nodes} and the like in a command of the site's own are.
 
         Raises:
             Error: It is no command.
@@ -117,7 +130,8 @@ class Site(Section):
         words = known.get(chosen) or _own(chosen)
         more = self.launcher_options if launcher in (None, self.launcher) else []
         inside = self.container.line() if self.container is not None else []
-        return " ".join([*map(_filled, [*words, *more]), *map(quote, inside)])
+        first = [_filled(word, places) for word in [*words, *more]]
+        return " ".join([*first, *map(quote, inside)])
 
     def prepare(self) -> str:
         """The lines of shell that make a job's environment."""
@@ -142,11 +156,11 @@ def _own(command: str) -> list[str]:
     return words
 
 
-def _filled(word: str) -> str:
+def _filled(word: str, places: Mapping[str, str]) -> str:
     if unknown := [each for each in re.findall(r"(?<!\$)\{\w*\}", word) if each not in PLACES]:
         raise Error(f"{unknown[0]} in the launcher is unknown.", hint=f"{', '.join(PLACES)} are.")
     parts = re.split("(" + "|".join(map(re.escape, PLACES)) + ")", word)
-    return "".join(PLACES.get(part) or quote(part) for part in parts if part) or "''"
+    return "".join(places.get(part) or quote(part) for part in parts if part) or "''"
 
 
 def load(name: str | None, environment: Mapping[str, str] = os.environ) -> Site:

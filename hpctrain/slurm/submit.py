@@ -18,7 +18,7 @@ from typing import Any
 from hpctrain import __version__
 from hpctrain.errors import Error, nearest
 from hpctrain.files import write_text
-from hpctrain.slurm import commands, jobs, options
+from hpctrain.slurm import commands, jobs, options, schedulers
 from hpctrain.slurm.options import Options, directive
 from hpctrain.slurm.render import render
 from hpctrain.slurm.requeue import CONTINUES
@@ -29,15 +29,17 @@ SCRIPT = "job.sbatch"
 RELAUNCHES = 10
 KEPT = frozenset(
     """
-    CONDA_DEFAULT_ENV CONDA_PREFIX CUDA_HOME CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES HOSTNAME
-    HPCTRAIN_CACHE HPCTRAIN_DATA HPCTRAIN_INTERFACE HPCTRAIN_SITE LD_LIBRARY_PATH LD_PRELOAD
-    LOADEDMODULES MODULEPATH MPICH_GPU_SUPPORT_ENABLED OMP_NUM_THREADS OMP_PLACES OMP_PROC_BIND
-    PATH PYTHONPATH ROCR_VISIBLE_DEVICES SLURM_CONF USER VIRTUAL_ENV
+    CONDA_DEFAULT_ENV CONDA_PREFIX CUDA_HOME CUDA_VISIBLE_DEVICES FI_PROVIDER GLOO_SOCKET_IFNAME
+    HIP_VISIBLE_DEVICES HOSTNAME HPCTRAIN_CACHE HPCTRAIN_DATA HPCTRAIN_INTERFACE HPCTRAIN_SITE
+    LD_LIBRARY_PATH LD_PRELOAD LOADEDMODULES MODULEPATH MPICH_GPU_SUPPORT_ENABLED NCCL_ALGO
+    NCCL_DEBUG NCCL_IB_DISABLE NCCL_IB_HCA NCCL_NET_GDR_LEVEL NCCL_P2P_DISABLE NCCL_PROTO
+    NCCL_SOCKET_IFNAME OMPI_MCA_btl OMPI_MCA_mpi_yield_when_idle OMPI_MCA_pml OMP_NUM_THREADS
+    OMP_PLACES OMP_PROC_BIND PATH PMIX_MCA_psec PYTHONPATH ROCR_VISIBLE_DEVICES SLURM_CONF
+    UCX_NET_DEVICES UCX_TLS USER VIRTUAL_ENV
     """.split()  # noqa: SIM905 - a list of them would be a page long
 )
-"""Environment variables that say what a run had, and never hold a secret."""
+"""Environment variables that say what a run had, and hold no secret."""
 
-_KEPT_KINDS = re.compile(r"(NCCL|UCX|FI|GLOO|(OMPI|PRTE|PMIX)_MCA)_\w+", re.ASCII)
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH", re.IGNORECASE)
 _GIVEN = re.compile(rf"(.*?(?:{_SECRET.pattern})[\w.-]*=).", re.IGNORECASE | re.DOTALL)
 _SIGNAL = re.compile(r"(?:(?:[RB]+):)?(\w+)(?:@(\d{1,5}))?", re.ASCII)
@@ -169,6 +171,8 @@ class Request:
         Raises:
             Error: A value cannot stand in a script.
         """
+        if self.site.scheduler != "slurm":
+            return self._unattended(made)
         asked = self.resolved()
         order = ("job-name", "output", "open-mode", "partition", "account", "nodes")
         first = {name: asked.pop(name) for name in order if name in asked}
@@ -191,7 +195,31 @@ class Request:
                 job += f" --signal {self.warn.signal}"
             more = f" --elastic --relaunches {RELAUNCHES}" if self.template == "elastic" else ""
             blocks["job"] = f"job=({job}{more})"
+            if self.warn is not None:
+                blocks["signal"] = f"trap '' {self.warn.signal}"
         return render(self.template, blocks)
+
+    def _unattended(self, made: str) -> str:
+        """The batch script for another scheduler than Slurm."""
+        if self.template not in ("train", "stage", "parameter-server"):
+            raise Error(f"{self.template} jobs are for Slurm alone.", hint="this site has another.")
+        asked = self.resolved()
+        for name in ("open-mode", "requeue", "no-requeue", "signal"):
+            asked.pop(name, None)
+        asked["output"] = f"{self.run.name}.out"  # nobody makes the run folder before the run
+        size = schedulers.size_of(asked)
+        lines = schedulers.directives(self.site.scheduler, asked, self.site.directives)
+        start = schedulers.SCHEDULERS[self.site.scheduler].start
+        world = str(size.nodes * size.tasks)
+        blocks = {
+            "made": f"# Made by hpctrain {__version__}: {' '.join(made.split())}",
+            "options": "\n".join(lines),
+            "site": "\n".join(filter(None, [start, self.site.prepare()])),
+            "run": f"run={shlex.quote(str(self.run))}",
+            "launch": f"launch=({self.site.launch(self.launcher, places=size.places)})",
+            "command": f"command=({shlex.join([*self.train, '--world-size', world])})",
+        }
+        return render(schedulers.TEMPLATE, blocks)
 
 
 def check(request: Request, made: str) -> str:
@@ -207,6 +235,11 @@ def check(request: Request, made: str) -> str:
     Raises:
         Error: So it is.
     """
+    scheduler = request.site.scheduler
+    if scheduler != "slurm":
+        command = schedulers.SCHEDULERS[scheduler].submit
+        raise Error(f"this site's scheduler is {scheduler}, not Slurm.",
+                    hint=f"--dry-run prints the script, for `{command} FILE`.")  # fmt: skip
     asked = request.resolved()
     commands.fits(asked)
     with tempfile.TemporaryDirectory() as folder:
@@ -329,11 +362,7 @@ def git_state(keep_diff: bool = False) -> dict[str, Any]:
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The variables that matter to a run, by a list of those that hold no secret."""
-    return {
-        name: value
-        for name, value in sorted(variables.items())
-        if (name in KEPT or _KEPT_KINDS.fullmatch(name)) and not _SECRET.search(name)
-    }
+    return {name: value for name, value in sorted(variables.items()) if name in KEPT}
 
 
 def _names(export: str) -> str:

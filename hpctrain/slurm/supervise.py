@@ -332,6 +332,7 @@ class Job:
         defaults = {"PMIX_MCA_psec": "native"}  # what PMIx and Open MPI of any make have in common
         if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
             defaults["OMP_NUM_THREADS"] = cores
+            defaults["SRUN_CPUS_PER_TASK"] = cores  # srun does not go by the other, since 22.05
         mine = os.environ.get("SLURMD_NODENAME")
         wire = os.environ.get("HPCTRAIN_INTERFACE")
         if wire is None and len(names) > 1:
@@ -382,7 +383,7 @@ class Job:
         """Whether SIGTERM was Slurm's, by which it ends a job; or just a signal."""
         deadline = time.monotonic() + ENDING_SECONDS
         while time.monotonic() < deadline:
-            with contextlib.suppress(Error):
+            with contextlib.suppress(commands.Unanswered):
                 return not requeue.runs(self.number, self._restarts)
             time.sleep(LOOK_SECONDS)
         return True

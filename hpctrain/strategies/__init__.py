@@ -43,6 +43,10 @@ def strategy(
 
         return Horovod(world, horovod, timeout_seconds, elastic)
     if name == "ps":
+        from hpctrain import ps as _ps  # noqa: F401 - it sets what MPI reads at its start
+        from hpctrain.horovod_build import mpi
+
+        mpi.require()
         from hpctrain.strategies.parameter_server import ParameterServer
 
         return ParameterServer(world, ps, timeout_seconds)

@@ -1,8 +1,10 @@
-"""Giving every rank one rank's state, as bytes that cannot carry code."""
+"""Giving every rank one rank's state, or each rank's, as bytes that cannot carry code."""
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +36,32 @@ def broadcast_bytes(comm: Communicator, data: bytes, root: int = 0) -> bytes:
 def broadcast_json(comm: Communicator, value: Any, root: int = 0) -> Any:
     """The root's JSON-able value on every rank."""
     return json.loads(broadcast_bytes(comm, json.dumps(value).encode(), root))
+
+
+def gather_numbers(comm: Communicator, numbers: Sequence[float]) -> list[list[float]]:
+    """Every rank's numbers, by rank; each rank gives as many.
+
+    A sum of vectors in which each rank has its own place: one small all-reduce.
+    """
+    rank, size = comm.rank, comm.size
+    table = torch.zeros(size, len(numbers), dtype=torch.float64)
+    table[rank] = torch.tensor(numbers, dtype=torch.float64)
+    comm.all_reduce(table)
+    rows: list[list[float]] = table.tolist()
+    return rows
+
+
+def gather_json(comm: Communicator, value: Any) -> list[Any]:
+    """Every rank's JSON-able value, by rank."""
+    data = json.dumps(value).encode()
+    sizes = [int(row[0]) for row in gather_numbers(comm, [len(data)])]
+    ends = list(itertools.accumulate(sizes))
+    flat = torch.zeros(max(ends[-1], 1), dtype=torch.float32)  # holds a byte exactly
+    start = ends[comm.rank] - len(data)
+    flat[start : start + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    comm.all_reduce(flat)
+    whole = flat.to(torch.uint8).numpy().tobytes()
+    return [json.loads(whole[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
 
 
 def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:

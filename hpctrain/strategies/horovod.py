@@ -19,6 +19,7 @@ from hpctrain.elastic.choose import choose, set_parameters
 from hpctrain.elastic.gloo import Gloo
 from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Membership, Progress
 from hpctrain.errors import Error, PeerLost
+from hpctrain.horovod_build import mpi
 from hpctrain.network import both_ways
 from hpctrain.process import cores, ended_after, loaded
 from hpctrain.strategies.base import ElasticOptimizer, check_trainable
@@ -36,7 +37,7 @@ _THREAD_MULTIPLE = 3  # what all implementations call it
 def _import() -> Any:
     try:
         import horovod.torch as hvd
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         missing = getattr(error, "name", None) == "horovod"
         raise Error(
             "Horovod is not installed."
@@ -45,6 +46,15 @@ def _import() -> Any:
             hint="run `hpctrain horovod build`.",
         ) from error
     return hvd
+
+
+def _check_device(hvd: Any, device: torch.device) -> None:
+    """Refuse GPUs to a Horovod that was built without them."""
+    if device.type == "cuda" and not (hvd.cuda_built() or hvd.rocm_built()):
+        raise Error(
+            f"Horovod was built without GPUs, and this rank trains on {device}.",
+            hint="run `hpctrain horovod build --gpu`, or hide the GPUs: CUDA_VISIBLE_DEVICES=''.",
+        )
 
 
 @dataclass
@@ -244,12 +254,14 @@ class Horovod:
         elif self.outlives.mode == "gloo":
             self._membership = Gloo(elastic.hang_seconds, timeout_seconds)
         self._hvd = _import()
+        _check_device(self._hvd, world.device)
         _set_defaults(world)
         try:
             with _bounded(timeout_seconds, world):
                 if os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi" and self._hvd.mpi_built():
                     _start_mpi(timeout_seconds)
                 if self.outlives.mode == "ulfm":
+                    mpi.require()
                     from hpctrain.elastic.ulfm import Ulfm
 
                     self._membership = Ulfm(elastic.hang_seconds)

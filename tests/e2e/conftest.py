@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
-from hpctrain.process import mpirun, run, search_path
-
-TIMEOUT_SECONDS = 120
+from hpctrain.process import mpirun, run
+from tests.processes import started
+from tests.waiting import SECONDS, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +43,7 @@ class Command:
     def __call__(self, *arguments, ranks=0, launcher="mpirun", env=None):
         return run(
             [*self.prefix(ranks, launcher), "hpctrain", *map(str, arguments)],
-            timeout_seconds=TIMEOUT_SECONDS,
+            timeout_seconds=SECONDS,
             cwd=self.folder,
             env={**os.environ, **(env or {})},
         )
@@ -52,27 +51,19 @@ class Command:
     @contextlib.contextmanager
     def training(self, *arguments, ranks=0):
         """A run in the background, once its first checkpoint is there; never left behind."""
-        process = subprocess.Popen(
-            [*self.prefix(ranks), "hpctrain", "train", *map(str, arguments), "--out", "run"],
+        checkpoints = self.folder / "run" / "checkpoints"
+        with started(
+            [*self.prefix(ranks), "hpctrain", "train", *arguments, "--out", "run"],
+            signals=[signal.SIGINT],
             cwd=self.folder,
-            env={**os.environ, "PATH": search_path()},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
-            # A shell starts what it puts in the background with the signal ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while not list((self.folder / "run" / "checkpoints").glob("step-*")):
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01)
+        ) as process:
+            wait_until(
+                lambda: list(checkpoints.glob("step-*")), "the first checkpoint", running=process
+            )
             yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
 
     def train(self, *arguments, **options):
         result = self("train", *arguments, **options)

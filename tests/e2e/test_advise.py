@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from hpctrain.process import mpirun, run
+from tests.waiting import SECONDS
 
 ROOT = Path(__file__).parents[2]
 
 
 def benchmark(name, *arguments):
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
-    return run(command, timeout_seconds=120, cwd=ROOT)
+    return run(command, timeout_seconds=SECONDS, cwd=ROOT)
 
 
 RECORD = {"strategy": "horovod", "ranks": 2, "nodes": 2, "bytes": 4e7, "seconds": 0.4,
@@ -80,7 +81,7 @@ def test_emulated_steps():
     job = {"cases": cases, "bytes": 2**16, "layers": 4, "buckets": 2, "forward_seconds": 0.01,
            "backward_seconds": 0.02, "jitter": 0.0, "window_seconds": 0.1}  # fmt: skip
     command = [*mpirun(2), sys.executable, "-m", "benchmarks.model_steps", json.dumps(job)]
-    done = run(command, timeout_seconds=120, cwd=ROOT)
+    done = run(command, timeout_seconds=SECONDS, cwd=ROOT)
     assert done.returncode == 0, done.stdout
     alone, pushed, own = (json.loads(s) for s in done.stdout.splitlines() if s.startswith("{"))
     assert alone["forward_seconds"] >= 0.01 and alone["backward_seconds"] >= 0.02

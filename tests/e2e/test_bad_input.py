@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from hpctrain.data.writer import ShardWriter
+from hpctrain.process import run
+from tests.waiting import SECONDS
 
 TASK = """
 import hpctrain
@@ -181,12 +183,10 @@ def test_full_disk(hpctrain):
         "from hpctrain.cli import main\n"
         "main()\n"
     )
-    from hpctrain.process import run
-
     result = run(
         ["python", str(limited), "train", "digits", "--epochs", "4", "--out", "run"]
         + ["--resume", "auto", "--set", "log.tensorboard=false"],
-        timeout_seconds=60,
+        timeout_seconds=SECONDS,
         cwd=hpctrain.folder,
     )
     assert "cannot write checkpoint" in complaint(result)

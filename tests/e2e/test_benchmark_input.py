@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpctrain.process import run
+from tests.waiting import SECONDS
 
 ROOT = Path(__file__).parents[2]
 CASES = ["memory", "dataloader", "webdataset", "hpctrain", "lz4", "hpctrain-lz4", "hpctrain-open"]
@@ -15,13 +16,13 @@ CASES = ["memory", "dataloader", "webdataset", "hpctrain", "lz4", "hpctrain-lz4"
 
 def benchmark(*arguments):
     command = [sys.executable, "-m", "benchmarks.input", "--quick", "--sizes", "small"]
-    return run([*command, *map(str, arguments)], timeout_seconds=240, cwd=ROOT)
+    return run([*command, *map(str, arguments)], timeout_seconds=SECONDS, cwd=ROOT)
 
 
 def test_quick(tmp_path):
     file = tmp_path / "record.json"
     result = benchmark(
-        "--data", tmp_path / "data", "--cases", ",".join(CASES), "--out", file, "--timeout", 60
+        "--data", tmp_path / "data", "--cases", ",".join(CASES), "--out", file, "--timeout", SECONDS
     )
     assert result.returncode == 0, result.stdout
     record = json.loads(file.read_text())

@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 from hpctrain.process import run
+from tests.waiting import SECONDS
 
 ROOT = Path(__file__).parents[2]
 
 
 def benchmark(name, *arguments):
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
-    return run(command, timeout_seconds=120, cwd=ROOT)
+    return run(command, timeout_seconds=SECONDS, cwd=ROOT)
 
 
 def written(folder, name):

@@ -9,13 +9,14 @@ import pytest
 
 from hpctrain.laps import PARTS
 from hpctrain.process import mpirun, run
+from tests.waiting import SECONDS
 
 ROOT = Path(__file__).parents[2]
 
 
 def benchmark(name, *arguments, prefix=()):
     command = [*prefix, sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
-    return run(command, timeout_seconds=200, cwd=ROOT)
+    return run(command, timeout_seconds=SECONDS, cwd=ROOT)
 
 
 def test_scaling(tmp_path):

@@ -13,6 +13,7 @@ from PIL import Image
 from hpctrain.data.shards import ShardSet
 from hpctrain.horovod_build.patches import PATCHES
 from hpctrain.process import run
+from tests.waiting import SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +44,7 @@ def test_tutorial(hpctrain):
     for command in commands:
         if command[0] == "mpirun":
             command[:3] = hpctrain.prefix(int(command[2]))
-        result = run(command, timeout_seconds=120, cwd=hpctrain.folder)
+        result = run(command, timeout_seconds=SECONDS, cwd=hpctrain.folder)
         assert result.returncode == 0, result.stdout
     for name in ("first", "second", "third"):
         assert (hpctrain.folder / name / "result.json").exists()

@@ -2,12 +2,12 @@
 
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import psutil
 
 from hpctrain.process import run
+from tests.waiting import SECONDS
 
 HERE = Path(__file__).parent
 
@@ -28,11 +28,9 @@ class Mine(Digits):
 
 def test_an_exception_on_one_rank_ends_the_run(hpctrain):
     (hpctrain.folder / "mine.py").write_text(RAISES_ON_RANK_1)
-    start = time.monotonic()
     result = hpctrain("train", "mine.py:Mine", "--out", "run", ranks=2)
     assert result.returncode == 1
     assert "RuntimeError: boom on rank 1" in result.stdout
-    assert time.monotonic() - start < 60
     assert not (hpctrain.folder / "run" / "result.json").exists()
 
 
@@ -45,7 +43,7 @@ def test_a_stopped_rank_is_noticed(hpctrain):
             for child in psutil.Process(process.pid).children(recursive=True)
         }
         ranks["1"].send_signal(signal.SIGSTOP)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     lines = [line for line in output.splitlines() if line.startswith("hpctrain: error:")]
     assert len(lines) == 1 and "waited 3 s for an exchange with ranks 1" in lines[0], output
@@ -67,14 +65,12 @@ def test_pytest_fails_at_once_on_every_rank(hpctrain):
     """An assertion that fails on one rank alone; the others wait in a barrier by then."""
     shutil.copy(HERE.parent / "mpi" / "conftest.py", hpctrain.folder)
     (hpctrain.folder / "test_one.py").write_text(FAILING_TEST)
-    start = time.monotonic()
     result = run(
         [*hpctrain.prefix(2), "pytest", "--color=no", str(hpctrain.folder)],
-        timeout_seconds=60,
+        timeout_seconds=SECONDS,
         cwd=hpctrain.folder,
     )
     assert result.returncode == 1, result.stdout
-    assert time.monotonic() - start < 30
     assert "only rank 1 sees this" in result.stdout
     assert "FAILED test_one.py::test_on_one_rank on rank 1 of 2, in its call" in result.stdout
     assert ">       assert detect().rank != 1 or value == 8" in result.stdout
@@ -85,14 +81,12 @@ def test_a_rank_that_never_comes_is_noticed(hpctrain):
     (hpctrain.folder / "late.py").write_text(
         "import os, time\n"
         "if os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n"
-        "    time.sleep(100)\n"
+        "    time.sleep(1000)\n"
         "import hpctrain\n"
         "hpctrain.strategy('horovod', hpctrain.init(), timeout_seconds=3)\n"
     )
-    start = time.monotonic()
     result = run(
-        [*hpctrain.prefix(2), "python", "late.py"], timeout_seconds=60, cwd=hpctrain.folder
+        [*hpctrain.prefix(2), "python", "late.py"], timeout_seconds=SECONDS, cwd=hpctrain.folder
     )
     assert result.returncode == 1, result.stdout
     assert "waited 3 s for the 2 ranks of mpirun to meet" in result.stdout
-    assert time.monotonic() - start < 30

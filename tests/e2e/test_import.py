@@ -1,19 +1,17 @@
 """Importing with several ranks, and importing that is killed: the files are always the same."""
 
-import contextlib
 import io
-import os
 import signal
 import subprocess
 import tarfile
-import time
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
-from hpctrain.process import search_path
+from tests.processes import started
+from tests.waiting import SECONDS, wait_until
 
 IMAGES = 3000
 
@@ -79,26 +77,16 @@ def test_any_number_of_ranks_reads_a_compressed_tar(hpctrain, compression):
 def test_killed_and_given_again(hpctrain, pictures, wanted, ranks):
     shards = hpctrain.folder / "shards"
     command = ["hpctrain", "data", "import", str(pictures), "shards", "--shard-mib", "1"]
-    process = subprocess.Popen(
-        [*hpctrain.prefix(ranks), *command],
-        cwd=hpctrain.folder,
-        env={**os.environ, "PATH": search_path()},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(shards.glob(".import/*.h5.json"))) < 3:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.001)
+    options = {"cwd": hpctrain.folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with started([*hpctrain.prefix(ranks), *command], **options) as process:
+        wait_until(
+            lambda: len(list(shards.glob(".import/*.h5.json"))) >= 3, "three shards",
+            running=process,
+        )  # fmt: skip
         victims = [process] if ranks == 0 else ranks_of(process)[-1:]
         for victim in victims:
             victim.send_signal(signal.SIGKILL)
-        assert process.wait(60) != 0
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait(SECONDS) != 0
     made = {path: path.stat().st_mtime_ns for path in shards.glob("*.h5")}
     assert 3 <= len(made) < len(wanted) - 1 and not (shards / "hpctrain-index.json").exists()
     recorded = [shards / path.name.removesuffix(".json") for path in shards.glob(".import/*.json")]
@@ -123,9 +111,8 @@ def test_one_bad_image_ends_all_ranks_with_one_line(hpctrain, tmp_path):
     for number in range(40):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(place / f"{number:02d}.png")
     (place / "39.png").write_bytes(b"broken")
-    start = time.monotonic()
     result = hpctrain("data", "import", "pictures", "shards", ranks=2)
-    assert result.returncode != 0 and time.monotonic() < start + 30
+    assert result.returncode not in (0, 124), result.stdout
     assert "a/39.png is not a readable image" in result.stdout
     assert "Traceback" not in result.stdout
     Image.new("RGB", (8, 8)).save(place / "39.png")

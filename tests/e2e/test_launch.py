@@ -5,21 +5,23 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from hpctrain.elastic.wire import ADDRESS
-from hpctrain.process import run, search_path, which
+from hpctrain.process import run
 from tests.e2e.conftest import result_of
-from tests.slurm.conftest import TASK
+from tests.processes import children, started
+from tests.slurm.conftest import TASK, slow_until
+from tests.waiting import SECONDS, wait_until
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+# A busy machine may not let a rank give a sign of life for as long as is usual.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HPCTRAIN__ELASTIC__HANG_SECONDS": "5"}
 QUIET = ("--set", "log.tensorboard=false", "--set", "log.every_steps=10")
 
 
-def launched(hpctrain, ranks, *arguments, seconds=90):
+def launched(hpctrain, ranks, *arguments, seconds=SECONDS):
     return run(
         ["hpctrain", "launch", "-np", str(ranks), "--", "hpctrain", "train", *map(str, arguments)],
         timeout_seconds=seconds, cwd=hpctrain.folder, env={**os.environ, **ENVIRONMENT},
@@ -27,18 +29,19 @@ def launched(hpctrain, ranks, *arguments, seconds=90):
 
 
 @pytest.mark.parametrize(
-    ("plan", "ranks", "epochs"),
+    ("plan", "ranks"),
     [
-        ("kill:rank=0@step=20", 2, 25),
-        ("kill:rank=2@step=20 kill:rank=0@step=20+0.02 stop:rank=1@step=60", 4, 12),
+        ("kill:rank=0@step=20", 2),
+        ("kill:rank=2@step=20 kill:rank=0@step=20+0.02 stop:rank=1@step=60", 4),
     ],
 )
-def test_losses(hpctrain, plan, ranks, epochs):
-    """Also of rank 0, and while the others recover; where there is time, a new one comes."""
+def test_losses(hpctrain, plan, ranks):
+    """Also of rank 0, and while the others recover; new ones come."""
     done = hpctrain(
         "chaos", "--out", "run", "--plan", plan, "--",
         "hpctrain", "launch", "-np", ranks, "--",
-        "hpctrain", "train", TASK, "--set", "options.pause=0.02", *QUIET, "--epochs", epochs,
+        "hpctrain", "train", TASK, *slow_until("joined", plan.count("rank")), *QUIET,
+        "--epochs", 8,
         env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -47,7 +50,7 @@ def test_losses(hpctrain, plan, ranks, epochs):
     result = result_of(hpctrain.folder / "run")
     sizes = [change["size"] for change in result["world"]]
     assert sizes[0] == ranks and min(sizes) < ranks
-    assert sizes[-1] == ranks or epochs < 20
+    assert sizes[-1] == ranks
     assert result["metrics"]["final"]["val_accuracy"] > 0.97
 
 
@@ -90,21 +93,15 @@ def test_nobody_drives(hpctrain):
 
 def test_ended_by_a_signal(hpctrain):
     """Nothing is left behind."""
-    process = subprocess.Popen(
-        [which("hpctrain"), "launch", "-np", "2", "--", "hpctrain", "train",
-         str(TASK), "--epochs", "500", "--set", "options.pause=0.05", "--out", "run", *QUIET],
-        cwd=hpctrain.folder, env={**os.environ, **ENVIRONMENT, "PATH": search_path()},
-        stdout=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        metrics = hpctrain.folder / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 60
-        while not metrics.exists() or "train" not in metrics.read_text():
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.05)
+    before = children()
+    metrics = hpctrain.folder / "run" / "metrics.jsonl"
+    with started(
+        ["hpctrain", "launch", "-np", "2", "--", "hpctrain", "train",
+         TASK, "--epochs", "500", "--set", "options.pause=0.05", "--out", "run", *QUIET],
+        cwd=hpctrain.folder, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        wait_until(lambda: metrics.exists() and "train" in metrics.read_text(),
+                   "the first steps", running=process)  # fmt: skip
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
-    finally:
-        process.kill()
-    left = run(["pgrep", "-f", str(hpctrain.folder)], timeout_seconds=10)
-    assert left.stdout == ""
+        assert process.wait(SECONDS) == 128 + signal.SIGTERM
+        assert children() == before

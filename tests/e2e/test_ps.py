@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 
 import psutil
 import pytest
@@ -15,6 +14,8 @@ from hpctrain.process import run
 from tests.e2e.conftest import result_of
 from tests.e2e.test_bad_input import complaint
 from tests.e2e.test_failures import RAISES_ON_RANK_1
+from tests.slurm.conftest import TASK, slow_until
+from tests.waiting import SECONDS
 
 QUIET = ("--set", "log.tensorboard=false")
 EXACT = ("digits", "--steps", 50, "--dtype", "float64", "--seed", 3, *QUIET)
@@ -161,18 +162,20 @@ def kill_everything(process):
         one.suspend()
     for one in everybody:
         one.kill()
-    psutil.wait_procs(everybody, timeout=30)
+    psutil.wait_procs(everybody, timeout=SECONDS)
 
 
 def test_killed_and_resumed_by_others(hpctrain):
     """Whatever strategy goes on, and in whatever world: it ends where one process ends."""
     fixed = (
-        *("digits", "--epochs", 10, "--dtype", "float64", "--seed", 5, *QUIET),
+        *("--epochs", 4, "--dtype", "float64", "--seed", 5, *QUIET),
         *("--set", "checkpoint.every_steps=10"),
     )
     arguments, ranks = ps(3, 2)
-    with hpctrain.training(*fixed, *arguments, ranks=ranks) as process:
+    held = (TASK, *slow_until("never", at=30))  # for the killer
+    with hpctrain.training(*held, *fixed, *arguments, ranks=ranks) as process:
         kill_everything(process)
+    fixed = ("digits", *fixed)
     assert not (hpctrain.folder / "run" / "result.json").exists()
     whole = alone(hpctrain.folder / "whole", *fixed)
     others = {"ps": ps(2, 1), "horovod": (["--strategy", "horovod"], 2), "single": ([], 0)}
@@ -297,7 +300,7 @@ def test_another_key_on_one_rank(hpctrain, common, message):
     result = run(
         [*hpctrain.prefix(ranks), str(wrapper), "hpctrain", "train", "digits"]
         + [str(argument) for argument in arguments],
-        timeout_seconds=60,
+        timeout_seconds=SECONDS,
         cwd=hpctrain.folder,
         env={**os.environ, **common},
     )
@@ -364,11 +367,7 @@ def test_mpi_that_sees_other_ranks(hpctrain):
 def test_an_exception_on_one_worker_ends_the_run(hpctrain):
     (hpctrain.folder / "mine.py").write_text(RAISES_ON_RANK_1)
     arguments, ranks = ps(2, 1, "ps.consistency=async")
-    start = time.monotonic()
     result = hpctrain("train", "mine.py:Mine", "--out", "run", *arguments, ranks=ranks)
     assert result.returncode == 1, result.stdout
     assert "RuntimeError: boom on rank 1" in result.stdout
-    assert time.monotonic() - start < 60
     assert not (hpctrain.folder / "run" / "result.json").exists()
-    left = [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(hpctrain.folder)]
-    assert not psutil.wait_procs(left, timeout=5)[1]  # a launcher does not wait for all to be gone

@@ -1,16 +1,16 @@
 """Workers and servers of a parameter server are killed and stopped, and the others go on."""
 
-import time
-
 import pytest
 
 from benchmarks.ps_kills import Run
 from hpctrain.process import mpirun, run
 from tests.e2e.conftest import result_of
+from tests.slurm.conftest import TASK, slow_until
+from tests.waiting import SECONDS
 
 FAULT_TOLERANT = (*mpirun(1), "--with-ft", "ulfm", "true")
 pytestmark = pytest.mark.skipif(
-    run(FAULT_TOLERANT, timeout_seconds=60).returncode != 0, reason="an MPI without --with-ft"
+    run(FAULT_TOLERANT, timeout_seconds=SECONDS).returncode != 0, reason="an MPI without --with-ft"
 )
 EPOCHS = 8
 STEPS = EPOCHS * 23
@@ -19,11 +19,13 @@ HIT_AT = 30
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts runs, and ends whatever is left of them."""
+    """Starts runs that hardly go on until their metrics tell of a loss, and ends them."""
     runs = []
 
-    def start(workers, servers=1, *arguments, epochs=EPOCHS):
-        options = ("digits", "--epochs", epochs, "--servers", servers, *arguments)
+    def start(workers, servers=1, *arguments, epochs=EPOCHS, until="lost", times=1):
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        hold = slow_until(until, times, at=HIT_AT, file=metrics) if until else ()
+        options = (TASK, "--epochs", epochs, "--servers", servers, *hold, *arguments)
         runs.append(Run(tmp_path, workers + servers, *options))
         return runs[-1]
 
@@ -41,7 +43,7 @@ def complaints(job):
 
 
 def assert_completed(job):
-    assert job.wait() == "", job.output()
+    assert job.wait(SECONDS) == "", job.output()
     result = result_of(job.folder / "run")
     assert job.process.returncode == 0
     assert result["metrics"]["final"]["val_accuracy"] > 0.9
@@ -66,20 +68,20 @@ def test_a_killed_worker(start, consistency, rank):
 
 def test_a_stopped_worker_and_a_resume(start):
     """The process lives, its sockets too, and only the clock tells."""
-    job = start(3, 1, "--set", "ps.silence_seconds=1.5")
+    job = start(3, 1, "--set", "ps.silence_seconds=4")
     assert job.reached(HIT_AT) and job.hit(2, "SIGSTOP")
     assert_completed(job)
     (event,) = events(job)
     assert event["lost"] == 2 and "silent for " in event["reason"]
-    assert event["step_ms"] > 1000
-    again = start(2, 1, "--resume", "auto", epochs=EPOCHS + 2)
+    assert event["step_ms"] > 3000
+    again = start(2, 1, "--resume", "auto", epochs=EPOCHS + 2, until=None)
     result = assert_completed(again)
     assert result["steps"] == STEPS + 2 * 23
     assert [change["size"] for change in result["world"]] == [3, 2, 2]
 
 
 def test_two_workers_at_once(start):
-    job = start(3, 1)
+    job = start(3, 1, times=2)
     assert job.reached(HIT_AT) and job.hit(0, "SIGKILL") and job.hit(1, "SIGKILL")
     assert_completed(job)
     assert {event["lost"] for event in events(job)} == {0, 1}
@@ -88,7 +90,7 @@ def test_two_workers_at_once(start):
 def test_the_last_worker(start):
     job = start(1, 2, "--replicas", 1)
     assert job.reached(HIT_AT) and job.hit(0, "SIGKILL")
-    assert job.wait() == "", job.output()
+    assert job.wait(SECONDS) == "", job.output()
     assert job.process.returncode != 0
     assert not (job.folder / "run" / "result.json").exists()
     assert all("worker is gone: worker 0" in line for line in complaints(job))
@@ -102,16 +104,14 @@ def test_a_killed_server_changes_nothing(start):
     result = assert_completed(job)
     assert [(e["lost"], e["role"], e["size"]) for e in events(job)] == [(2, "server", 2)]
     (job.folder / "run").rename(job.folder / "before")
-    whole = assert_completed(start(2, 2, "--replicas", 1))
+    whole = assert_completed(start(2, 2, "--replicas", 1, until=None))
     assert result["parameters_sha256"] == whole["parameters_sha256"]
 
 
 def test_a_killed_server_without_replicas(start):
     job = start(2, 2)
     assert job.reached(HIT_AT) and job.hit(3, "SIGKILL")
-    begin = time.monotonic()
-    assert job.wait() == "", job.output()
-    assert time.monotonic() - begin < 30
+    assert job.wait(SECONDS) == "", job.output()
     assert job.process.returncode != 0
     assert not (job.folder / "run" / "result.json").exists()
     assert "Traceback" not in job.output()
@@ -128,7 +128,7 @@ def test_a_new_worker_for_a_lost_one(start):
     """It imports and builds its model while the others go on, and then has a share of the work."""
     # Most of the time between two steps of theirs is that of collectives, which it must not join.
     always = ("--set", "train.validate_every_steps=1", "--set", "log.every_steps=1")
-    job = start(2, 2, "--set", "ps.workers=2", *always, epochs=30)
+    job = start(2, 2, "--set", "ps.workers=2", *always, until="joined")
     assert job.reached(HIT_AT) and job.hit(1, "SIGKILL")
     result = assert_completed(job)
     assert changes(result) == [(2, "start"), (1, "worker 1"), (2, "worker 4")]
@@ -136,7 +136,7 @@ def test_a_new_worker_for_a_lost_one(start):
 
 
 def test_a_new_worker_that_comes_too_late(start):
-    job = start(1, 2, "--set", "ps.workers=2", epochs=2)
+    job = start(1, 2, "--set", "ps.workers=2", epochs=2, until=None)
     result = assert_completed(job)
     assert changes(result) == [(1, "start")]
     assert "worker 3: the run was over before it could take part." in job.output()

@@ -8,9 +8,12 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import result_of
+from tests.slurm.conftest import TASK, slow_until
+from tests.waiting import SECONDS
 
+# A run is not over before it is killed, however late that may be.
 ARGUMENTS = (
-    *("digits", "--epochs", 30, "--seed", 5),
+    *(TASK, "--epochs", 8, "--seed", 5, *slow_until("", at=100, file="killed")),
     *("--set", "checkpoint.every_steps=10", "--set", "train.ema_decay=0.9"),
     *("--set", "train.clip_norm=1.0"),
 )
@@ -31,15 +34,16 @@ def train_and_kill(hpctrain, ranks, after_seconds):
     with hpctrain.training(*ARGUMENTS, ranks=ranks) as process:
         time.sleep(after_seconds)
         kill_a_rank(process)
-        process.communicate(timeout=30)  # a rank's death ends the whole run
+        process.communicate(timeout=SECONDS)  # a rank's death ends the whole run
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_killed_and_resumed(hpctrain, ranks):
     seed = int(os.environ.get("HPCTRAIN_TEST_SEED", "0"))
     random.seed(seed)
-    hpctrain.train(*ARGUMENTS, "--out", "whole", ranks=ranks)
     train_and_kill(hpctrain, ranks, random.uniform(0, 0.4))
+    (hpctrain.folder / "killed").touch()
+    hpctrain.train(*ARGUMENTS, "--out", "whole", ranks=ranks)
     assert not (hpctrain.folder / "run" / "result.json").exists()
     resumed = hpctrain.train(*ARGUMENTS, "--out", "run", "--resume", "auto", ranks=ranks)
     assert "resumed at step" in resumed.stdout

@@ -1,6 +1,7 @@
 """What is secret in the environment reaches all ranks, and nobody's list of processes."""
 
 import contextlib
+import importlib.util
 import os
 import secrets
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hpctrain.horovod_build.patches import PATCHES
 from hpctrain.process import mpirun, run, search_path
 from hpctrain.slurm.hidden import hide, show
 from hpctrain.slurm.horovodrun import SHIM, arguments
@@ -56,7 +58,42 @@ def horovodrun(monkeypatch, tmp_path):
     return arguments([], "lo"), hide(os.environ) | {PYTHON: sys.executable}
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", "hpctrain launch", "horovodrun"])
+SSH = """#!/bin/sh
+# Hands the words behind its options and the host to a shell that has nothing of this environment.
+while case "$1" in -o) true;; *) false;; esac; do shift 2; done
+shift
+exec env -i PATH="$PATH" sh -c "$*"
+"""
+
+
+def horovodrun_by_ssh(monkeypatch, tmp_path):
+    """On this host and, by what stands for ssh, on another; Horovod as it is patched now."""
+    installed = Path(importlib.util.find_spec("horovod").origin).parent
+    text = (installed / "runner" / "gloo_run.py").read_text()
+    for patch in PATCHES:
+        if patch.file == "horovod/runner/gloo_run.py" and patch.new not in text:
+            assert patch.old in text
+            text = text.replace(patch.old, patch.new)
+    for folder in (installed, installed / "runner"):
+        here = tmp_path / "python" / folder.relative_to(installed.parent)
+        here.mkdir(parents=True)
+        for path in folder.iterdir():
+            if path.name not in ("runner", "gloo_run.py"):
+                (here / path.name).symlink_to(path)
+    (tmp_path / "python" / "horovod" / "runner" / "gloo_run.py").write_text(text)
+    (tmp_path / "bin").mkdir()
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.write_text(SSH)
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{search_path()}")
+    hosts = ["-H", "localhost:1,127.0.0.2:1", "--network-interfaces", "lo"]
+    return ["horovodrun", "--gloo", "-np", "2", *hosts]
+
+
+@pytest.mark.parametrize(
+    "launcher", ["mpirun", "hpctrain launch", "horovodrun", "horovodrun --gloo"]
+)
 def test_no_secret_in_arguments(launcher, monkeypatch, tmp_path):
     secret = secrets.token_hex(32)
     monkeypatch.setenv("HPCTRAIN_PS_KEY", secret)
@@ -67,6 +104,9 @@ def test_no_secret_in_arguments(launcher, monkeypatch, tmp_path):
         prefix = mpirun(2)
     elif launcher == "hpctrain launch":
         prefix = ["hpctrain", "launch", "-np", "2", "--"]
+    elif launcher == "horovodrun --gloo":
+        prefix = horovodrun_by_ssh(monkeypatch, tmp_path)
+        environment = dict(os.environ)
     else:
         prefix, environment = horovodrun(monkeypatch, tmp_path)
     script = (

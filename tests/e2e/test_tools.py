@@ -10,6 +10,7 @@ import torch
 
 from hpctrain.process import run
 from tests.e2e.conftest import result_of
+from tests.waiting import SECONDS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -27,7 +28,7 @@ def test_help_is_quick_and_loads_no_torch():
             f"cli.main({command!r}, standalone_mode=False)\n"
             "assert not {'torch', 'pydantic', 'h5py', 'numpy', 'matplotlib'} & set(sys.modules)"
         )
-        result = run([sys.executable, "-c", code], timeout_seconds=30)
+        result = run([sys.executable, "-c", code], timeout_seconds=SECONDS)
         assert result.returncode == 0, result.stdout
         assert "Usage:" in result.stdout
 
@@ -153,7 +154,7 @@ def test_own_loop_learns(hpctrain, launcher):
     prefix = hpctrain.prefix(0 if launcher == "alone" else 2, launcher)
     result = run(
         [*prefix, sys.executable, str(EXAMPLES / "own_loop.py")],
-        timeout_seconds=60,
+        timeout_seconds=SECONDS,
         cwd=hpctrain.folder,
     )
     assert result.returncode == 0, result.stdout
@@ -164,6 +165,6 @@ def test_interrupted(hpctrain):
     """Ctrl-C is exit code 130, at once, without a traceback."""
     with hpctrain.training("digits", "--epochs", 100000) as process:
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
     assert "Traceback" not in output and "interrupted" in output

@@ -18,15 +18,16 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
+import psutil
+
 from hpctrain.process import run, search_path
+from tests.waiting import SECONDS, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 NETWORK = "10.78.0"
 BRIDGE = "02:00:00:00:00:fe"
-START_SECONDS = 20
 CRED_SECONDS = 5  # a requeued job waits for so long; less counts as 120
 SPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 PMIX = Path("/usr/lib/x86_64-linux-gnu/pmix2/lib")
@@ -75,13 +76,16 @@ class Cluster:
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            # MPI's files are named after process numbers, which are small on each host and the
+            # same again after its loss. So each host has a folder of its own under this name.
+            "TMPDIR": str(self.folder / "own"),
         }
 
     # Up and down.
 
     def up(self):
         """Start everything; returns when all nodes are idle."""
-        for name in ("state", "spool", "log", "munge", "tmp"):
+        for name in ("state", "spool", "log", "munge", "tmp", "own"):
             (self.folder / name).mkdir()
         (self.folder / "munge").chmod(0o755)
         key = self.folder / "munge" / "munge.key"
@@ -110,9 +114,8 @@ class Cluster:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
-            deadline = time.monotonic() + START_SECONDS
-            while any(_alive(pid) for pid in pids) and time.monotonic() < deadline:
-                time.sleep(0.05)
+            with contextlib.suppress(AssertionError):
+                wait_until(lambda: not any(map(_alive, pids)), "the daemons to end", seconds=20)
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -220,7 +223,8 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
             f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs tmpfs /run && "
             f"mkdir -p /run/munge && cp {keep}/munge/munge.key /run/munge/ && "
             "chmod 400 /run/munge/munge.key && chmod 755 /run /run/munge && "
-            f"mount --bind {keep}/hosts /etc/hosts && ip link set lo up && echo up && "
+            f"mount --bind {keep}/hosts /etc/hosts && mount -t tmpfs tmpfs {keep}/own && "
+            "ip link set lo up && echo up && "
             # It also waits for orphans.
             "trap exit TERM; while :; do sleep 3600 & wait $!; done"
         )
@@ -296,19 +300,34 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         number = self.names.index(name) + 1
         _do([*self._inside("ctl"), "ip", "link", "set", f"port{number}", "up"])
 
+    @contextlib.contextmanager
+    def silent(self):
+        """Stop the controller meanwhile: afterwards it does what it was asked for."""
+        config = str(self.folder / "slurm.conf")
+        (controller,) = (
+            each
+            for each in psutil.process_iter(["name", "cmdline"])
+            if each.info["name"] == "slurmctld" and config in (each.info["cmdline"] or ())
+        )
+        controller.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            controller.send_signal(signal.SIGCONT)
+
     # Use.
 
     def command(self, *arguments):
         """A command as it is started on the controller's host, where one would log in."""
         return [*self._inside("ctl"), *map(str, arguments)]
 
-    def call(self, *arguments, cwd=None, timeout_seconds=120, env=None):
+    def call(self, *arguments, cwd=None, timeout_seconds=SECONDS, env=None):
         """Run a command there; it must succeed."""
         done = self.run(*arguments, cwd=cwd, timeout_seconds=timeout_seconds, env=env)
         assert done.returncode == 0, f"{arguments}: {done.returncode}: {done.stdout}"
         return done.stdout
 
-    def run(self, *arguments, cwd=None, timeout_seconds=120, env=None):
+    def run(self, *arguments, cwd=None, timeout_seconds=SECONDS, env=None):
         """Run a command there."""
         # Into the folder as the host sees it: nsenter --wd would keep this one's mount of it.
         go = ("sh", "-c", 'cd "$0" && exec "$@"', str(cwd or Path.cwd()))
@@ -321,28 +340,28 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
     def wait_idle(self, count=None):
         """Return when so many nodes, or all, are idle."""
         count = len(self.names) if count is None else count
-        deadline = time.monotonic() + 60
-        said = ""
-        while time.monotonic() < deadline:
-            said = self.run("sinfo", "--noheader", "--partition=debug", "--states=idle",
-                            "--format=%D").stdout  # fmt: skip
-            if sum(int(word) for word in said.split() if word.isdigit()) >= count:
-                return
-            time.sleep(0.1)
-        raise AssertionError(f"the nodes do not come up: {said}; see {self.folder}/log")
+        states = ("sinfo", "--noheader", "--partition=debug", "--states=idle", "--format=%D")
+
+        def idle():
+            said = self.run(*states).stdout
+            return sum(int(word) for word in said.split() if word.isdigit()) >= count
+
+        wait_until(idle, f"{count} idle nodes", tell=lambda: self.run("sinfo", "--Node").stdout)
 
     def field(self, job, name):
         """What ``scontrol show job`` says."""
         words = self.call("scontrol", "--oneliner", "show", "job", str(job)).split()
         return dict(word.partition("=")[::2] for word in words).get(name, "")
 
-    def wait_for(self, job, *states, seconds=60):
-        """Return when a job is in one of these states."""
-        deadline = time.monotonic() + seconds
-        while (state := self.field(job, "JobState")) not in states:
-            assert time.monotonic() < deadline, f"job {job} is {state}, not {states}"
-            time.sleep(0.1)
-        return state
+    def wait_for(self, job, *states, seconds=SECONDS):
+        """Return when a job is in one of these states; which."""
+
+        def state():
+            return self.field(job, "JobState")
+
+        wait_until(lambda: state() in states, f"job {job} to be {' or '.join(states)}",
+                   seconds=seconds, tell=lambda: f"it is {state()}")  # fmt: skip
+        return state()
 
 
 def _free_ports(count):
@@ -366,5 +385,5 @@ def _alive(pid):
 
 
 def _do(command, environment=None):
-    done = run([str(part) for part in command], timeout_seconds=START_SECONDS, env=environment)
+    done = run([str(part) for part in command], timeout_seconds=SECONDS, env=environment)
     assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stdout}"

@@ -2,15 +2,24 @@
 
 import getpass
 import json
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import result_of
 from tests.slurm.cluster import Cluster, has_pmix, missing
+from tests.waiting import SECONDS, wait_until
 
 NODES = 4
 TASK = Path(__file__).with_name("faulty_task.py")
+
+
+def slow_until(key, times=1, *, at=70, file="run/metrics.jsonl"):
+    """Options of the task: after ``at`` batches, hardly to go on until a file tells of that."""
+    options = {"hold": file, "key": key, "times": times, "at": at}
+    return [
+        word for name, value in options.items() for word in ("--set", f"options.{name}={value}")
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +30,8 @@ def session_cluster():
     if not has_pmix():
         pytest.skip("srun --mpi=pmix finds no libpmix.so: see CONTRIBUTING.md")
     cluster = Cluster(NODES)
+    # A busy machine may not let a rank give a sign of life for as long as is usual.
+    cluster.environment["HPCTRAIN__ELASTIC__HANG_SECONDS"] = "5"
     try:
         yield cluster.up()
     finally:
@@ -50,7 +61,7 @@ class Site:
         self.cluster = cluster
         self.folder = folder
 
-    def __call__(self, *arguments, seconds=200, env=None):
+    def __call__(self, *arguments, seconds=SECONDS, env=None):
         return self.cluster.run(
             "hpctrain", *arguments, cwd=self.folder, timeout_seconds=seconds, env=env
         )
@@ -62,34 +73,36 @@ class Site:
         number = done.stdout.split()[1].rstrip(":")
         return number, self.folder / "run"
 
-    def wait(self, run="run", seconds=200):
+    def wait(self, run="run"):
         """What `hpctrain jobs wait` returns and says."""
-        done = self("jobs", "wait", run, seconds=seconds)
+        done = self("jobs", "wait", run)
         return done.returncode, done.stdout
 
     def log(self, run="run"):
         """All logs of a run."""
         return "".join(path.read_text() for path in sorted((self.folder / run).glob("*.out")))
 
-    def until(self, condition, seconds=90):
+    def until(self, condition, what, **options):
         """Return when a condition holds."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.log()
-            time.sleep(0.05)
+        wait_until(condition, what, **{"tell": self.log, **options})
 
-    def reached(self, step, run="run"):
+    def ended(self, **options):
+        """Return the run's result, when it is there."""
+        self.until(lambda: (self.folder / "run" / "result.json").exists(), "a result", **options)
+        return result_of(self.folder / "run")
+
+    def reached(self, step, **options):
         """Return when the run has recorded a step."""
 
         def there():
-            lines = self.metrics(run)
+            lines = self.metrics()
             return bool(lines) and lines[-1]["step"] >= step
 
-        self.until(there)
+        self.until(there, f"step {step}", **options)
 
-    def metrics(self, run="run"):
+    def metrics(self):
         try:
-            text = (self.folder / run / "metrics.jsonl").read_text()
+            text = (self.folder / "run" / "metrics.jsonl").read_text()
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]

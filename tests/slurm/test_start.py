@@ -21,6 +21,33 @@ os._exit(0)
 """
 
 
+CAUSES = {
+    "SLURM_MEM_PER_CPU=100": "srun: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE",
+    "SLURM_EXPORT_ENV=NONE": "cannot start: hpctrain: No such file or directory",
+    "SLURM_EXCLUSIVE=1": "srun: Invalid --exclusive specification",
+    "SLURM_CPU_BIND=nonsense": 'srun: unrecognized --cpu-bind argument "nonsense"',
+}
+
+
+def test_srun_that_cannot_start(site):
+    """By what a job inherits: it fails once, with srun's own words, and no node is lost."""
+    numbers = {}
+    for cause in CAUSES:
+        name = cause.partition("=")[0]
+        Path(site.folder, f"{name}.toml").write_text(f'setup = ["export {cause}"]\n')
+        done = site("submit", "digits", "--mem", "200", "--site", f"{name}.toml", "--out", name,
+                    "--time", "10:00")  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        numbers[cause] = done.stdout.split()[1].rstrip(":")
+    for cause, number in numbers.items():
+        site.cluster.wait_for(number, "FAILED")
+        assert site.cluster.field(number, "Restarts") == "0"
+        lines = site.log(cause.partition("=")[0]).splitlines()
+        (line,) = (line for line in lines if line.startswith("hpctrain job: "))
+        assert line == lines[-1]
+        assert line.startswith(f"hpctrain job: failed: {CAUSES[cause]}") and "HINT: " in line
+
+
 def test_nobody_goes_before_the_last_has_come(site):
     """Open MPI's own fences let every rank pass at once under Slurm."""
     Path(site.folder, "program.py").write_text(PROGRAM)

@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.conftest import result_of
@@ -56,7 +57,7 @@ def test_by_hand(site):
     ]
     for number in numbers:
         log = site.folder / f"digits-{number}.out"
-        state = site.cluster.wait_for(number, "COMPLETED", "FAILED", "TIMEOUT", seconds=200)
+        state = site.cluster.wait_for(number, "COMPLETED", "FAILED", "TIMEOUT")
         assert state == "COMPLETED", log.read_text()
         assert (site.folder / "runs" / f"digits-{number}" / "result.json").exists()
 
@@ -68,6 +69,14 @@ def test_by_hand(site):
         (["--time", "3-0"], "--time 3-0: partition debug allows 2:00:00. HINT:"),
         (["--partition", "smal"], "there is no partition 'smal'. HINT: did you mean 'small'?"),
         (["--partitoin", "small"], "no option --partitoin"),
+        (
+            ["--partitoin=small"],
+            "(exit code 255). HINT: --partitoin: did you mean 'partition'?",
+        ),
+        (["--array", "1-2"], "each task of an --array would train in the same folder"),
+        (["--signal", "KILL"], "ends a process before it can save"),
+        (["--chdir", "nowhere"], "--chdir nowhere: No such file or directory"),
+        (["--output", "%j/log"], "Slurm makes no folders"),
         (["--mem", "1T"], "sbatch refuses: "),
         (["--epoch", "3"], "no option --epoch"),
         (["--set", "train.epoch=3"], "unknown key 'train.epoch'. HINT: did you mean"),
@@ -80,6 +89,48 @@ def test_refused_before_queueing(site, arguments, words):
     (line,) = done.stdout.splitlines()
     assert words in line
     assert site.cluster.call("squeue", "--noheader").strip() == ""
+
+
+def test_what_sbatch_takes(site):
+    """By its short names; a hidden partition; logs in folders that are not there, `%` in a name."""
+    site.cluster.call("scontrol", "update", "PartitionName=small", "Hidden=YES")
+    (site.folder / "elsewhere").mkdir()
+    try:
+        done = site("submit", "digits", "-N", 1, "-psmall", "--gres", "gpu:2", "--signal", "INT@60",
+                    "--output", "a%%b/logs/%x-%j.txt", "--chdir", "elsewhere", "--epochs", 1,
+                    "--max-requeues=3", "--out", "100%", "--time", "9:00", "--wait")  # fmt: skip
+    finally:
+        site.cluster.call("scontrol", "update", "PartitionName=small", "Hidden=NO")
+    assert done.returncode == 0, done.stdout
+    (log,) = (site.folder / "elsewhere" / "a%b" / "logs").glob("digits-*.txt")
+    assert "on 2 ranks under srun" in log.read_text()
+    assert site("jobs", "logs", "100%").stdout == log.read_text()
+    assert result_of(site.folder / "100%")["world"][0]["size"] == 2
+
+
+SECRETS = {name: f"s3cret-{n}" for n, name in enumerate(
+    ("HPCTRAIN_PS_KEY", "WANDB_API_KEY", "MY_PIN", "SLURM_MINE", "OMPI_MCA_mine"))}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_no_secret_can_be_read(site, launcher):
+    """By others: in command lines on any node, or in what is kept of a run."""
+    given = {**SECRETS, "HPCTRAIN_PS_KEY": "5ec2e7" * 10 + "0000"}
+    export = ",".join(["ALL", "GIVEN=s3cret-given"])
+    _, run = site.submit(TASK, "--nodes", 2, "--epochs", 20, "--set", "options.pause=0.05",
+                         "--set", "log.every_steps=5", "--launcher", launcher, "--export", export,
+                         env=given)  # fmt: skip
+    site.reached(5)
+    lines = [" ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"])]
+    assert any(str(run.name) in line and "hpctrain train" in line for line in lines)
+    shown = [line for line in lines if "s3cret" in line or "5ec2e7" in line]
+    # What was typed is the one who typed it's.
+    assert [line for line in shown if "submit" not in line] == []
+    for name in ("submission.json", "job.sbatch", "config.toml"):
+        text = (run / name).read_text()
+        assert "s3cret" not in text and "5ec2e7" not in text
+    assert (run / "submission.json").stat().st_mode & 0o077 == 0
+    assert site("jobs", "cancel", "run").returncode == 0
 
 
 def test_test_only(site):

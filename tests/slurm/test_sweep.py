@@ -24,7 +24,7 @@ def test_an_array(site):
     done = site(
         "sweep", TASK, "--set", "options.pause=0.01", "--space", "space.toml",
         "--trials", 12, "--jobs", 4, "--submit",
-        "--epochs", 4, "--out", "sweep", "--time", "10:00", "--wait", seconds=280,
+        "--epochs", 4, "--out", "sweep", "--time", "10:00", "--wait",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     with (site.folder / "sweep" / "trials.csv").open() as file:
@@ -37,6 +37,29 @@ def test_an_array(site):
     assert again.returncode == 0, again.stdout
     best = result_of(site.folder / "sweep" / f"trial-{int(rows[0]['trial']):04}")
     assert result_of(site.folder / "again")["parameters_sha256"] == best["parameters_sha256"]
+
+
+def test_trials_go_on(site):
+    """Told that time is up, or put back by others, each with its values."""
+    (site.folder / "space.toml").write_text(SPACE)
+    done = site(
+        "sweep", TASK, "--set", "options.pause=0.1", "--set", "log.every_steps=5", "--space",
+        "space.toml", "--trials", 3, "--jobs", 3, "--submit", "--epochs", 3, "--out", "sweep",
+        "--time", "10:00",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    number = done.stdout.split()[2].rstrip(":")
+    chosen = {}
+    for task, order in enumerate(["scancel --signal=USR1 --batch"] * 2 + ["scontrol requeue"], 1):
+        log = site.folder / "sweep" / f"faulty_task-{number}_{task}.out"
+        site.until(lambda log=log: log.exists() and "faulty_task.py: " in log.read_text(), "ranks")
+        chosen[task] = log.read_text().splitlines()[0]
+        site.cluster.call(*order.split(), f"{number}_{task}")
+    for task, line in chosen.items():
+        site.cluster.wait_for(f"{number}_{task}", "COMPLETED")
+        log = (site.folder / "sweep" / f"faulty_task-{number}_{task}.out").read_text()
+        assert log.splitlines().count(line) == 2 and ": interrupted\n" in log
+    assert site("trials", "sweep").stdout.count("complete") == 3
 
 
 def test_by_hand(site):
@@ -53,11 +76,11 @@ def test_by_hand(site):
         (site.folder / f"{name}.sbatch").write_text(script)
         said = site.cluster.call("sbatch", "--parsable", f"{name}.sbatch", cwd=site.folder)
         numbers.append(said.strip())
-    site.cluster.wait_for(numbers[1], "COMPLETED", "FAILED", seconds=200)
+    site.cluster.wait_for(numbers[1], "COMPLETED", "FAILED")
     log = (site.folder / f"scaling-{numbers[1]}.out").read_text()
     rows = log[log.index("RUN ") :].splitlines()
     assert [row.split()[1] for row in rows] == ["RANKS", "1", "2"], log
     for task in (1, 2):
-        site.cluster.wait_for(f"{numbers[0]}_{task}", "COMPLETED", seconds=100)
+        site.cluster.wait_for(f"{numbers[0]}_{task}", "COMPLETED")
     shown = site("trials", f"runs/digits-{numbers[0]}")
     assert shown.stdout.count("complete") == 2

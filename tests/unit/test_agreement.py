@@ -28,7 +28,7 @@ def test_ranks_that_are_alike_are_left_alone() -> None:
     compare(Alone(), values)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 4), st.data())
 def test_the_first_difference_is_named_with_ranks_and_values(size: int, data: Any) -> None:
     names = ["task", "seed", "train.lr", "data"]
@@ -65,7 +65,7 @@ def _model() -> nn.Module:
     return nn.Sequential(nn.Linear(40, 300), nn.BatchNorm1d(300), nn.Linear(300, 3))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 3), st.data())
 def test_one_changed_bit_is_found_and_its_parameter_named(size: int, data: Any) -> None:
     models = [copy.deepcopy(_model()) for _ in range(size)]
@@ -91,7 +91,7 @@ def test_all_ranks_alike_even_where_nothing_is_a_number() -> None:
     assert told == [None] * 3
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(TYPES),
     st.lists(st.integers(1, 60), max_size=3),

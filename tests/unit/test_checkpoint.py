@@ -156,6 +156,7 @@ for step in itertools.count(first + 1):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_a_good_one_is_left(tmp_path):
     """SIGKILL at random moments of a process that does nothing but save."""
     random.seed(0)

@@ -45,6 +45,37 @@ SLURM_STEP = {
         (SLURM_STEP, Launch("srun", 4, 5, 0, 1)),
         ({**SLURM_STEP, "PMIX_RANK": "4"}, Launch("srun", 4, 5, 0, 1)),
         ({**SLURM_STEP, "PMI_RANK": "4", "PMI_SIZE": "5"}, Launch("srun", 4, 5, 0, 1)),
+        # Rank 5 of 8 on the second of two hosts, by launchers that set PMI's variables, too.
+        *(
+            ({"PMI_RANK": "5", "PMI_SIZE": "8", **variables}, Launch(name, 5, 8, 1, 4))
+            for name, variables in (
+                (
+                    "mpiexec",
+                    {"PALS_RANKID": "5", "PALS_LOCAL_RANKID": "1", "PMI_LOCAL_SIZE": "4"},
+                ),
+                (
+                    "mpirun",
+                    {
+                        "MV2_COMM_WORLD_RANK": "5",
+                        "MV2_COMM_WORLD_SIZE": "8",
+                        "MV2_COMM_WORLD_LOCAL_RANK": "1",
+                        "MV2_COMM_WORLD_LOCAL_SIZE": "4",
+                    },
+                ),
+                (
+                    "flux run",
+                    {
+                        "FLUX_TASK_RANK": "5",
+                        "FLUX_JOB_SIZE": "8",
+                        "FLUX_TASK_LOCAL_ID": "1",
+                        "FLUX_JOB_NNODES": "2",
+                    },
+                ),
+                ("mpirun", {"PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}),
+                # MPICH's mpirun starts its daemons by srun.
+                ("mpirun", {**SLURM_STEP, "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}),
+            )
+        ),
         # The batch shell is no rank.
         ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "5"}, ALONE),
     ],

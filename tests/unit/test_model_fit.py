@@ -47,6 +47,7 @@ def measured(true, rng, strategies=("horovod", "ps:1"), ranks=(2, 4, 8)):
     return records
 
 
+@pytest.mark.slow
 @settings(max_examples=8, derandomize=True, phases=(Phase.explicit, Phase.generate))
 @given(
     st.floats(2e-5, 5e-4), st.floats(0.6, 1.0), st.floats(5e-10, 3e-9), st.floats(0.2, 0.8),
@@ -75,6 +76,7 @@ TRUE = {"latency_seconds": 1e-4, "link_share": 0.9, "reduce_seconds_per_byte": 1
         "contention": 0.4}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_intervals_hold_as_often_as_they_say():
     held = dict.fromkeys(TRUE, 0)
     predicted = total = 0

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -140,6 +141,7 @@ topologies = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=100, phases=PHASES)
 @given(
     **topologies,
@@ -172,6 +174,7 @@ def slow_choice(seed, workers):
     return choose
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, phases=PHASES)
 @given(
     workers=st.integers(2, 4), servers=st.integers(1, 2), bound=st.integers(0, 4),
@@ -211,6 +214,7 @@ def test_a_lost_worker_is_forgotten(workers, servers, seed, consistency, tick, s
         assert simulation.clients[worker].clock >= 6
 
 
+@pytest.mark.slow
 @settings(max_examples=100, phases=PHASES)
 @given(
     workers=st.integers(1, 3), servers=st.integers(2, 4), seed=st.integers(0, 10**6),

@@ -4,6 +4,7 @@ import threading
 import types
 from collections import defaultdict
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +155,7 @@ class Meeting(Simulation):
         return iter(())
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     consistency=st.sampled_from(["sync", "async", "ssp:1", "backup:1"]),

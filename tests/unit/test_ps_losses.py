@@ -4,6 +4,7 @@ import random
 import threading
 import types
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -117,6 +118,7 @@ class Lossy(Simulation):
         return client._fetching.complete
 
 
+@pytest.mark.slow
 @settings(max_examples=300, phases=PHASES)
 @given(
     workers=st.integers(2, 4), servers=st.integers(2, 4), seed=st.integers(0, 10**6),

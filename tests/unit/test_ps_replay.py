@@ -58,6 +58,7 @@ def contents(folder, workers):
     return [about.asked, about.clocks, slices]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, phases=PHASES)
 @given(
     workers=st.integers(1, 4), servers=st.tuples(st.integers(1, 3), st.integers(1, 4)),

@@ -15,11 +15,12 @@ from hpctrain.slurm.cause import root_cause, said
 from hpctrain.slurm.hosts import Node, expand, nodes
 from hpctrain.slurm.options import directive, parse, seconds
 from hpctrain.slurm.render import HERE, render
-from hpctrain.slurm.site import Site, load
+from hpctrain.slurm.schedulers import directives
+from hpctrain.slurm.site import Container, Site, load, quote
 from hpctrain.slurm.ssh import split
-from hpctrain.slurm.submit import Request, command_line, environment
+from hpctrain.slurm.submit import Request, Warn, command_line, environment
 
-TEMPLATES = sorted(path.stem for path in HERE.glob("*.sbatch"))
+TEMPLATES = sorted(path.name for path in HERE.glob("*.sbatch")) + ["unattended.sh"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_no_time_limit():
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_are_scripts(name):
     """As they are, and filled in; with long option names, and safe settings."""
-    text = (HERE / f"{name}.sbatch").read_text()
+    text = (HERE / name).read_text()
     blocks = re.findall(r"#% block (\w+)", text)
     filled = render(name, {block: f"# {block} is here" for block in blocks})
     assert not re.search(r"^#%", filled, re.MULTILINE)
@@ -155,6 +156,165 @@ def test_no_secrets_are_kept():
     made = request(options={"export": "ALL,WANDB=s3cret"})
     assert made.resolved()["export"] == "ALL,WANDB" and "s3cret" not in made.script(line)
     assert made.environment()["WANDB"] == "s3cret"
+
+
+@pytest.mark.parametrize(
+    ("asked", "site", "ranks"),
+    [
+        ({"gpus-per-node": "4"}, {}, {"ntasks-per-node": "4", "nodes": "2"}),
+        ({"gpus-per-node": "a100:4"}, {}, {"ntasks-per-node": "4"}),
+        ({"gres": "gpu:4"}, {}, {"ntasks-per-node": "4"}),
+        ({"gres": "gpu:a100:4,nvme:100"}, {}, {"ntasks-per-node": "4"}),
+        ({"gres": "gpu"}, {}, {"ntasks-per-node": "1"}),
+        ({"gres": "nvme:100"}, {}, {"ntasks-per-node": "1"}),
+        ({"gpus": "8"}, {}, {"ntasks-per-node": "4", "ntasks": None}),
+        ({"gpus": "7"}, {}, {"ntasks": "7", "ntasks-per-node": None}),
+        ({"gpus": "8", "gpus-per-task": "2"}, {}, {"ntasks-per-node": "2"}),
+        ({"gpus-per-node": "4", "gpus-per-task": "2"}, {}, {"ntasks-per-node": "2"}),
+        ({"gpus-per-task": "1", "ntasks": "6"}, {}, {"ntasks": "6", "ntasks-per-node": None}),
+        ({}, {"gres": "gpu:4"}, {"ntasks-per-node": "4"}),
+        ({}, {"ntasks": 6}, {"ntasks": "6", "ntasks-per-node": None}),
+        ({}, {"ntasks-per-node": 3, "gpus-per-node": 4}, {"ntasks-per-node": "3"}),
+        # What is asked for goes before the site's, also where it is said in another way.
+        ({"gres": "gpu:2"}, {"gpus-per-node": 4, "ntasks-per-node": 4},
+         {"ntasks-per-node": "2", "gpus-per-node": None}),
+        ({"gpus-per-node": "2"}, {"gres": "gpu:4,nvme:1"},
+         {"ntasks-per-node": "2", "gres": "nvme:1"}),
+        ({"mem-per-cpu": "2G"}, {"mem": 0}, {"mem": None, "mem-per-cpu": "2G"}),
+        ({"no-requeue": ""}, {}, {"requeue": None, "no-requeue": ""}),
+    ],
+)  # fmt: skip
+def test_ranks_by_gpus(asked, site, ranks):
+    found = request(options={"nodes": "2", **asked}, site=Site(options=site)).resolved()
+    assert {name: found.get(name) for name in ranks} == ranks
+
+
+def test_what_does_not_say_how_many_ranks():
+    with pytest.raises(Error, match="does not say how many ranks"):
+        request(options={"gpus-per-task": "1"}).resolved()
+    with pytest.raises(Error, match="no number of GPUs"):
+        request(options={"gpus-per-node": "many"}).resolved()
+
+
+def test_an_array_would_share_a_folder():
+    with pytest.raises(Error, match="--array would train in the same folder"):
+        request(options={"array": "1-3"}).script("x")
+
+
+def test_the_signal_that_time_is_up():
+    script = request(warn=Warn.parse("INT@300")).script("x")
+    assert "#SBATCH --signal=B:INT@300" in script and "trap '' INT" in script
+    assert 'job=(hpctrain job --run "$run" --max-requeues 20 --signal INT)' in script
+    site = Site(options={"signal": "B:USR2@600"})
+    assert "#SBATCH --signal=B:USR2@600" in request(site=site).script("x")
+    assert "#SBATCH --signal=B:USR1@120" in request().script("x")
+    for wrong in ("KILL", "USR1@soon", "B:", "NOTHING"):
+        with pytest.raises(Error, match="HINT"):
+            Warn.parse(wrong)
+
+
+def test_names_with_percent_signs_and_folders():
+    assert request(run=Path("a%j")).resolved()["output"] == "a%%j/%x-%j.out"
+    elsewhere = request(options={"chdir": "/tmp"}, run=Path("runs/a"))
+    assert elsewhere.resolved()["output"] == str(Path.cwd() / "runs/a/%x-%j.out")
+    assert f"run={Path.cwd() / 'runs/a'}" in elsewhere.script("x")
+
+
+def test_the_lines_of_a_site_go_in_order():
+    """A purge before what is loaded, what is activated after; and none of it under `set -u`."""
+    site = Site(
+        modules=["cuda/12"],
+        setup=["conda activate a", "module --force purge", "ml use /appl"],
+        environment={"A": "$HOME/b", "B": "$(rm -rf /)`x`"},
+    )
+    lines = request(site=site).script("x").splitlines()
+    order = ["trap '' USR1", "module --force purge", "ml use /appl", "module load cuda/12",
+             "conda activate a", 'export A="$HOME/b"', "export B='$(rm -rf /)`x`'",
+             "set -euo pipefail"]  # fmt: skip
+    assert [line for line in lines if line in order] == order
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="\0", codec="utf-8")))
+def test_words_mean_what_they_say(text):
+    """To bash; but for variables, which are expanded."""
+    said = subprocess.run(
+        ["bash", "-c", f"printf %s {quote(text + '$HERE/${HERE}')}"],
+        env={"HERE": "a b"}, capture_output=True, check=False, text=True, encoding="utf-8",
+    )  # fmt: skip
+    if "$" not in text:
+        assert said.stdout == text.replace("\r\n", "\n").replace("\r", "\n") + "a b/a b"
+    assert said.returncode == 0
+
+
+def test_launchers():
+    own = Site(
+        launcher="mpiexec -n {ranks} --ppn {ranks_per_node} -d $DIR", launcher_options=["-v"]
+    )
+    words = '"$SLURM_NTASKS" --ppn "$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))" -d "$DIR" -v'
+    assert own.launch() == f"mpiexec -n {words}"
+    assert own.launch("ibrun") == "ibrun"
+    box = Container(image="$IMAGES/a.sif", binds=["$SCRATCH:/data", "/a b"])
+    assert (
+        Site(container=box)
+        .launch()
+        .endswith("""apptainer exec --bind "$SCRATCH:/data" --bind '/a b' "$IMAGES/a.sif\"""")
+    )
+    for wrong in ("srn", "flux run -n {rank}", "'"):
+        with pytest.raises(Error, match="HINT"):
+            Site(launcher=wrong).launch()
+
+
+SITES = {
+    "perlmutter": ["#SBATCH --constraint=gpu", "#SBATCH --gpus-per-node=4", "--mpi=cray_shasta"],
+    "mahti": ["#SBATCH --gres=gpu:a100:4", "module purge\nmodule load pytorch"],
+    "lumi-g": ["#SBATCH --partition=standard-g", "#SBATCH --mem=480G", "singularity exec --rocm"],
+    "juwels-booster": ["#SBATCH --gres=gpu:4", "module --force purge\nmodule load Stages/2024",
+                       "--mpi=pspmix"],
+    "frontier": ["#SBATCH --cpus-per-task=7", 'MIOPEN_USER_DB_PATH="/tmp/$USER-miopen"'],
+    "setonix": ["#SBATCH --gres=gpu:8", "#SBATCH --exclusive", "--gpus-per-task=1"],
+    "marenostrum5": ["#SBATCH --qos=acc_ehpc", "#SBATCH --cpus-per-task=20"],
+    "frontera": ["#SBATCH --partition=normal", "launch=(ibrun)"],
+    "polaris": ["#PBS -l select=2:system=polaris", "#PBS -l walltime=1:00:00", "#PBS -q prod",
+                "#PBS -A abc", 'cd "$PBS_O_WORKDIR"', "mpiexec -n 8 --ppn 4 --depth=8",
+                "--world-size 8"],
+    "tuolumne": ["#flux: --nodes=2", "#flux: --nslots=8", "#flux: --time-limit=60m",
+                 "#flux: --bank=abc", "flux run --nodes=2 --ntasks=8"],
+    "a100-nccl": ["#SBATCH --gpus-per-node=4"],
+    "cpu-openmpi": ["launch=(mpirun --bind-to none)"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (HERE / "sites").glob("*.toml")])
+def test_sites(name):
+    """The scripts of real clusters, as their documentation has them."""
+    options = {"nodes": "2", "account": "abc"}
+    script = request(site=load(name, {}), options=options).script("made")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert SITES[name]
+    for words in SITES[name]:
+        assert words in script
+    kinds = {line.partition(" ")[0] for line in script.splitlines() if re.match(r"#\w", line)}
+    assert len(kinds) == 1  # directives of one scheduler
+
+
+def test_other_schedulers():
+    size = {"nodes": "3", "ntasks-per-node": "2", "cpus-per-task": "4", "gpus-per-node": "2"}
+    asked = {**size, "time": "1-1:30", "partition": "q"}
+    assert directives("pbs", asked, []) == [
+        "#PBS -l walltime=25:30:00",
+        "#PBS -l select=3:mpiprocs=2:ncpus=8:ompthreads=4:ngpus=2",
+        "#PBS -q q",
+    ]
+    assert directives("lsf", asked, ["-x"]) == [
+        "#BSUB -W 25:30", "#BSUB -n 6", '#BSUB -R "span[ptile=2]"', '#BSUB -gpu "num=2"',
+        "#BSUB -q q", "#BSUB -x",
+    ]  # fmt: skip
+    with pytest.raises(Error, match="--constraint has no counterpart in flux"):
+        directives("flux", {**asked, "constraint": "a"}, [])
+    with pytest.raises(Error, match="not said"):
+        directives("flux", {"nodes": "2", "ntasks": "3"}, [])
+    with pytest.raises(Error, match="cannot stand in a batch script"):
+        directives("pbs", {**asked, "account": "a\n#PBS -W x"}, [])
 
 
 def test_the_arguments_of_ssh():

@@ -8,10 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from hpctrain.world import Alone
+from hpctrain.launcher import ALONE
+from hpctrain.recorder import Silent
+from hpctrain.strategies.base import DistributedOptimizer
+from hpctrain.trainer import Trainer
+from hpctrain.world import Alone, World
+from tests.waiting import SECONDS
 
 T = TypeVar("T")
-WAIT_SECONDS = 60.0
 
 
 class ThreadCommunicator(Alone):
@@ -23,9 +27,9 @@ class ThreadCommunicator(Alone):
 
     def _exchange(self, value: Any) -> list[Any]:
         self._given[self.rank] = value
-        self._meet.wait(WAIT_SECONDS)
+        self._meet.wait(SECONDS)
         taken = list(self._given)
-        self._meet.wait(WAIT_SECONDS)
+        self._meet.wait(SECONDS)
         return taken
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -56,5 +60,75 @@ def on_ranks(size: int, action: Callable[[ThreadCommunicator], T]) -> list[T | B
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(2 * WAIT_SECONDS)
+        thread.join(2 * SECONDS)
     return results
+
+
+class AveragingOptimizer(DistributedOptimizer):
+    """Averages gradients when all have been computed."""
+
+    def __init__(self, inner: Any, comm: ThreadCommunicator, clip_norm: float | None) -> None:
+        super().__init__(inner, clip_norm)
+        self._comm = comm
+        self._done = False
+
+    def synchronize(self) -> None:
+        """Zeros where this rank has none."""
+        if self._done:
+            return
+        for parameter in self._parameters():
+            gradient = parameter.grad
+            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+            self._comm.all_reduce(parameter.grad)
+            parameter.grad /= self._comm.size
+        self._done = True
+
+    def step(self, closure: Any = None) -> Any:
+        """As any other."""
+        result = super().step(closure)
+        self._done = False
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any other."""
+        super().zero_grad(set_to_none)
+        self._done = False
+
+
+class Averaging:
+    """A strategy in lockstep, of threads."""
+
+    name = "threads"
+    lockstep = True
+    stopped = False
+    joined = None
+    outlives = None
+    elastic = None
+
+    def __init__(self) -> None:
+        self.world = World(ALONE)
+
+    def wrap(self, model: Any, optimizer: Any, *, clip_norm: float | None = None) -> Any:
+        """Every rank has begun with the same model."""
+        return AveragingOptimizer(optimizer, self.world.comm, clip_norm)  # type: ignore[arg-type]
+
+
+def train_on_ranks(size: int, make: Callable[[Averaging, int], Trainer]) -> list[Any]:
+    """Train on so many ranks; what each raised, or its trainer.
+
+    Args:
+        size: Of the world.
+        make: A trainer, for a strategy and a rank; called one after the other, because random
+            generators belong to the process.
+    """
+    strategies = [Averaging() for _ in range(size)]
+    trainers = [make(strategy, rank) for rank, strategy in enumerate(strategies)]
+
+    def run(comm: ThreadCommunicator) -> Trainer:
+        trainer = trainers[comm.rank]
+        strategies[comm.rank].world.comm = comm
+        trainer.restore(None)
+        trainer.run(Silent())
+        return trainer
+
+    return on_ranks(size, run)
