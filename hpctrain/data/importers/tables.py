@@ -206,7 +206,7 @@ class Tables(Importer):
                 return table.schema_arrow
         if _is_delimited(file):
             cut = self._dialect(file)
-            with reading(file, pa.ArrowException), cut.open(file, None, None) as table:
+            with reading(file, pa.ArrowException, ValueError), cut.open(file, None, None) as table:
                 return table.schema
         schemas = [batch.schema for batch in json_lines.batches(file)]
         return _unified(schemas, file) if schemas else pa.schema([])
@@ -271,7 +271,7 @@ class Tables(Importer):
 
 
 def _unified(schemas: list[Any], path: Path) -> Any:
-    with reading(path, pa.ArrowException):
+    with reading(path, pa.ArrowException, ValueError):
         return pa.unify_schemas(schemas, promote_options="permissive").remove_metadata()
 
 
@@ -293,7 +293,7 @@ def _is_delimited(file: Path) -> bool:
 def _parquet(file: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with reading(file, pa.ArrowException), pyarrow.parquet.ParquetFile(file) as table:
+    with reading(file, pa.ArrowException, ValueError), pyarrow.parquet.ParquetFile(file) as table:
         yield table
 
 
