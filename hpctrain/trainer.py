@@ -283,6 +283,7 @@ class Trainer:
                 self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
             )
             self.optimizer.mark = self._laps.lap
+            self.optimizer.overlaps = True
         elif self._elastic is not None:
             # Once more: another rank was lost before all had begun. No step has ended.
             assert isinstance(self.optimizer, ElasticOptimizer) and self._committed is not None

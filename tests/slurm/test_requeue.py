@@ -84,8 +84,9 @@ def test_a_controller_that_is_silent(site, whole):
     site.cluster.call("scancel", "--signal=USR1", "--batch", number)
     with site.cluster.silent():
         # scontrol gives up after 10 s.
-        site.until(lambda: "to be started again" in site.log())
+        site.until(lambda: "to be started again" in site.log(), "the job to ask")
         time.sleep(13)
+    (site.folder / "go").touch()
     assert site.wait()[0] == 0, site.log()
     assert_same(run, whole, ["start", "resumed"])
     assert "instead" not in site.log()
@@ -100,11 +101,12 @@ def test_a_chain_of_three(site, whole):
     numbers = [number]
     for _ in range(2):
         log = run / f"faulty_task-{numbers[-1]}.out"
-        site.until(lambda log=log: log.exists() and "faulty_task.py: " in log.read_text())
+        site.until(lambda log=log: log.exists() and "faulty_task.py: " in log.read_text(), "ranks")
         site.cluster.call("scancel", "--signal=USR1", "--batch", numbers[-1])
-        site.until(lambda log=log: "goes on as job " in log.read_text())
+        site.until(lambda log=log: "goes on as job " in log.read_text(), "the next job")
         numbers.append(log.read_text().rpartition("goes on as job ")[2].split()[0])
         assert site("jobs", "--runs", ".").stdout.splitlines()[1].split()[0] == numbers[-1]
+    (site.folder / "go").touch()
     assert "for the 2. time" in site.log() and len(set(numbers)) == 3
     other = site("submit", TASK, "--out", "run")
     assert other.returncode == 2 and f"is that of job {numbers[-1]}, which is" in other.stdout

@@ -52,11 +52,11 @@ def test_trials_go_on(site):
     chosen = {}
     for task, order in enumerate(["scancel --signal=USR1 --batch"] * 2 + ["scontrol requeue"], 1):
         log = site.folder / "sweep" / f"faulty_task-{number}_{task}.out"
-        site.until(lambda log=log: log.exists() and "faulty_task.py: " in log.read_text())
+        site.until(lambda log=log: log.exists() and "faulty_task.py: " in log.read_text(), "ranks")
         chosen[task] = log.read_text().splitlines()[0]
         site.cluster.call(*order.split(), f"{number}_{task}")
     for task, line in chosen.items():
-        site.cluster.wait_for(f"{number}_{task}", "COMPLETED", seconds=150)
+        site.cluster.wait_for(f"{number}_{task}", "COMPLETED")
         log = (site.folder / "sweep" / f"faulty_task-{number}_{task}.out").read_text()
         assert log.splitlines().count(line) == 2 and ": interrupted\n" in log
     assert site("trials", "sweep").stdout.count("complete") == 3
