@@ -100,10 +100,6 @@ def test_what_cannot_be_shared(strategy, server, world, kind):
         turned = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
         with pytest.raises(Error, match="complex64 cannot be served"):
             how.wrap(turned, sgd(turned))
-    sparse = linear()
-    sparse.register_buffer("adjacency", torch.eye(2).to_sparse())
-    with pytest.raises(Error, match=r"'.*' is a sparse_coo tensor"):
-        how.wrap(sparse, sgd(sparse))
 
 
 def test_a_second_model_with_the_same_servers(server, world):
