@@ -159,6 +159,8 @@ class _Run:
         finally:
             if self._recorder is not None:
                 self._recorder.close()
+            if self._lock is not None:
+                self._lock.close()
             if how.elastic is not None and self._world.rank == 0:
                 end_job(how.elastic.membership.lost_hosts)
         self._world.comm.close()

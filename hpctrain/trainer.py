@@ -115,7 +115,7 @@ class Trainer:
         self.splits = splits_of(task, read)
         self._validation = self._validates()
         set_start_seeds(config.seed)
-        model = prepared(model_of(task), self.device, config.train.dtype)
+        model = prepared(model_of(task, self.world.size), self.device, config.train.dtype)
         if config.train.sync_batchnorm:
             self._synchronize_batchnorm(model, strategy)
         optimizer = optimizer_of(task, model, read)
