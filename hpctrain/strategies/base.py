@@ -80,6 +80,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def __init__(self, inner: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
         # The base class's own start is left out on purpose: it would make a second set of groups.
         self.inner = inner
+        # Who goes on using the inner one alone has gradients averaged still: this lives as long.
+        inner.__dict__["_wrapped_by"] = self
         self.clip_norm = clip_norm
         self._needs_closure = needs_closure(inner)
         self.grad_norm: torch.Tensor | None = None

@@ -745,11 +745,12 @@ class ParameterServer:
                 hint="give one optimizer the parameters of all models, as groups; or make another "
                 "strategy for the next model, with PsConfig(colocate=True); or use horovod.",
             )
-        self._wrapped = True
         if self.ends.recruit is None:
             check_alike(comm, model, optimizer)
             share_rest(comm, model, optimizer)
-        return PsOptimizer(model, optimizer, self.ends, comm, clip_norm)
+        wrapped = PsOptimizer(model, optimizer, self.ends, comm, clip_norm)
+        self._wrapped = True
+        return wrapped
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -75,7 +75,8 @@ def test_state_of_every_kind(strategy, world, kind):
 def test_complex_gradients(strategy, world):
     weight = nn.Parameter(torch.ones(3, dtype=torch.complex64))
     model = nn.ParameterList([weight])
-    strategy.wrap(model, torch.optim.SGD([weight], lr=0.1)).zero_grad()
+    optimizer = strategy.wrap(model, torch.optim.SGD([weight], lr=0.1))
+    optimizer.zero_grad()
     turn = torch.tensor(1.0 + 2.0j * world.rank)
     (weight * turn).real.sum().backward()
     plain = torch.ones(3, dtype=torch.complex64, requires_grad=True)
