@@ -350,8 +350,10 @@ class BlockCache:
         self._read = read
         self._slots = max(1, min(blocks, room // (rows * row_bytes)))
         # So few blocks at a time that there is room for them whatever other threads hold.
-        takers = min(TAKERS, self._slots)
+        takers = min(TAKERS, max(1, self._slots // TAKERS))
         self._most = self._slots // takers
+        if self._slots == blocks:  # there is room for all
+            takers, self._most = TAKERS, blocks
         # Address space for all of them; pages are given only when they are first written.
         size = self._slots * rows * row_bytes
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE

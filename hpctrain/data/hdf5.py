@@ -178,7 +178,10 @@ def _same_bytes(stored: Any, dtype: np.dtype[Any]) -> bool:
     if _COMPLEX is not None and kind == _COMPLEX and dtype.kind == "c":
         half = np.dtype(f"{dtype.str[0]}f{dtype.itemsize // 2}")
         return _same_bytes(stored.get_super(), half)
-    if kind not in (h5t.INTEGER, h5t.BITFIELD, h5t.FLOAT):
+    if kind == h5t.BITFIELD:
+        order = "BE" if dtype.str[0] == ">" else "LE"
+        return dtype.kind == "u" and stored == getattr(h5t, f"STD_B{8 * dtype.itemsize}{order}")
+    if kind not in (h5t.INTEGER, h5t.FLOAT):
         return False
     order = h5t.ORDER_BE if dtype.str[0] == ">" else h5t.ORDER_LE
     whole = stored.get_precision() == 8 * dtype.itemsize and stored.get_offset() == 0
@@ -188,9 +191,7 @@ def _same_bytes(stored: Any, dtype: np.dtype[Any]) -> bool:
         found = (tuple(stored.get_fields()), stored.get_ebias())
         implied = stored.get_norm() == h5t.NORM_IMPLIED
         return dtype.kind == "f" and implied and found == _IEEE.get(dtype.itemsize)
-    if kind == h5t.INTEGER:
-        return dtype.kind == ("i" if stored.get_sign() == h5t.SGN_2 else "u")
-    return dtype.kind == "u"
+    return dtype.kind == ("i" if stored.get_sign() == h5t.SGN_2 else "u")
 
 
 def own_bytes(dataset: h5py.Dataset) -> bool:
