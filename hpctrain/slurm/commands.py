@@ -93,6 +93,12 @@ def call(
     raise Unanswered(f"{program}: Slurm does not answer: {text}.", hint="it may in a while.")
 
 
+def not_started(words: str) -> bool:
+    """Whether srun has started nothing because Slurm did not answer, by what it says."""
+    began = re.search("unable to (confirm allocation|allocate|create step)", words, re.IGNORECASE)
+    return began is not None and _SILENCE.search(words) is not None
+
+
 def checked(job: str) -> str:
     """A job's number, as ``12``, ``12_3`` or ``12;cluster``; it may come from anybody's file.
 

@@ -159,6 +159,7 @@ class Job:
         return contextlib.nullcontext()
 
     def _go_on(self) -> int:
+        silent_since: float | None = None
         while True:
             returncode = self._launch()
             if _there(self._run / RESULT):
@@ -168,6 +169,12 @@ class Job:
             if _there(self._run / INTERRUPTED):
                 return self._interrupted()
             failure = self._why(returncode)
+            if failure.what == "srun" and commands.not_started(failure.message):
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since < requeue.SILENCE_SECONDS:
+                    self._say("Slurm does not answer; asking again")
+                    time.sleep(requeue.PAUSE_SECONDS)
+                    continue
             try:
                 present = self._present(failure)
             except probe.Doubt as doubt:

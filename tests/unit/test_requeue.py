@@ -269,6 +269,24 @@ def test_a_healthy_job_outlives_hiccups(tmp_path, monkeypatch, slurm, capfd):
     assert json.loads((run / "owners" / "0000.json").read_text())["job"] == "7"
 
 
+def test_srun_is_started_again_when_slurm_answers(tmp_path, monkeypatch, slurm, capfd):
+    """Where it says that it has started nothing, for Slurm was silent."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "1",
+                        "SLURM_TASKS_PER_NODE": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    run = tmp_path / "run"
+    silent = "srun: error: Unable to confirm allocation for job 7: Socket timed out on send/recv"
+    slurm("srun", f"[ -e $0.asked ] || {{ touch $0.asked; echo '{silent}'; exit 1; }}\n"
+          f"echo '{{}}' > {run}/result.json")  # fmt: skip
+    one = supervise.Job(["srun"], run, max_requeues=1, relaunches=0)
+    assert one.supervise() == 0
+    assert len(slurm.calls("srun")) == 2
+    # Not where ranks may run, or for another reason.
+    assert not commands.not_started("srun: error: Socket timed out on send/recv operation")
+    assert not commands.not_started("Unable to create step for job 7: Invalid generic resource")
+
+
 def test_signals_that_nobody_can_catch():
     for name in ("KILL", "SIGSTOP", "nonsense"):
         with pytest.raises(Error, match="HINT"):
