@@ -90,9 +90,7 @@ async def admit(server: socket.socket, greet: Greet, strangers: Strangers) -> No
     """
     loop = asyncio.get_running_loop()
     unknown: dict[asyncio.Task[None], _Unknown] = {}
-    most = min(
-        MOST_UNKNOWN, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // DESCRIPTORS_PART)
-    )
+    most = _most_unknown()
     try:
         while True:
             while len(unknown) >= most:
@@ -112,6 +110,13 @@ async def admit(server: socket.socket, greet: Greet, strangers: Strangers) -> No
     finally:
         for task in list(unknown):
             task.cancel()
+
+
+def _most_unknown() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST_UNKNOWN
+    return min(MOST_UNKNOWN, max(1, soft // DESCRIPTORS_PART))
 
 
 def _make_room(unknown: dict[asyncio.Task[None], _Unknown]) -> None:
