@@ -124,7 +124,9 @@ def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str]
         raise
     except BaseException as error:
         if how.elastic is None or not isinstance(error, PeerLost):
-            how.world.comm.abort(f"rank {how.world.launch.rank}: {type(error).__name__}: {error}")
+            code = error.exit_code if isinstance(error, Error) else 1
+            reason = f"rank {how.world.launch.rank}: {type(error).__name__}: {error}"
+            how.world.comm.abort(reason, code)
         raise
 
 
@@ -157,6 +159,8 @@ class _Run:
         finally:
             if self._recorder is not None:
                 self._recorder.close()
+            if self._lock is not None:
+                self._lock.close()
             if how.elastic is not None and self._world.rank == 0:
                 end_job(how.elastic.membership.lost_hosts)
         self._world.comm.close()

@@ -154,8 +154,12 @@ def _source(task: str, split: str, samples: Any) -> Source:
     )
 
 
-def model_of(task: Task) -> nn.Module:
+def model_of(task: Task, ranks: int) -> nn.Module:
     """The task's model.
+
+    Args:
+        task: Makes it.
+        ranks: How many have to begin with the same one.
 
     Raises:
         Error: It is none, or has no values yet.
@@ -167,6 +171,11 @@ def model_of(task: Task) -> nn.Module:
         hint += ", not its class." if inspect.isclass(model) else "; is a `return` missing?"
         raise Error(f"model() of task {name} returned {_described(model)}.", hint=hint)
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if ranks > 1 and nn.parameter.is_lazy(tensor):
+            raise Error(
+                f"'{key}' of the model of task {name} has no shape yet: ranks cannot begin alike.",
+                hint="have model() call a lazy module once, on a sample of zeros.",
+            )
         if tensor.device.type == "meta":
             raise Error(
                 f"model() of task {name} left '{key}' on the meta device, without values.",

@@ -115,7 +115,7 @@ class Trainer:
         self.splits = splits_of(task, read)
         self._validation = self._validates()
         set_start_seeds(config.seed)
-        model = prepared(model_of(task), self.device, config.train.dtype)
+        model = prepared(model_of(task, self.world.size), self.device, config.train.dtype)
         if config.train.sync_batchnorm:
             self._synchronize_batchnorm(model, strategy)
         optimizer = optimizer_of(task, model, read)
@@ -283,6 +283,7 @@ class Trainer:
                 self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
             )
             self.optimizer.mark = self._laps.lap
+            self.optimizer.overlaps = True
         elif self._elastic is not None:
             # Once more: another rank was lost before all had begun. No step has ended.
             assert isinstance(self.optimizer, ElasticOptimizer) and self._committed is not None

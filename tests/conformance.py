@@ -25,8 +25,11 @@ FILES = ("test_torch", "test_process_sets_static", "test_process_sets_multi_comm
          "test_adasum_pytorch", "test_timeline")  # fmt: skip
 CONTROLLERS = ("mpi", "gloo")
 SECONDS = 1800.0
-KNOWN: dict[str, str] = {}
-"""Tests that fail, and why that is not of hpctrain's making."""
+MUON = "tries every optimizer of torch; Muon, which is newer, refuses parameters of one dimension"
+KNOWN = dict.fromkeys(
+    ["test_broadcast_state", "test_broadcast_state_options", "test_force_allreduce"], MUON
+)
+"""Tests that fail, and why that is no fault of the build."""
 
 GET = "git clone --depth 1 --branch v0.28.1 https://github.com/horovod/horovod"
 

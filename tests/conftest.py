@@ -49,8 +49,8 @@ def pytest_configure(config):
 
 
 def terminated(number, frame):
-    """Asked to end: end what was started, too."""
-    pytest.exit(signal.Signals(number).name, returncode=128 + number)
+    """Asked to end: end what was started, too, and say what has failed until now."""
+    pytest.exit(signal.Signals(number).name)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
 """What happens to a world when one rank fails: nobody hangs, and the truth is told."""
 
+import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import psutil
@@ -36,7 +38,7 @@ def test_an_exception_on_one_rank_ends_the_run(hpctrain):
 
 def test_a_stopped_rank_is_noticed(hpctrain):
     """SIGSTOP: the process lives, its sockets too, and only the clock tells."""
-    arguments = ("digits", "--epochs", 100000, "--set", "timeout_seconds=3")
+    arguments = ("digits", "--epochs", 100000, "--set", "timeout_seconds=10")
     with hpctrain.training(*arguments, ranks=2) as process:
         ranks = {
             child.environ()["OMPI_COMM_WORLD_RANK"]: child
@@ -46,7 +48,7 @@ def test_a_stopped_rank_is_noticed(hpctrain):
         output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 1
     lines = [line for line in output.splitlines() if line.startswith("hpctrain: error:")]
-    assert len(lines) == 1 and "waited 3 s for an exchange with ranks 1" in lines[0], output
+    assert len(lines) == 1 and "waited 10 s for an exchange with ranks 1" in lines[0], output
     assert "Traceback" not in output
 
 
@@ -69,11 +71,33 @@ def test_pytest_fails_at_once_on_every_rank(hpctrain):
         [*hpctrain.prefix(2), "pytest", "--color=no", str(hpctrain.folder)],
         timeout_seconds=SECONDS,
         cwd=hpctrain.folder,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
     )
     assert result.returncode == 1, result.stdout
     assert "only rank 1 sees this" in result.stdout
     assert "FAILED test_one.py::test_on_one_rank on rank 1 of 2, in its call" in result.stdout
     assert ">       assert detect().rank != 1 or value == 8" in result.stdout
+
+
+HANGING_TEST = """
+import subprocess
+
+def test_hangs():
+    subprocess.run(["setsid", "--wait", "sleep", "4321"])
+"""
+
+
+def test_a_test_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    """As pytest is set up in this project; what is left would make this very test fail."""
+    file = tmp_path / "test_one.py"
+    file.write_text(HANGING_TEST)
+    root = HERE.parents[1]
+    options = ("-p", "tests.conftest", "-p", "no:cacheprovider", "--rootdir", str(root))
+    result = run([sys.executable, "-m", "pytest", *options, "--timeout", "3", str(file)],
+                 timeout_seconds=SECONDS, cwd=root)  # fmt: skip
+    assert result.returncode == 1, result.stdout
+    assert "test_hangs: not over after 3 s" in result.stdout
+    assert "in test_hangs" in result.stdout and "sleep 4321" in result.stdout
 
 
 def test_a_rank_that_never_comes_is_noticed(hpctrain):

@@ -25,7 +25,9 @@ def start(tmp_path):
     def start(workers, servers=1, *arguments, epochs=EPOCHS, until="lost", times=1):
         metrics = tmp_path / "run" / "metrics.jsonl"
         hold = slow_until(until, times, at=HIT_AT, file=metrics) if until else ()
-        options = (TASK, "--epochs", epochs, "--servers", servers, *hold, *arguments)
+        # A busy machine may not let a rank give a sign of life for as long as is usual.
+        patience = ("--set", "ps.silence_seconds=10")
+        options = (TASK, "--epochs", epochs, "--servers", servers, *hold, *patience, *arguments)
         runs.append(Run(tmp_path, workers + servers, *options))
         return runs[-1]
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from hpctrain.launcher import detect
+from tests.waiting import SECONDS
 
 LAUNCH = detect()
 
@@ -47,7 +48,7 @@ def strategy():
     """The Horovod strategy, connected once for all tests."""
     import hpctrain
 
-    connected = hpctrain.strategy("horovod", hpctrain.init(), timeout_seconds=60)
+    connected = hpctrain.strategy("horovod", hpctrain.init(), timeout_seconds=SECONDS)
     yield connected
     connected.world.comm.close()
 

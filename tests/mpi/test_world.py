@@ -1,6 +1,6 @@
 """The world's collectives, and what is built on them."""
 
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from hpctrain.errors import PeerLost
 from hpctrain.launcher import detect
 from hpctrain.meter import Meter
 from hpctrain.strategies.broadcast import broadcast_bytes, broadcast_json, broadcast_tree
+from tests.waiting import SECONDS, wait_until
 
 
 def test_the_world_is_the_launchers(world):
@@ -71,15 +72,16 @@ def test_meter_without_samples_on_rank_0(world):
     assert meter.read(world.comm) == {"loss": 2.0}
 
 
-def test_waiting_is_bounded_and_names_the_ranks(strategy, world):
+def test_waiting_is_bounded_and_names_the_ranks(strategy, world, tmp_path):
     comm = world.comm
+    over = Path(broadcast_json(comm, str(tmp_path / "over")))  # as rank 0 calls it
     if world.rank == 0:
         comm.timeout_seconds = 1.0
         with pytest.raises(PeerLost, match=r"rank 0 of \d+ .* waited 1 s .* ranks 1"):
             comm.all_reduce(torch.zeros(1))
-        comm.timeout_seconds = 60.0
-        time.sleep(2.0)
+        comm.timeout_seconds = SECONDS
+        over.touch()
     else:
-        time.sleep(2.0)
+        wait_until(over.exists, "rank 0 to give up")
         comm.all_reduce(torch.zeros(1))
     comm.broadcast(torch.zeros(1))

@@ -82,7 +82,7 @@ class Site:
         """All logs of a run."""
         return "".join(path.read_text() for path in sorted((self.folder / run).glob("*.out")))
 
-    def until(self, condition, what, **options):
+    def until(self, condition, what="what the test goes on with", **options):
         """Return when a condition holds."""
         wait_until(condition, what, **{"tell": self.log, **options})
 

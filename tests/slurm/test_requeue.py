@@ -84,7 +84,7 @@ def test_a_controller_that_is_silent(site, whole):
     site.cluster.call("scancel", "--signal=USR1", "--batch", number)
     with site.cluster.silent():
         # scontrol gives up after 10 s.
-        site.until(lambda: "to be started again" in site.log(), "a requeue")
+        site.until(lambda: "to be started again" in site.log(), "the job to ask")
         time.sleep(13)
     (site.folder / "go").touch()
     assert site.wait()[0] == 0, site.log()
@@ -110,8 +110,7 @@ def test_a_chain_of_three(site, whole):
     assert "for the 2. time" in site.log() and len(set(numbers)) == 3
     other = site("submit", TASK, "--out", "run")
     assert other.returncode == 2 and f"is that of job {numbers[-1]}, which is" in other.stdout
-    said = site("jobs", "--runs", ".", "wait", number)
-    assert said.returncode == 0 and f"job {numbers[-1]}: completed" in said.stdout, site.log()
+    assert site.wait(number)[0] == 0, site.log()
     assert_same(run, whole, ["start", "resumed", "resumed"])
 
 

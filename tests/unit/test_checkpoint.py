@@ -144,33 +144,56 @@ def test_a_full_disk_loses_nothing(tmp_path):
 
 
 ENDLESS = """
-import itertools, sys, torch
+import itertools, os, sys, torch
 from pathlib import Path
 from hpctrain.checkpoint import CheckpointStore
-store = CheckpointStore(Path(sys.argv[1]), keep=2)
-store.clean()
-first = (store.newest(print) or {"step": 0})["step"]
-for step in itertools.count(first + 1):
-    store.save(step, {"step": step, "t": torch.full((200_000,), float(step))}, best=step % 5 == 0)
-    print(step, flush=True)
+
+def save():
+    print(os.getpid(), flush=True)
+    store = CheckpointStore(Path(sys.argv[1]), keep=2)
+    store.clean()
+    first = (store.newest(print) or {"step": 0})["step"]
+    for step in itertools.count(first + 1):
+        state = {"step": step, "t": torch.full((200_000,), float(step))}
+        store.save(step, state, best=step % 5 == 0)
+        print(step, flush=True)
+
+torch.set_num_threads(1)
+for _ in sys.stdin:
+    child = os.fork()  # so that what takes long, importing torch, is done once
+    if child == 0:
+        save()
+    os.waitpid(child, 0)
+    print("killed", flush=True)
 """
 
 
+@pytest.fixture
+def saver(tmp_path):
+    """A process that has others save until they are killed, one for each line that it is given."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    yield process
+    process.kill()
+    process.communicate()
+
+
 @pytest.mark.slow
-def test_killed_at_any_instant_a_good_one_is_left(tmp_path):
+def test_killed_at_any_instant_a_good_one_is_left(tmp_path, saver):
     """SIGKILL at random moments of a process that does nothing but save."""
     random.seed(0)
     newest = 0
     for _ in range(8):
-        process = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS, str(tmp_path)], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(3):
-            assert process.stdout.readline()
+        saver.stdin.write("\n")
+        saver.stdin.flush()
+        child, *_ = [int(saver.stdout.readline()) for _ in range(4)]  # and three steps
         time.sleep(random.uniform(0, 0.1))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        os.kill(child, signal.SIGKILL)
+        for line in saver.stdout:
+            if line == "killed\n":
+                break
         state = CheckpointStore(tmp_path, keep=2).newest(pytest.fail)
         assert state["step"] > newest
         assert (state["t"] == float(state["step"])).all()

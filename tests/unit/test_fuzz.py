@@ -38,7 +38,7 @@ from hpctrain.data.writer import ShardWriter
 from hpctrain.errors import Error
 from hpctrain.failure import read_notes
 from hpctrain.launcher import ALONE
-from hpctrain.report.page import read, render, sections_of
+from hpctrain.report.page import read, sections_of
 from hpctrain.slurm.jobs import find, outcome, progress
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
@@ -320,9 +320,7 @@ class Run:
         read_notes(run)
         progress(run)
         outcome(run)
-        sections = sections_of(*read([run]))
-        if EXAMPLES > 1000:  # plots take their time
-            render(sections, "title")
+        sections_of(*read([run]))
 
 
 class Hdf5:

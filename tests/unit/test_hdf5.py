@@ -422,12 +422,12 @@ def test_a_pipe_is_no_shard(tmp_path):
     shards = adopt([tmp_path / "a.h5"], tmp_path / "s")
     (tmp_path / "a.h5").unlink()
     os.mkfifo(tmp_path / "a.h5")
-    with pytest.raises(Error, match="no regular file"):
+    with pytest.raises(Error, match="not a regular file"):
         shards.split("train").take(np.array([0]))
-    with pytest.raises(Error, match="no regular file"):
+    with pytest.raises(Error, match="not a regular file"):
         adopt([tmp_path / "a.h5"], tmp_path / "t")
     (verdict,) = verify(tmp_path / "s")
-    assert "no regular file" in verdict.reason
+    assert "not a regular file" in verdict.reason
 
 
 def test_a_batch_reads_few_chunks(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from hpctrain.model_setup import averaged, begin_training, evaluating, prepared
 from hpctrain.recorder import Silent
 from hpctrain.strategies.single import Single
 from hpctrain.task import Task, load_task, make_task
-from hpctrain.task_checks import no_means, warnings_of
+from hpctrain.task_checks import model_of, no_means, warnings_of
 from hpctrain.trainer import Trainer
 from hpctrain.world import World
 
@@ -122,6 +122,9 @@ def test_samples_models_and_optimizers_of_other_kinds(tmp_path):
     )
     kept = type("Kept", (Line,), {"transform": lambda self, b, t: {"x": b["x"] * 2}})()
     trainer(tmp_path / "kept", kept).run(Silent())
+    lazy = type("Lazy", (Line,), {"model": lambda self: nn.LazyLinear(1)})()
+    with pytest.raises(Error, match="'weight' of the model of task Lazy has no shape yet"):
+        model_of(lazy, ranks=2)
     with pytest.raises(Error, match=r"task Task must define model\(\)"):
         Task().model()
 
