@@ -88,7 +88,13 @@ def dialect(file: Path, options: ImportOptions) -> Dialect:
         _check_delimiter(text.lstrip().splitlines(), delimiter, file)
     header = options.header
     if header is None:
-        _check_header(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), file)
+        try:
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+            _check_header(next(row for row in rows if row), file)
+        except (csv.Error, StopIteration) as error:
+            raise Error(
+                f"the first line of {file} cannot be read: {error}.", hint="is it a table?"
+            ) from error
     return Dialect(delimiter, header is not False, options.decimal)
 
 
