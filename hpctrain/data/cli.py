@@ -181,8 +181,10 @@ def info(path: Path) -> None:
 
 
 def _describe(shards: Any) -> None:
+    from hpctrain.data.summary import shown
+
     for split in shards.splits.values():
-        fields = ", ".join(f"{name} {spec}" for name, spec in split.fields.items())
+        fields = ", ".join(f"{shown(name)} {spec}" for name, spec in split.fields.items())
         entries = shards.index.splits[split.name].shards
         size = sum(entry.bytes for entry in entries)
         click.echo(

@@ -58,26 +58,26 @@ class Found:
         return [
             f"read as   {self.kind}",
             "splits    " + ", ".join(f"{name} {count}" for name, count in splits.items()),
-            "fields    " + ", ".join(f"{name} {spec}" for name, spec in fields.items()),
+            "fields    " + ", ".join(f"{shown(name)} {spec}" for name, spec in fields.items()),
             *([f"classes   {_listed(self.classes)}"] if self.classes else []),
             *(
-                f"left out  {count} {why}: {', '.join(map(_shown, some))}"
+                f"left out  {count} {why}: {', '.join(map(shown, some))}"
                 + (", ..." if count > len(some) else "")
                 for why, (count, some) in self.left_out.items()
             ),
-            *(f"note      {note}" for note in self.notes),
+            *(f"note      {shown(note)}" for note in self.notes),
         ]
 
 
 def _listed(classes: Mapping[str, int]) -> str:
-    counts = [f"{_shown(name)} {count}" for name, count in classes.items()]
+    counts = [f"{shown(name)} {count}" for name, count in classes.items()]
     if len(counts) <= MOST_CLASSES:
         return f"{len(counts)}: {', '.join(counts)}"
     few, many = min(classes.values()), max(classes.values())
     return f"{len(counts)}, of {few} to {many} samples: {', '.join(counts[:EXAMPLES])}, ..."
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A name from a source, which may hold anything, fit for a terminal."""
     shown = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)

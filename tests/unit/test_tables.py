@@ -76,7 +76,11 @@ def test_missing_floats_are_nan(tmp_path):
         ("5\n6\n", "--no-header"),
         ("# made by x\na\n1\n", "seems not to name the columns"),
         ("a,d\n1,2020-01-01\n", "column d of .* holds dates"),
+        ("a,d\n1,31/12/2020\n", "column d of .* holds dates"),
+        ("a,label\n1,x\n2,\n", "1 rows of column label of .* hold no class"),
         ("a,d\n1,\n2,\n", "column d of .* is empty"),
+        ("\n\n1,2\n", "--no-header"),
+        (f"{'a' * 200_000},b\n1,2\n", "first line of .* cannot be read"),
         ("a,b\n1,2\n,3\n", "1 rows of column a .* hold nothing.*--missing"),
     ],
 )

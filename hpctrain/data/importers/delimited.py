@@ -32,7 +32,9 @@ _INTEGER = r"^\s*-?(0|[1-9]\d*)\s*$"
 _PADDED = r"^\s*-?0\d+\s*$"
 _FLOAT = r"(?i)^\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*$|^\s*[+-]?inf(inity)?\s*$"
 _BOOLEAN = r"(?i)^(true|false)$"
-_TIME = r"^\s*(\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?:\d\d(:\d\d(\.\d+)?)?)\s*$"
+_DAY = r"(\d{4}[-/.]\d\d?[-/.]\d\d?|\d\d?[-/.]\d\d?[-/.](\d{4}|\d\d))"
+_HOUR = r"\d\d?:\d\d(:\d\d(\.\d+)?)?"
+_TIME = rf"^\s*({_DAY}([T ]+{_HOUR}.*)?|{_HOUR})\s*$"
 _COMMA = r"^\s*[+-]?\d+(,\d+)?\s*$"
 _WORDLESS = re.compile(f"{_INTEGER}|{_PADDED}|{_TIME}")
 _NUMBERS = re.compile(r"\s*[-+.\deE]+(\s+[-+.\deE]+)+\s*")
@@ -86,7 +88,13 @@ def dialect(file: Path, options: ImportOptions) -> Dialect:
         _check_delimiter(text.lstrip().splitlines(), delimiter, file)
     header = options.header
     if header is None:
-        _check_header(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)), file)
+        try:
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+            _check_header(next(row for row in rows if row), file)
+        except (csv.Error, StopIteration) as error:
+            raise Error(
+                f"the first line of {file} cannot be read: {error}.", hint="is it a table?"
+            ) from error
     return Dialect(delimiter, header is not False, options.decimal)
 
 

@@ -115,6 +115,8 @@ def describe_pixels(images: Iterable[tuple[str, bytes]], options: ImportOptions)
             raise unreadable(where, error) from error
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     stored = "the bytes of their files" if options.keep_encoded else SAID[options.pixels]
+    if not options.keep_encoded and kinds.keys() & {"float", "32-bit integer"}:
+        stored += "; floats and 32-bit integers, which have no range, as they are"
     upright = "" if options.keep_encoded else "; turned upright as EXIF says, of frames the first"
     return [
         f"images are stored as {stored}{upright}",

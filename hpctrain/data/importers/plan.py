@@ -89,6 +89,9 @@ class ImportOptions:
                 "images that are kept encoded cannot be resized.",
                 hint="give one of --keep-encoded and --resize; transforms can resize in training.",
             )
+        for name, mark in (("delimiter", self.delimiter), ("decimal", self.decimal)):
+            if mark is not None and (len(mark) != 1 or not mark.isascii() or mark in '"\r\n'):
+                raise Error(f"--{name} {mark!r} is not one character.", hint="such as ; or ,")
         if self.missing not in (None, "nan") and not re.fullmatch(r"-?\d{1,18}", self.missing):
             raise Error(
                 f"--missing {self.missing} is neither a whole number nor nan.",

@@ -97,6 +97,11 @@ class Tables(Importer):
                 f"{self.path} has several columns of classes: {', '.join(named)}.",
                 hint="--fields A,B takes one of them, or rename the others.",
             )
+        if named and (lacking := counted[named[0]][""] + counted[named[0]][b""]):
+            raise Error(
+                f"{lacking} rows of column {named[0]} of {self.path} hold no class.",
+                hint="give them one, or leave these rows out.",
+            )
         if named or len(counted) == 1:
             classes = counted[named[0]] if named else next(iter(counted.values()))
             key = decode if named else None
