@@ -15,7 +15,6 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -25,6 +24,9 @@ FILES = ("test_torch", "test_process_sets_static", "test_process_sets_multi_comm
          "test_adasum_pytorch", "test_timeline")  # fmt: skip
 CONTROLLERS = ("mpi", "gloo")
 SECONDS = 1800.0
+FOLDER = Path("build", "conformance")
+"""What the ranks said stays here."""
+
 MUON = "tries every optimizer of torch; Muon, which is newer, refuses parameters of one dimension"
 KNOWN = dict.fromkeys(
     ["test_broadcast_state", "test_broadcast_state_options", "test_force_allreduce"], MUON
@@ -67,7 +69,8 @@ def tested(folder, name, controller):
         f'--junit-xml="{reports}/$rank.xml" {name}.py\n'
     )
     (reports / "rank.sh").write_text(script)
-    environment = {**os.environ, "TMPDIR": str(folder)}
+    # Gloo's own limit of 30 s is short for a rank that is started on a busy machine.
+    environment = {"HOROVOD_GLOO_TIMEOUT_SECONDS": str(round(SECONDS)), **os.environ}
     done = run(
         ["horovodrun", f"--{controller}", "-np", "2", "sh", str(reports / "rank.sh")],
         timeout_seconds=SECONDS, cwd=folder / "parallel", env=environment,
@@ -90,24 +93,24 @@ def main():
     if not (options.source / "test" / "parallel" / "test_torch.py").exists():
         parser.error(f"{options.source} holds no tests of Horovod. HINT: {GET}")
     unknown = 0
-    with tempfile.TemporaryDirectory(prefix="hc-") as name:
-        folder = Path(name)
-        prepared(options.source, folder)
-        for file in options.files.split(","):
-            for controller in CONTROLLERS:
-                found, done = tested(folder, file, controller)
-                failed = {test: m for test, (m, _) in found.items() if m}
-                skipped = sum(s is not None and s is not False for _, s in found.values())
-                passed = len(found) - len(failed) - skipped
-                print(f"{file:30} {controller:5} {passed:4} passed {len(failed):3} failed "
-                      f"{skipped:3} skipped", flush=True)  # fmt: skip
-                for test, message in sorted(failed.items()):
-                    why = KNOWN.get(test)
-                    unknown += why is None
-                    print(f"    {test}: {why or message.strip().splitlines()[-1][:200]}")
-                if not found or done.returncode not in (0, 1) or (done.returncode and not failed):
-                    unknown += 1
-                    print(f"    exit code {done.returncode}:", done.stdout[-2000:], sep="\n")
+    folder = FOLDER.absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    prepared(options.source, folder)
+    for file in options.files.split(","):
+        for controller in CONTROLLERS:
+            found, done = tested(folder, file, controller)
+            failed = {test: m for test, (m, _) in found.items() if m}
+            skipped = sum(s is not None and s is not False for _, s in found.values())
+            passed = len(found) - len(failed) - skipped
+            print(f"{file:30} {controller:5} {passed:4} passed {len(failed):3} failed "
+                  f"{skipped:3} skipped", flush=True)  # fmt: skip
+            for test, message in sorted(failed.items()):
+                why = KNOWN.get(test)
+                unknown += why is None
+                print(f"    {test}: {why or message.strip().splitlines()[-1][:200]}")
+            if not found or done.returncode not in (0, 1) or (done.returncode and not failed):
+                unknown += 1
+                print(f"    exit code {done.returncode}:", done.stdout[-2000:], sep="\n")
     return 1 if unknown else 0
 
 
