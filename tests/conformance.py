@@ -33,6 +33,10 @@ KNOWN = dict.fromkeys(
 )
 """Tests that fail, and why that is no fault of the build."""
 
+STOPS = "            hvd.barrier()\n            hvd.shutdown()"
+"""After each test, under Gloo. The launcher's store has the addresses of a world until all ranks
+have left it, and a rank that begins again before that is refused at one of them."""
+
 GET = "git clone --depth 1 --branch v0.28.1 https://github.com/horovod/horovod"
 
 
@@ -46,6 +50,7 @@ def prepared(source, folder):
     for name in FILES:
         text = (source / "test" / "parallel" / f"{name}.py").read_text()
         text = text.replace("import horovod.tensorflow as hvd", "import horovod.torch as hvd")
+        text = text.replace(STOPS, STOPS.partition("\n")[0])
         (folder / "parallel" / f"{name}.py").write_text(text)
 
 
