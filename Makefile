@@ -72,7 +72,7 @@ chaos: horovod  ## ranks killed and stopped at random, 200 times (about half an 
 	$(BIN)/python -m benchmarks.elastic_kills --runs 200
 
 fuzz: $(VENV)/.installed  ## 50,000 mutated files, each read or refused (about half an hour)
-	FUZZ_EXAMPLES=5000 pytest tests/unit/test_fuzz.py
+	FUZZ_EXAMPLES=5000 timeout 2h pytest tests/unit/test_fuzz.py
 
 strangers: horovod  ## 5,000 connections to each port of an elastic run (some minutes)
 	$(BIN)/python -m benchmarks.strangers

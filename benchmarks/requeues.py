@@ -33,6 +33,9 @@ TASK = Path(__file__).parents[1] / "tests" / "slurm" / "faulty_task.py"
 TRAIN = (TASK, "--nodes", "1", "--epochs", "4", "--set", "checkpoint.every_steps=20")
 SILENCE = (5.0, 75.0)
 MOMENT = (0.0, 12.0)
+PAUSE_SECONDS = 0.5
+"""Of each step, of 92: so a run is not over before its signals."""
+
 RUN_SECONDS = 240.0
 SUBMITTED = "_slurm_rpc_submit_batch_job: JobId="
 
@@ -178,7 +181,7 @@ def campaign(
             continue
         more = begun * asked.each < asked.requeues and time.monotonic() - began < asked.seconds
         if more and len(running) < asked.at_once:
-            running.append(Run(cluster, folder / f"run-{begun:03}", 0.1, asked.each))
+            running.append(Run(cluster, folder / f"run-{begun:03}", PAUSE_SECONDS, asked.each))
             begun += 1
         for run in list(running):
             if run.look(chance) and chance.random() < asked.silent:

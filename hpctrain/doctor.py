@@ -75,8 +75,10 @@ def _mpi() -> list[Finding]:
     program = which("mpirun")
     if program is None:
         return [Finding("problem", "MPI", "no mpirun on PATH", NO_MPI_HINT)]
-    version = run([str(program), "--version"], timeout_seconds=30).stdout.strip().splitlines()
-    findings = [Finding("ok", "MPI", f"{version[0] if version else '?'} ({program})")]
+    said = run([str(program), "--version"], timeout_seconds=30).stdout
+    # MPICH's says no more than "HYDRA build details" in its first line.
+    version = " ".join(" ".join(said.splitlines()[: 2 if "HYDRA" in said else 1]).split())
+    findings = [Finding("ok", "MPI", f"{version or '?'} ({program})")]
     if which("mpicxx") is None:
         findings.append(
             Finding(
@@ -86,7 +88,8 @@ def _mpi() -> list[Finding]:
                 "load the MPI module's development part.",
             )
         )
-    if os.geteuid() == 0 and "OMPI_ALLOW_RUN_AS_ROOT" not in os.environ:
+    open_mpi = "Open MPI" in said
+    if open_mpi and os.geteuid() == 0 and "OMPI_ALLOW_RUN_AS_ROOT" not in os.environ:
         findings.append(
             Finding(
                 "note",

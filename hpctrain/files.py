@@ -75,7 +75,10 @@ def open_regular(path: Path | str, *, follow: bool = True) -> BinaryIO:
         OSError: It cannot be opened, or is not a regular file.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
-    descriptor = os.open(path, flags)
+    try:
+        descriptor = os.open(path, flags)
+    except ValueError as error:  # a NUL, or half a character
+        raise OSError(errno.EINVAL, "not a name of a file", repr(path)) from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))

@@ -48,22 +48,23 @@ def of_training(
         f"the samples of split '{name}'": f"{len(source)} samples, digest {source.digest[:16]}"
         for name, source in splits.items()
     }
-    values["the optimizer"] = type(optimizer).__name__
     group_of: dict[torch.Tensor, int] = {}
     for number, group in enumerate(optimizer.param_groups):
-        rest = {name: value for name, value in group.items() if name != "params"}
-        values[f"optimizer group {number}"] = ", ".join(f"{n}={v}" for n, v in rest.items())
         group_of |= dict.fromkeys(group["params"], number)
     for number, (name, parameter) in enumerate(model.named_parameters()):
         trained = "trained" if parameter.requires_grad else "frozen"
         place = group_of.pop(parameter, -1)
         where = f"in group {place}" if place >= 0 else "in no group"
         values[f"parameter '{name}'"] = f"{_kind(parameter)}, {trained}, {where}, number {number}"
+    for name, buffer in model.named_buffers():
+        values[f"buffer '{name}'"] = _kind(buffer)
     for tensor, place in group_of.items():  # of no model
         key = f"other parameters of group {place}"
         values[key] = f"{values.get(key, '')}{_kind(tensor)}; "
-    for name, buffer in model.named_buffers():
-        values[f"buffer '{name}'"] = _kind(buffer)
+    values["the optimizer"] = type(optimizer).__name__
+    for number, group in enumerate(optimizer.param_groups):
+        rest = [f"{name}={value}" for name, value in group.items() if name != "params"]
+        values[f"optimizer group {number}"] = ", ".join(rest)
     return values
 
 

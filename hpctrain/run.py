@@ -51,7 +51,6 @@ from hpctrain.strategies import strategy
 from hpctrain.strategies.base import Serving, Strategy
 from hpctrain.strategies.broadcast import broadcast_json
 from hpctrain.task import Task, load_task, make_task
-from hpctrain.task_checks import warnings_of
 from hpctrain.trainer import Trainer
 from hpctrain.world import World, init
 
@@ -125,7 +124,9 @@ def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str]
         raise
     except BaseException as error:
         if how.elastic is None or not isinstance(error, PeerLost):
-            how.world.comm.abort(f"rank {how.world.launch.rank}: {type(error).__name__}: {error}")
+            code = error.exit_code if isinstance(error, Error) else 1
+            reason = f"rank {how.world.launch.rank}: {type(error).__name__}: {error}"
+            how.world.comm.abort(reason, code)
         raise
 
 
@@ -158,6 +159,8 @@ class _Run:
         finally:
             if self._recorder is not None:
                 self._recorder.close()
+            if self._lock is not None:
+                self._lock.close()
             if how.elastic is not None and self._world.rank == 0:
                 end_job(how.elastic.membership.lost_hosts)
         self._world.comm.close()
@@ -252,7 +255,7 @@ class _Run:
             f"{self._config.task}: {how.name} on {_ranks(self._world)}, {self._world.device.type}, "
             f"step {start.step} of {trainer.steps}, in {self._out}"
         )
-        for warning in warnings_of(self._task):
+        for warning in trainer.warnings:
             recorder.say(f"warning: {warning}")
         if how.outlives is not None and how.outlives.mode != "off":
             recorder.say(f"elastic: {how.outlives.mode}: {how.outlives.why}")

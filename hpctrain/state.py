@@ -112,18 +112,18 @@ class TrainState:
         Raises:
             Error: It is of another model, optimizer or data.
         """
-        self.loader.load_state_dict(state["loader"])
         try:
+            self.loader.load_state_dict(state["loader"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema is not None and state["ema"] is not None:
                 self.ema.load_state_dict(state["ema"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            self.counters = Counters(**state["counters"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise Error(
                 f"the checkpoint is of another model or optimizer: {error}.",
                 hint="resume with the task, options and optimizer the run was started with.",
             ) from error
-        self.counters = Counters(**state["counters"])
 
 
 def parameters_sha256(model: nn.Module) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from hpctrain.config import RunConfig
+from hpctrain.config import DataConfig, OptimizerConfig, RunConfig
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
 from hpctrain.task import Task
@@ -49,17 +50,84 @@ _FOREIGN = {
     **dict.fromkeys(("collate_fn", "collate", "augment", "preprocess"),
         "transform(batch, training)"),
 }  # fmt: skip
+# Of all samples, and not the mean of their values over batches.
+_NO_MEAN = re.compile(
+    r"(^|_)(auc|auroc|auprc|ap|map|f1|fbeta|precision|recall|ppl|perplexity|r2|mcc|kappa|rmse|"
+    r"pearson|spearman|correlation)(_|$)",
+    re.IGNORECASE,
+)
 _OWN = ("model", "loss", "data", "transform", "optimizer", "defaults", "monitor", "mode")
 
 
-def splits_of(task: Task, config: RunConfig) -> dict[str, Source]:
+def check_defined(task: Task) -> None:
+    """Refuse a task that lacks what every task must have.
+
+    Raises:
+        Error: It does.
+    """
+    kind = type(task)
+    missing = [n for n in ("model", "loss") if getattr(kind, n) is getattr(Task, n)]
+    if missing:
+        raise Error(
+            f"task {kind.__name__} must define {' and '.join(f'{name}()' for name in missing)}.",
+            hint="the README has a task in about 20 lines.",
+        )
+
+
+class Read:
+    """The sections of a configuration that a task is handed, and what it reads of them.
+
+    Args:
+        config: Of the run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.data = _Reading(config.data)
+        self.optimizer = _Reading(config.optimizer)
+
+    def unread(self, task: Task) -> list[str]:
+        """What was set for this run, and the task did not look at; a line each."""
+        said = []
+        for section, method, names in (
+            ("data", "data", ("path", "mixture", "weights")),
+            ("optimizer", "optimizer", ("name", "lr", "momentum", "betas", "weight_decay")),
+        ):
+            reading: _Reading = getattr(self, section)
+            for name in names:
+                key = f"{section}.{name}"
+                value = getattr(getattr(self._config, section), name)
+                was_set = name in getattr(self._config, section).model_fields_set
+                if was_set and task.defaults.get(key) != value and not reading.has_read(name):
+                    said.append(f"{key} = {value} changes nothing: {method}() of this task does "
+                                "not read it.")  # fmt: skip
+        return said
+
+
+class _Reading:
+    """A section that notes what is read of it."""
+
+    def __init__(self, section: Any) -> None:
+        self.__dict__["_section"] = section
+        self.__dict__["_names"] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self._names.add(name)
+        return getattr(self._section, name)
+
+    def has_read(self, name: str) -> bool:
+        """Whether it was, or the section as a whole."""
+        return name in self._names or any(each.startswith(("model_", "__")) for each in self._names)
+
+
+def splits_of(task: Task, read: Read) -> dict[str, Source]:
     """The task's samples by split.
 
     Raises:
         Error: There are none to train on, or there is a split that nothing reads.
     """
     name = type(task).__name__
-    given: Any = task.data(config.data)
+    given: Any = task.data(cast(DataConfig, read.data))
     expected = 'return {"train": samples, "validation": samples}; the second may be left out.'
     if not isinstance(given, Mapping):
         raise Error(f"data() of task {name} returned {_described(given)}.", hint=expected)
@@ -86,8 +154,12 @@ def _source(task: str, split: str, samples: Any) -> Source:
     )
 
 
-def model_of(task: Task) -> nn.Module:
+def model_of(task: Task, ranks: int) -> nn.Module:
     """The task's model.
+
+    Args:
+        task: Makes it.
+        ranks: How many have to begin with the same one.
 
     Raises:
         Error: It is none, or has no values yet.
@@ -99,6 +171,11 @@ def model_of(task: Task) -> nn.Module:
         hint += ", not its class." if inspect.isclass(model) else "; is a `return` missing?"
         raise Error(f"model() of task {name} returned {_described(model)}.", hint=hint)
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if ranks > 1 and nn.parameter.is_lazy(tensor):
+            raise Error(
+                f"'{key}' of the model of task {name} has no shape yet: ranks cannot begin alike.",
+                hint="have model() call a lazy module once, on a sample of zeros.",
+            )
         if tensor.device.type == "meta":
             raise Error(
                 f"model() of task {name} left '{key}' on the meta device, without values.",
@@ -107,7 +184,7 @@ def model_of(task: Task) -> nn.Module:
     return model
 
 
-def optimizer_of(task: Task, model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+def optimizer_of(task: Task, model: nn.Module, read: Read) -> torch.optim.Optimizer:
     """The task's optimizer.
 
     Raises:
@@ -119,7 +196,7 @@ def optimizer_of(task: Task, model: nn.Module, config: RunConfig) -> torch.optim
             f"the model of task {name} has no parameter that requires a gradient.",
             hint="leave some unfrozen.",
         )
-    optimizer: Any = task.optimizer(model, config.optimizer)
+    optimizer: Any = task.optimizer(model, cast(OptimizerConfig, read.optimizer))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise Error(
             f"optimizer() of task {name} returned {_described(optimizer)}.",
@@ -200,6 +277,18 @@ def warnings_of(task: Task) -> list[str]:
             elif meant := _FOREIGN.get(name) or _close(name, _OWN):
                 said.append(f"nothing reads {kind.__name__}.{name}: did you mean {meant}?")
     return said
+
+
+def no_means(names: Iterable[str]) -> str:
+    """What to say of metrics that are, by their names, no means over samples; or nothing."""
+    found = [name for name in names if _NO_MEAN.search(name)]
+    if not found:
+        return ""
+    shown = ", ".join(f"'{name}'" for name in found)
+    return (
+        f"{shown} is recorded as the mean of its values over batches, which is not that of all "
+        "samples (docs/tasks.md)."
+    )
 
 
 def _close(name: str, names: Iterable[str]) -> str | None:

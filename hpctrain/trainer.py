@@ -47,7 +47,16 @@ from hpctrain.strategies.base import (
 )
 from hpctrain.strategies.broadcast import broadcast_tree
 from hpctrain.task import Task, TaskTransform
-from hpctrain.task_checks import checked_loss, model_of, optimizer_of, splits_of
+from hpctrain.task_checks import (
+    Read,
+    check_defined,
+    checked_loss,
+    model_of,
+    no_means,
+    optimizer_of,
+    splits_of,
+    warnings_of,
+)
 from hpctrain.world import Alone, Even, World
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
@@ -79,6 +88,8 @@ class Trainer:
 
     Attributes:
         interrupted: Whether the run was asked to stop, and did before its end.
+        splits: The task's samples.
+        warnings: What the task or the configuration has, and nothing reads.
     """
 
     def __init__(
@@ -92,14 +103,23 @@ class Trainer:
         self.dtype = DTYPES[config.train.dtype]
         if config.train.deterministic:
             torch.use_deterministic_algorithms(True)
+        check_defined(task)
+        if config.train.nonfinite == "skip" and strategy.name == "ps":
+            raise Error(
+                "train.nonfinite=skip cannot be used with strategy 'ps': when the world's gradient "
+                "is known, the servers have used it.",
+                hint="use stop or allow, or --strategy horovod.",
+            )
         set_start_seeds(config.seed)  # the same start on every rank
-        self.splits = splits_of(task, config)
+        read = Read(config)
+        self.splits = splits_of(task, read)
         self._validation = self._validates()
         set_start_seeds(config.seed)
-        model = prepared(model_of(task), self.device, config.train.dtype)
+        model = prepared(model_of(task, self.world.size), self.device, config.train.dtype)
         if config.train.sync_batchnorm:
             self._synchronize_batchnorm(model, strategy)
-        optimizer = optimizer_of(task, model, config)
+        optimizer = optimizer_of(task, model, read)
+        self.warnings = [*warnings_of(task), *read.unread(task)]
         scale = peak_scale(config.optimizer, config.train.batch_size)
         self._peaks = [group["lr"] * scale for group in optimizer.param_groups]
         self._loader = Loader(
@@ -263,6 +283,7 @@ class Trainer:
                 self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
             )
             self.optimizer.mark = self._laps.lap
+            self.optimizer.overlaps = True
         elif self._elastic is not None:
             # Once more: another rank was lost before all had begun. No step has ended.
             assert isinstance(self.optimizer, ElasticOptimizer) and self._committed is not None
@@ -751,6 +772,8 @@ class Trainer:
         if self._meter_names() != known:
             self._remember()
         recorder.write("validation", counters.step, metrics)
+        if counters.best is None and (warning := no_means(metrics)):
+            recorder.say(f"warning: {warning}")
         for name, value in metrics.items():
             if not math.isfinite(value):
                 recorder.say(f"warning: step {counters.step}: val_{name} is {value}.")

@@ -167,7 +167,7 @@ def _join_tensor(mark: dict[str, Any], parts: dict[str, torch.Tensor]) -> torch.
         return torch.sparse_coo_tensor(
             parts["indices"], parts["values"], size, is_coalesced=True, check_invariants=True
         )
-    layout = next(each for each, names in _LAYOUTS.items() if names[0] == mark[_SPARSE])
+    layout = {names[0]: each for each, names in _LAYOUTS.items()}[mark[_SPARSE]]
     _, outer, inner = _LAYOUTS[layout]
     return torch.sparse_compressed_tensor(
         parts[outer],

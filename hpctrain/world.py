@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from hpctrain import uncaught
 from hpctrain.errors import Error
 from hpctrain.launcher import ALONE, Launch, detect
 from hpctrain.process import cores
@@ -101,7 +102,7 @@ class Communicator(Protocol):
     def stop(self) -> None:
         """Have every rank end the training, where ranks do not go in lockstep."""
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, code: int = 1) -> None:
         """This rank has failed: tell the others, where the launcher might not."""
 
     def close(self) -> None:
@@ -139,7 +140,7 @@ class Alone:
     def stop(self) -> None:
         """Nobody to stop."""
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, code: int = 1) -> None:
         """Nobody to tell."""
 
     def close(self) -> None:
@@ -200,7 +201,7 @@ class Unconnected:
         """Refused."""
         raise self._error()
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, code: int = 1) -> None:
         """Nobody to tell."""
 
     def close(self) -> None:
@@ -296,6 +297,7 @@ def init() -> World:
     world = World(launch)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    uncaught.install(world)
     return world
 
 

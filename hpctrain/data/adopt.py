@@ -34,6 +34,9 @@ from hpctrain.files import sha256
 from hpctrain.process import cores
 from hpctrain.progress import progress
 
+MOST_LABELS = 2**26
+"""Of a file, to be counted."""
+
 
 def adopt(
     sources: Sequence[Path],
@@ -193,7 +196,8 @@ class _Adoption:
                 offsets = {}
                 for field, place in places.items():
                     dataset, spec = file[place], found[field]
-                    if is_class_field(field, spec) and len(self._classes) <= MOST_COUNTED:
+                    few = dataset.shape[0] <= MOST_LABELS and len(self._classes) <= MOST_COUNTED
+                    if few and is_class_field(field, spec):
                         self._classes.update(count_classes(dataset[()]))
                     offset = mapped_offset(dataset, home, spec)
                     if offset is not None:

@@ -64,7 +64,7 @@ def open_file(path: Path, **options: Any) -> h5py.File:
         OSError: It cannot be opened, or is no regular file (opening a FIFO could wait for ever).
     """
     if not stat.S_ISREG(Path(path).stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     first: OSError | None = None
     if os.environ.get("HDF5_USE_FILE_LOCKING", "").upper() in ("", "0", "FALSE"):
         try:
@@ -82,6 +82,14 @@ def open_file(path: Path, **options: Any) -> h5py.File:
     except (OSError, ValueError):
         raise first from None
 
+
+if not hasattr(h5py._objects, "_phil_before_fork"):
+    # A child of a fork would wait for ever for a lock of a thread that it does not have. Newer h5py
+    # sees to that itself.
+    _lock = h5py._objects.phil
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 _through_python: WeakSet[h5py.File] = WeakSet()
 

@@ -11,6 +11,7 @@ import gc
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -221,6 +222,8 @@ def _check_entry(shard: ShardEntry) -> None:
     strings = (shard.path, shard.sha256, shard.head_sha256)
     if not all(isinstance(text, str) for text in strings):
         raise TypeError(f"shard {shard.path!r}")
+    if b"\0" in os.fsencode(shard.path):  # which fails for half a character
+        raise ValueError(f"shard {shard.path!r}")
     for number in (shard.samples, shard.bytes, *shard.offsets.values()):
         _count(number)
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,27 +77,31 @@ class Mixture(Source):
         if len(present) == 1:
             source = int(present[0])
             return self.sources[source].take(indices - self._firsts[source], empty)
-        batch: Arrays = {}
+        parts = []
         for source in present.tolist():
             rows = np.flatnonzero(which == source)
-            part = self.sources[source].take(indices[rows] - self._firsts[source])
-            if any(name.endswith(OFFSETS) for name in part):
-                raise Error("ragged fields cannot be mixed yet.", hint="pad them to one length.")
-            for name, array in part.items():
-                if name not in batch:
-                    batch[name] = empty((len(indices), *array.shape[1:]), array.dtype)
-                if batch[name].shape[1:] != array.shape[1:] or batch[name].dtype != array.dtype:
-                    raise Error(
-                        f"field '{name}' is {array.dtype}{array.shape[1:]} in one source of a "
-                        f"mixture and {batch[name].dtype}{batch[name].shape[1:]} in another.",
-                        hint="give all sources the same fields.",
-                    )
-                batch[name][rows] = array
-            if batch.keys() != part.keys():
+            parts.append((rows, self.sources[source].take(indices[rows] - self._firsts[source])))
+        names = parts[0][1].keys()
+        for _, part in parts:
+            if part.keys() != names:
                 raise Error(
-                    f"sources of a mixture have fields {sorted(batch)} and {sorted(part)}.",
+                    f"sources of a mixture have fields {sorted(names)} and {sorted(part)}.",
                     hint="give all sources the same fields.",
                 )
+        batch: Arrays = {}
+        for name in names:
+            if name + OFFSETS in names:
+                batch[name + OFFSETS] = offsets = _offsets(name, parts, len(indices), empty)
+                batch[name] = _filled(name, parts, int(offsets[-1]), empty)
+                for rows, part in parts:
+                    begins = part[name + OFFSETS]
+                    for number, row in enumerate(rows.tolist()):
+                        values = part[name][begins[number] : begins[number + 1]]
+                        batch[name][offsets[row] : offsets[row + 1]] = values
+            elif name not in batch and name.removesuffix(OFFSETS) not in names - {name}:
+                batch[name] = _filled(name, parts, len(indices), empty)
+                for rows, part in parts:
+                    batch[name][rows] = part[name]
         return batch
 
     def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
@@ -113,6 +118,34 @@ class Mixture(Source):
     def nothing_left(self) -> bool:
         """Whether all of all sources is lost."""
         return all(source.nothing_left() for source in self.sources)
+
+
+_Parts = list[tuple[NDArray[np.int64], Arrays]]
+"""Of each source: which samples of the batch it gives, and their fields."""
+
+
+def _filled(name: str, parts: _Parts, rows: int, empty: Empty) -> NDArray[Any]:
+    """Memory for a field of all sources."""
+    first = parts[0][1][name]
+    for _, part in parts:
+        array = part[name]
+        if array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
+            raise Error(
+                f"field '{name}' is {array.dtype}{array.shape[1:]} in one source of a mixture and "
+                f"{first.dtype}{first.shape[1:]} in another.",
+                hint="give all sources the same fields.",
+            )
+    return empty((rows, *first.shape[1:]), first.dtype)
+
+
+def _offsets(name: str, parts: _Parts, samples: int, empty: Empty) -> NDArray[np.int64]:
+    lengths = np.zeros(samples, dtype=np.int64)
+    for rows, part in parts:
+        lengths[rows] = np.diff(part[name + OFFSETS])
+    offsets = empty((samples + 1,), np.dtype(np.int64))
+    offsets[0] = 0
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
 
 
 def _pattern(weights: Sequence[float]) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from hpctrain.data.index import (
     ShardEntry,
     SplitEntry,
 )
+from hpctrain.data.source import check_names
 from hpctrain.errors import Error
 from hpctrain.files import sha256, sync
 
@@ -114,6 +115,28 @@ def is_storable(dtype: np.dtype[Any]) -> bool:
     return (dtype.kind in "biuf" and dtype.itemsize <= 8) or (
         dtype.kind == "c" and dtype.itemsize <= 16
     )
+
+
+def check_storable_names(names: Iterable[str], where: str) -> None:
+    """See that HDF5 can hold fields of these names beside each other.
+
+    Args:
+        names: Of all fields.
+        where: They are, for the error.
+
+    Raises:
+        Error: One is empty, holds what HDF5 has a use of its own for, or is within another.
+    """
+    names = list(names)
+    check_names(names, where)
+    for name in names:
+        parts = name.split("/")
+        coded = name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+        unfit = "\0" in name or coded != name or {"", ".", ".."} & {*parts}
+        if unfit or any(other.startswith(f"{name}/") for other in names):
+            raise Error(
+                f"{where}: a field cannot be called {name!r}.", hint="rename it, or leave it out."
+            )
 
 
 def chunk_samples(fields: Mapping[str, FieldSpec]) -> int:

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from hpctrain.state import Counters, TrainState
+from hpctrain.strategies.start import repeats
+
+
+class _Buffer(NamedTuple):
+    """A buffer, whose it is, and its values at a step's end."""
+
+    module: nn.Module
+    name: str
+    buffer: torch.Tensor
+    value: torch.Tensor
 
 
 class Committed:
@@ -22,8 +34,7 @@ class Committed:
         self._state = state
         self._place = (0, 0, 0)
         self._counters = Counters()
-        self._buffers: list[torch.Tensor] = []
-        self._kept: list[torch.Tensor] = []
+        self._buffers: list[_Buffer] = []
 
     def keep(self) -> None:
         """Remember things as they are now."""
@@ -36,11 +47,23 @@ class Committed:
 
     def keep_buffers(self) -> None:
         """Remember the model's buffers alone, such as running statistics."""
-        if not self._kept:
-            self._buffers = [buffer.detach() for buffer in self._state.model.buffers()]
-            self._kept = [buffer.clone() for buffer in self._buffers]
-        elif self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
+        found = [
+            (module, name, buffer)
+            for module in self._state.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        kept = self._buffers
+        if not found:
+            return
+        if len(kept) == len(found) and all(
+            each.buffer is buffer and each.module is module
+            for each, (module, _, buffer) in zip(kept, found, strict=True)
+        ):
+            torch._foreach_copy_([b.value for b in kept], [b.buffer.detach() for b in kept])
+            return
+        # The first time, or forward() has replaced some.
+        self._buffers = [_Buffer(*each, each[2].detach().clone()) for each in found]
 
     def undo(self, *, counters: bool) -> None:
         """Go back to what was remembered.
@@ -49,8 +72,12 @@ class Committed:
             counters: Also undo what was done after the step, such as judging a validation.
         """
         self._state.loader.place = self._place
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept)
+        for module, name, buffer, value in self._buffers:
+            if repeats(buffer):  # and cannot be written to
+                module._buffers[name] = value.clone()
+            else:
+                module._buffers[name] = buffer
+                buffer.detach().copy_(value)
         if counters:
             kept = self._counters
             self._state.counters = replace(kept, metrics=dict(kept.metrics), world=list(kept.world))

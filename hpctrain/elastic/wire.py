@@ -11,6 +11,8 @@ import json
 import secrets
 from typing import Any
 
+from hpctrain.files import parse_json
+
 ADDRESS, KEY = "HPCTRAIN_DRIVER", "HPCTRAIN_DRIVER_KEY"
 """The environment variables by which ranks know the driver: ``HOST:PORT``, and the key in hex."""
 
@@ -50,7 +52,7 @@ def unpack(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is none.
     """
-    values = json.loads(line)
+    values = parse_json(line)
     if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
         raise ValueError("not a message")
     return values

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpctrain.errors import Error
+from hpctrain.files import read_json
 from hpctrain.model.inputs import Job, Machine, Network
 from hpctrain.model.step import Breakdown, predict
 from hpctrain.model.strategies import Compression, Strategy, strategy_of
@@ -90,7 +90,7 @@ def read_fit(path: Path) -> dict[str, Assumed]:
         Error: The file is not one of its.
     """
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))["records"]
+        records = read_json(path)["records"]
         return {
             record["strategy"]: {
                 **{name: Span(value, value, value) for name, value in record["known"].items()},
@@ -101,7 +101,7 @@ def read_fit(path: Path) -> dict[str, Assumed]:
             }
             for record in records
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Error(
             f"{path} is not what a fit leaves: {type(error).__name__}: {error}.",
             hint="python -m benchmarks.fit RECORDS.json --out DIR writes DIR/fit.json.",

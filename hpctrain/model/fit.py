@@ -11,7 +11,6 @@ computing takes on a rank without any exchange. See :class:`Record` for all keys
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from scipy import optimize, stats
 
 from hpctrain.errors import Error
+from hpctrain.files import read_json
 from hpctrain.model.inputs import Buckets, Job, Machine, Network, even_buckets
 from hpctrain.model.step import predict
 from hpctrain.model.strategies import Compression, Strategy, strategy_of
@@ -183,7 +183,7 @@ def read_records(path: Path) -> list[Record]:
         Error: It cannot be read, or a record is wrong.
     """
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        content: Any = read_json(path)
     except OSError as error:
         raise Error(f"cannot read {path}: {error.strerror}.", hint="check the path.") from error
     except ValueError as error:

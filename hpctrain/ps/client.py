@@ -22,6 +22,9 @@ from hpctrain.ps.opening import Opening
 from hpctrain.ps.questions import Questions
 from hpctrain.ps.rules import Rule
 
+FIRST_WORDS_SECONDS = 1.0
+"""Where another rank has failed, that one speaks before this one does."""
+
 
 class Future:
     """An exchange under way."""
@@ -101,6 +104,7 @@ class Client:
         self._settled.set()
         self.awaited = False
         self._error: Error | None = None
+        self._aborted = False
         self._initial_servers = sorted(servers)
         # What tells the servers what is trained, and which workers do so unless they are lost.
         self._opening: Opening | None = None
@@ -127,6 +131,7 @@ class Client:
         start: Sequence[torch.Tensor] | None = None,
         state: Mapping[str, Sequence[torch.Tensor]] | None = None,
         steps: Sequence[int] | None = None,
+        missed: Sequence[Mapping[int, int]] | None = None,
         clip_norm: float | None = None,
         join: bool = False,
     ) -> Future:
@@ -141,6 +146,7 @@ class Client:
             start: Flats to start from; None: ``weights``.
             state: Of the update rule, by name, as flats; None: as at the very start.
             steps: Updates the state has had, by slice.
+            missed: Likewise, by part of the slice, those without a gradient of it.
             clip_norm: Largest norm of the aggregated gradient.
             join: Whether the others are under way.
         """
@@ -152,7 +158,7 @@ class Client:
         self._before = set(before)
         if not join:
             flats = [*(weights if start is None else start)]
-            self._opening = Opening(layout, rule, flats, state, steps, clip_norm)
+            self._opening = Opening(layout, rule, flats, state, steps, missed, clip_norm)
         self._settled.clear()
         self._do(lambda: self._start(join))
         return Future(self)
@@ -191,16 +197,33 @@ class Client:
         self._settled.clear()
         self._do(lambda: self.exchange.set_step(step))
 
-    def push(self, slices: Iterable[int], rows: dict[int, torch.Tensor] | None = None) -> None:
+    def put(self, weights: Sequence[torch.Tensor]) -> None:
+        """Have the update of the present step start from these flats: all workers changed them.
+
+        Args:
+            weights: The flats; the servers find out where workers' differ.
+        """
+        flats = [flat.clone() for flat in weights]
+        self._do(lambda: self.exchange.put(flats))
+
+    def push(
+        self,
+        slices: Iterable[int],
+        rows: dict[int, torch.Tensor] | None = None,
+        absent: dict[int, list[int]] | None = None,
+    ) -> None:
         """These slices' gradients are ready, in the flats; they must stay as they are.
 
         Args:
             slices: Their numbers.
             rows: By flat whose gradients come as rows: those that this step has touched.
+            absent: By slice, its parts without a gradient.
         """
         indices = list(slices)
         if rows:
             self.exchange.touch(rows)
+        if absent:
+            self.exchange.lack(absent)
         self._do(lambda: self.exchange.push(indices))
 
     def push_pull(self, weight: float, hyper: list[list[float]]) -> Future:
@@ -288,9 +311,20 @@ class Client:
         if self._error is not None and not isinstance(self._error, Dismissed):
             raise self._error
 
-    def abort(self, reason: str) -> None:
-        """Tell the servers that this worker failed, so that the run ends for everybody."""
-        self._do(lambda: self._tell(wire.Abort(self.me, reason)))
+    def abort(self, reason: str, code: int = 1) -> None:
+        """Tell the servers that this worker failed, so that the run ends for everybody.
+
+        Args:
+            reason: Why.
+            code: 2 where the caller can put it right.
+        """
+        hint = "the log of that process says more." if code == Error.exit_code else None
+        self._do(lambda: self._tell(wire.Abort(self.me, reason, hint)))
+
+    @property
+    def told(self) -> bool:
+        """Whether all that was to be done has been begun, and what was sent is on its way."""
+        return not self._commands and self.idle()
 
     def _do(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
@@ -302,6 +336,8 @@ class Client:
         event.wait()
         self.awaited = False
         if self._error is not None:
+            if self._aborted:
+                time.sleep(FIRST_WORDS_SECONDS)
             raise self._error
 
     # For the polling thread.
@@ -426,6 +462,7 @@ class Client:
             case wire.Over():
                 raise Dismissed(f"worker {self.me}: the run was over before it could take part.")
             case wire.Abort():
+                self._aborted = True
                 raise message.error()
             case _:
                 raise Error(f"worker {self.me} got a {type(message).__name__} by mistake.")

@@ -34,6 +34,9 @@ from hpctrain.spawning import fault_tolerant, spawned
 
 # Tags of messages from workers to servers, back, and among servers; the next one is for payloads.
 TO_SERVER, TO_WORKER, AMONG_SERVERS = 10, 20, 30
+LAST_WORDS_SECONDS = 3.0
+"""A worker that has failed says why before this rank ends, and the launcher ends all."""
+
 CLOSING_SECONDS = 10.0
 ENDING_LOOK_SECONDS = 2e-3
 NAME_BYTES = 64
@@ -231,6 +234,7 @@ class Ends:
         weights: Sequence[torch.Tensor] | None,
         state: Mapping[str, Sequence[torch.Tensor]] | None = None,
         steps: Sequence[int] | None = None,
+        missed: Sequence[Mapping[int, int]] | None = None,
         clip_norm: float | None = None,
     ) -> Client:
         """Say what is to be trained, and begin to exchange.
@@ -242,6 +246,7 @@ class Ends:
                 that is lost.
             state: Of the rule, by name, as flats.
             steps: Updates the state has had, by slice.
+            missed: Likewise, by part of the slice, those without a gradient of it.
             clip_norm: Largest norm of the aggregated gradient.
 
         Returns:
@@ -261,7 +266,8 @@ class Ends:
         future: Future = self.client.open(
             layout, rule, own_weights, own_gradients,
             before=[worker for worker in self.roles.workers if worker < self.me], start=weights,
-            state=state, steps=steps, clip_norm=clip_norm, join=self.recruit is not None,
+            state=state, steps=steps, missed=missed, clip_norm=clip_norm,
+            join=self.recruit is not None,
         )  # fmt: skip
         future.wait()
         if self.recruit is not None:
@@ -349,13 +355,18 @@ class Ends:
         assert self.server is not None
         server = self.server
         waiter = Waiter()
-        with torch.no_grad():
-            while not (server.done and self._nobody_comes):
-                if self._sharing is not None and self._sharing.poll():
-                    server.share(self._sharing.regions)
-                if self._recruiter is not None:
-                    self._recruiter.poll()
-                waiter.wait(server.poll())
+        try:
+            with torch.no_grad():
+                while not (server.done and self._nobody_comes):
+                    if self._sharing is not None and self._sharing.poll():
+                        server.share(self._sharing.regions)
+                    if self._recruiter is not None:
+                        self._recruiter.poll()
+                    waiter.wait(server.poll())
+        except Error:
+            if server.aborted:  # whose fault it is speaks first
+                time.sleep(LAST_WORDS_SECONDS)
+            raise
         self._drain([server])
         self._part()
         self._end_together()
@@ -382,12 +393,17 @@ class Ends:
             if end is not None:
                 end.close()
 
-    def abort(self, reason: str) -> None:
-        """This worker has failed: the run is to end for everybody."""
+    def abort(self, reason: str, code: int = 1) -> None:
+        """This worker has failed: the run is to end for everybody.
+
+        Args:
+            reason: Why.
+            code: Of its exit, and the others'.
+        """
         if self.client is not None and self._loop is not None and not self.client.failed:
-            self.client.abort(reason)
+            self.client.abort(reason, code)
             deadline = time.monotonic() + 1.0
-            while (self.client.busy or not self.client.idle()) and time.monotonic() < deadline:
+            while not self.client.told and time.monotonic() < deadline:
                 time.sleep(0.01)
 
     def _drain(self, parts: Sequence[Any]) -> None:

@@ -60,6 +60,7 @@ class Exchange:
         self.dense_bytes = 0
         self._servers = servers
         self._config = config
+        self._absent: dict[int, list[int]] = {}
         self._codec = make_codec(config.compression)
         self._step = Step(0, 0, 1.0, [], True)
         # Slices ready to be pushed, by need; and those pushed, with their server.
@@ -86,6 +87,7 @@ class Exchange:
     def begin(self) -> None:
         """Begin a step: it is over when every slice was pushed and answered."""
         self._outgoing.begin()
+        self._absent = {}
         self._left = set(range(len(self.versions)))
 
     def touch(self, rows: Mapping[int, torch.Tensor]) -> None:
@@ -153,6 +155,18 @@ class Exchange:
         self._step = step
         self._pulling = False
 
+    def put(self, weights: Sequence[torch.Tensor]) -> None:
+        """Have the next update start from these flats."""
+        for server, link in self._servers.items():
+            indices = [i for i, holders in enumerate(self.placement) if holders[0] == server]
+            pieces = [self._layout.slices[index] for index in indices]
+            payloads = [weights[p.flat][p.start : p.stop].clone() for p in pieces]
+            link.send(wire.Put(indices, [payload.nbytes for payload in payloads]), payloads)
+
+    def lack(self, absent: Mapping[int, list[int]]) -> None:
+        """These parts of slices have no gradient in this step."""
+        self._absent.update(absent)
+
     def push(self, indices: Iterable[int]) -> None:
         """Push these slices, soon."""
         for index in indices:
@@ -194,6 +208,7 @@ class Exchange:
                 step.clock, step.round, step.weight, step.hyper, indices,
                 [self.versions[index] for index in indices],
                 [payload.nbytes for payload in payloads], step.pull,
+                {index: self._absent[index] for index in indices if index in self._absent},
             ),
             payloads,
         )  # fmt: skip

@@ -22,11 +22,13 @@ class Snapshot:
         weights: The flats.
         state: The flats of each tensor of the update rule, by name.
         steps: Updates the state has had, by slice.
+        missed: Likewise, by part of the slice, those without a gradient of it.
     """
 
     weights: list[torch.Tensor]
     state: dict[str, list[torch.Tensor]]
     steps: list[int]
+    missed: list[dict[int, int]]
 
 
 class Fetching:
@@ -70,7 +72,8 @@ class Fetching:
             for _ in range(1 + len(self._rule.state_names))
         ]
         state = dict(zip(self._rule.state_names, kinds[1:], strict=True))
-        self.snapshot = Snapshot(kinds[0], state, [0] * len(layout.slices))
+        count = len(layout.slices)
+        self.snapshot = Snapshot(kinds[0], state, [0] * count, [{} for _ in range(count)])
         for link in self._servers.values():
             link.send(wire.Fetch(number))
 
@@ -84,8 +87,8 @@ class Fetching:
     def part(self, server: int, message: wire.Part) -> None:
         """A part has come."""
         assert self.snapshot is not None and self._event is not None
-        for index, steps in zip(message.slices, message.steps, strict=True):
-            self.snapshot.steps[index] = steps
+        for index, steps, missed in zip(message.slices, message.steps, message.missed, strict=True):
+            self.snapshot.steps[index], self.snapshot.missed[index] = steps, missed
         self._parts[server] = message
         self.count()
 

@@ -6,6 +6,7 @@ tensors that hold them. Nothing here blocks: `poll` moves on whatever can be mov
 
 from __future__ import annotations
 
+import ctypes
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -122,6 +123,8 @@ class MPILink(Link):
         self._long = False  # what follows a long header is known only once that has come
         self._status = MPI.Status()
         self._header = bytearray(HEADER_BYTES)
+        # MPI may write there as long as it runs, whatever becomes of this link: never to be freed.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._header))
         self._next: MPI.Prequest | None = None
         try:
             self._next = comm.Recv_init([self._header, MPI.BYTE], rank, self._from)

@@ -24,6 +24,7 @@ class Opening:
         weights: Flats to start from.
         state: Of the update rule, by name, as flats; None: as at the very start.
         steps: Updates the state has had, by slice.
+        missed: Likewise, by part of the slice, those without a gradient of it.
         clip_norm: Largest norm of the aggregated gradient.
     """
 
@@ -32,6 +33,7 @@ class Opening:
     weights: Sequence[torch.Tensor]
     state: Mapping[str, Sequence[torch.Tensor]] | None
     steps: Sequence[int] | None
+    missed: Sequence[Mapping[int, int]] | None
     clip_norm: float | None
 
     def send(self, servers: Mapping[int, Link], placement: Placement) -> None:
@@ -49,7 +51,9 @@ class Opening:
             link.send(
                 wire.Open(
                     list(layout.flats), layout.slice_bytes, layout.whole, self.rule.name,
-                    indices, updates, self.clip_norm,
+                    indices, updates,
+                    [dict(self.missed[i]) if self.missed else {} for i in indices],
+                    self.clip_norm,
                 ),
                 payloads,
             )  # fmt: skip

@@ -43,7 +43,7 @@ class Replicas:
         message = wire.Replicate(
             held.piece.number, held.schedule.version - 1, push.hyper, lr_factor,
             [(p.worker, p.clock, p.read) for p in pushes],
-            payloads[0].nbytes if payloads else None,
+            payloads[0].nbytes if payloads else None, sorted(push.absent),
         )  # fmt: skip
         for replica in held.replicas:
             self._servers[replica].send(message, payloads)
@@ -72,7 +72,7 @@ class Replicas:
                 self._servers[replica].send(
                     wire.Copy(
                         index, held.schedule.version, held.steps, dict(held.schedule.applied),
-                        held.log, [tensor.nbytes for tensor in copies],
+                        held.log, [tensor.nbytes for tensor in copies], held.missed,
                     ),
                     copies,
                 )  # fmt: skip
@@ -83,6 +83,7 @@ class Replicas:
         """Make an update that the primary has made."""
         held = self._store.held[message.slice]
         push = Pushed(0, 0, 0, 1.0, message.hyper, *held.read(buffer))
+        push.absent = frozenset(message.absent)
         held.update(self._store.rule, push, message.lr_factor, message.version + 1)
         if push.rows is None:
             self._gradients.recycle(buffer)
@@ -101,7 +102,7 @@ class Replicas:
     def copied(self, link: Link, message: wire.Copy, buffers: Sequence[torch.Tensor]) -> None:
         """Hold a copy that the primary has sent."""
         held = self._store.hold(message.slice, message.version)
-        held.steps = message.steps
+        held.steps, held.missed = message.steps, dict(message.missed)
         held.log = list(message.log)
         held.schedule.applied = dict(message.applied)
         for tensor, buffer in zip([held.weights, *held.state.values()], buffers, strict=True):

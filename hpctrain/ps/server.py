@@ -48,6 +48,7 @@ class Server:
         ports: New workers to connect with, and where.
         over: Whether no other new workers will come.
         lost: Whether any worker or server was lost.
+        aborted: Whether another rank has said that it failed.
         store: What it holds.
         updates: What it does with that.
     """
@@ -70,6 +71,7 @@ class Server:
         self.done = False
         self.over = False
         self.lost = False
+        self.aborted = False
         self.newcomers: dict[int, Link] = {}
         self.ports: list[tuple[int, str]] = []
         self.initial_servers = sorted([me, *servers])
@@ -183,7 +185,7 @@ class Server:
             return [] if message.size is None else [self._gradients.buffer(message.size)]
         if isinstance(message, wire.Open):
             return self._open(message)
-        if isinstance(message, wire.Copy):
+        if isinstance(message, wire.Copy | wire.Put):
             return [self._gradients.buffer(size) for size in message.sizes]
         return []
 
@@ -195,6 +197,8 @@ class Server:
             self._replicas.update(message, buffer)
         elif isinstance(message, wire.Copy):
             self._copies[message.slice].append(buffer)
+        elif isinstance(message, wire.Put) and message.slices[number] in self.held:
+            self.held[message.slices[number]].put[link.peer] = buffer
 
     def message(self, link: Link, message: wire.Message) -> None:
         """A message has come whole."""
@@ -203,6 +207,8 @@ class Server:
                 if not message.sizes:
                     for number in range(len(message.slices)):
                         self._pushed(link.peer, message, number, None)
+            case wire.Put():
+                pass
             case wire.Pull():
                 self._pulled(link.peer, message)
             case wire.Ask():
@@ -242,6 +248,7 @@ class Server:
             case wire.Joined():
                 self._joined(link.peer, message)
             case wire.Abort():
+                self.aborted = True
                 raise message.error()
             case wire.Freeze() | wire.Frozen() | wire.Cut() | wire.Kept() | wire.Fetch():
                 self.snapshots.message(link, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,12 @@ from mpi4py import MPI
 from hpctrain.ps.shared import Regions
 
 PAGE = 4096
+
+SHARED_MEMORY = "/dev/shm"
+"""Where MPI makes windows; a container has 64 MiB there unless it was asked for more."""
+
+SPARE_BYTES = 2**20
+"""What else there is in a window."""
 
 
 class Sharing:
@@ -72,6 +79,8 @@ class Sharing:
 
     def _make(self, size: int) -> None:
         memory = {}
+        if not self._fits(size):
+            return
         try:
             window = self._window = MPI.Win.Allocate_shared(size, 1, comm=self._node)
             for worker, place in self._workers.items():
@@ -83,6 +92,16 @@ class Sharing:
         if whole:
             self.regions = Regions(memory, self.common)
 
+    def _fits(self, size: int) -> bool:
+        """Whether there is room for what all ranks of the host offer: MPI does not look."""
+        mine = np.array([size], np.int64)
+        offered = np.zeros(1, np.int64)
+        self._node.Allreduce(mine, offered)
+        free = np.array([_free_bytes()], np.int64)
+        least = np.zeros(1, np.int64)
+        self._node.Allreduce(free, least, op=MPI.MIN)
+        return int(offered[0]) + SPARE_BYTES <= int(least[0])
+
     def _agree(self, whole: bool) -> bool:
         """Whether all live ranks of the host have the memory."""
         flag = np.array([whole], np.int32)
@@ -92,3 +111,11 @@ class Sharing:
             if whole:  # all have come; else the result is known already
                 self._agreement[0].Wait()
         return bool(flag[0])
+
+
+def _free_bytes() -> int:
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:  # this MPI makes them elsewhere
+        return 2**62
+    return found.f_bavail * found.f_frsize

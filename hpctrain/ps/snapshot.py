@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from hpctrain.ps.link import Link
     from hpctrain.ps.server import Server
 
-Copies = dict[int, tuple[list[torch.Tensor], int]]
+Copied = tuple[list[torch.Tensor], int, dict[int, int]]
+Copies = dict[int, Copied]
 """By slice: its weights and state, and the updates that these have had."""
 
 
@@ -267,13 +268,15 @@ class Recalled(Snapshots):
                 _send(link, number, self._passed.pop(number))
 
 
-def _copy(server: Server, held: Held, number: int) -> tuple[list[torch.Tensor], int]:
+def _copy(server: Server, held: Held, number: int) -> Copied:
     tensors = [held.weights.clone(), *(tensor.clone() for tensor in held.state.values())]
     server.order.copied(held.piece.number, number, held.schedule.version, tensors)
-    return tensors, held.steps
+    return tensors, held.steps, dict(held.missed)
 
 
 def _send(link: Link, number: int, copies: Copies) -> None:
     indices = sorted(copies)
     payloads = [tensor for index in indices for tensor in copies[index][0]]
-    link.send(wire.Part(number, indices, [copies[index][1] for index in indices]), payloads)
+    steps = [copies[index][1] for index in indices]
+    missed = [copies[index][2] for index in indices]
+    link.send(wire.Part(number, indices, steps, missed), payloads)

@@ -76,9 +76,9 @@ class Store:
         self.order.open(self.layout)
         self.regions.lay_out(self.layout)
         buffers = []
-        for index, steps in zip(message.slices, message.steps, strict=True):
+        for index, steps, missed in zip(message.slices, message.steps, message.missed, strict=True):
             held = self.hold(index, 0)
-            held.steps = steps
+            held.steps, held.missed = steps, dict(missed)
             if self.placement[index][0] == self._me:
                 held.replicas = list(self.placement[index][1:])
                 held.acknowledged = dict.fromkeys(held.replicas, 0)

@@ -89,7 +89,7 @@ class Updates:
             gradient, rows = self._gradients.decode(held, buffer)
         held.pushes[worker] = Pushed(
             worker, push.clock, push.reads[number], push.weight, push.hyper[held.group],
-            gradient, rows, buffer is None,
+            gradient, rows, buffer is None, frozenset(push.absent.get(held.piece.number, ())),
         )  # fmt: skip
         self._schedule(held, worker, push)
 
@@ -131,10 +131,13 @@ class Updates:
             self._pass_over(held)
 
     def _apply(self, held: Held, pushes: list[Pushed]) -> None:
+        held.take_put(push.worker for push in pushes)
+        absent = frozenset.intersection(*(push.absent for push in pushes))
         if held.replicas:
             self._gradients.own(held, pushes[0])
         if self._rounds:
             self._gradients.aggregate(held, pushes)
+            pushes[0].absent = absent
             if self._store.clip_norm is not None:
                 self.clipping.wait(held, pushes)
                 return

@@ -27,6 +27,7 @@ class Open(Message):
         rule: Name of the update rule.
         slices: Those that follow as payloads.
         steps: Updates that each of them has had.
+        missed: For each of them, by part (see Slice.bounds), updates without a gradient of it.
         clip_norm: Largest norm of the aggregated gradient, or None.
     """
 
@@ -36,6 +37,7 @@ class Open(Message):
     rule: str
     slices: list[int]
     steps: list[int]
+    missed: list[dict[int, int]]
     clip_norm: float | None
 
 
@@ -51,6 +53,7 @@ class Push(Message):
         reads: Version of each slice's weights that the gradient was computed with.
         sizes: Bytes of each payload; empty where the gradients lie in shared memory.
         pull: Whether weights are wanted in return.
+        absent: By slice, the parts (see Slice.bounds) that have no gradient at this worker.
     """
 
     clock: int
@@ -61,6 +64,17 @@ class Push(Message):
     reads: list[int]
     sizes: list[int]
     pull: bool
+    absent: dict[int, list[int]] = {}
+
+
+class Put(Message):
+    """Weights that all workers have changed by themselves; the next update starts from them.
+
+    Payloads: one for each slice. Where workers go in lockstep alone.
+    """
+
+    slices: list[int]
+    sizes: list[int]
 
 
 class Pull(Message):
@@ -109,6 +123,7 @@ class Replicate(Message):
         lr_factor: On the learning rate.
         pushes: Worker, clock and version read of each push in it.
         size: Bytes of the gradient; None: there is none, because nobody had samples.
+        absent: Parts that no push has a gradient of.
     """
 
     slice: int
@@ -117,6 +132,7 @@ class Replicate(Message):
     lr_factor: float
     pushes: list[tuple[int, int, int]]
     size: int | None
+    absent: list[int] = []
 
 
 class Copy(Message):
@@ -129,6 +145,7 @@ class Copy(Message):
         applied: Worker and clock after its last push.
         log: All pushes so far, for a record of their order.
         sizes: Of the payloads, in bytes.
+        missed: By part, updates that had no gradient of it.
     """
 
     slice: int
@@ -137,6 +154,7 @@ class Copy(Message):
     applied: dict[int, int]
     log: list[tuple[int, int, int, int]]
     sizes: list[int]
+    missed: dict[int, int] = {}
 
 
 class Replicated(Message):
@@ -186,6 +204,7 @@ class Part(Message):
     snapshot: int
     slices: list[int]
     steps: list[int]
+    missed: list[dict[int, int]]
 
 
 class Ask(Message):
@@ -306,9 +325,9 @@ class Long(Message):
 
 
 Known = (
-    Open | Push | Pull | Weights | Norms | Replicate | Copy | Replicated | Freeze | Frozen | Cut
-    | Kept | Fetch | Part | Ask | Answer | Decided | Beat | Lost | Joined | Rest | Leave | Forgotten
-    | Abort | Long | Recruited | Over | Join
+    Open | Push | Put | Pull | Weights | Norms | Replicate | Copy | Replicated | Freeze | Frozen
+    | Cut | Kept | Fetch | Part | Ask | Answer | Decided | Beat | Lost | Joined | Rest | Leave
+    | Forgotten | Abort | Long | Recruited | Over | Join
 )  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode

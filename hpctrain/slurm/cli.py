@@ -18,6 +18,8 @@ import click
 from hpctrain import compare as comparing
 from hpctrain import process
 from hpctrain.errors import Error
+from hpctrain.files import open_regular
+from hpctrain.run_folder import INTERRUPTED_CODE
 from hpctrain.slurm import commands, jobs, options
 from hpctrain.slurm.owner import Elsewhere
 from hpctrain.slurm.supervise import Job
@@ -392,10 +394,14 @@ def trial(
     from hpctrain import sweep as sweeps
 
     def execute(words: Sequence[str], run: Path, look: Callable[[], None]) -> int:
-        return Job(
-            list(words), run, max_requeues=max_requeues, relaunches=0, told_by=told_by, watch=look,
-            home=Path(folder),
-        ).supervise()  # fmt: skip
+        try:
+            return Job(
+                list(words), run, max_requeues=max_requeues, relaunches=0, told_by=told_by,
+                watch=look, home=Path(folder),
+            ).supervise()  # fmt: skip
+        except Elsewhere as elsewhere:
+            click.echo(f"hpctrain trial: {elsewhere}")
+            return INTERRUPTED_CODE
 
     looked_after = execute if "SLURM_JOB_ID" in os.environ else None
     sys.exit(sweeps.run_trial(Path(folder), Path(space), command, looked_after))
@@ -514,12 +520,16 @@ def logs(folder: Path, which: str, follow: bool) -> None:
     if path is None and not follow:
         raise Error(f"job {run.job} has no log yet.", hint="`hpctrain jobs` shows why it waits.")
     shown, checked = 0, 0.0
+    silence = jobs.Silence(lambda text: click.echo(text, err=True))
     while True:
         path = path or jobs.log(run)
         if path is not None:
-            with path.open("rb") as file:
-                file.seek(shown)
-                text = file.read()
+            try:
+                with open_regular(path) as file:
+                    file.seek(shown)
+                    text = file.read()
+            except OSError as error:
+                raise Error(f"{path}: {error.strerror}.", hint="`hpctrain jobs`.") from error
             shown += len(text)
             click.echo(jobs.printable(text.decode(errors="replace")), nl=False)
         if not follow:
@@ -527,8 +537,8 @@ def logs(folder: Path, which: str, follow: bool) -> None:
         if time.monotonic() - checked > jobs.POLL_SECONDS:
             checked = time.monotonic()
             run = jobs.named(str(run.run), folder)
-            with contextlib.suppress(commands.Unanswered):
-                state = commands.states([run.job]).get(run.job)
+            if (states := silence.states([run.job])) is not None:
+                state = states.get(run.job)
                 follow = state is not None and not state.over
         time.sleep(FOLLOW_SECONDS)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
-import math
+import os
 import re
 import time
 from collections import Counter
@@ -17,10 +16,14 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from hpctrain.errors import Error, nearest
+from hpctrain.files import open_regular, parse_json, read_json, read_regular
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT
 from hpctrain.slurm import commands, owner
 from hpctrain.slurm.commands import State
 from hpctrain.slurm.supervise import FAILURE, SUBMISSION
+
+MOST = 2.0**63
+"""No step, time or loss is as large."""
 
 POLL_SECONDS = 2.0
 TAIL_BYTES = 2**16
@@ -91,7 +94,7 @@ def find(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[S
     found = []
     for path in [folder / SUBMISSION, *folder.glob(f"*/{SUBMISSION}")]:
         try:
-            about = _Submission.model_validate_json(owner.read(path, MOST_BYTES))
+            about = _Submission.model_validate_json(read_regular(path, MOST_BYTES))
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -134,8 +137,8 @@ def progress(run: Path) -> Progress:
     """How far a run is."""
     path = run / "metrics.jsonl"
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             head = file.read(TAIL_BYTES)
             file.seek(max(0, size - TAIL_BYTES))
             tail = file.read()
@@ -160,8 +163,8 @@ def progress(run: Path) -> Progress:
 
 def _records(data: bytes) -> Iterable[dict[str, Any]]:
     for line in data.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # the first and the last may be cut
-            record = json.loads(line)
+        with contextlib.suppress(ValueError):  # the first and the last may be cut
+            record = parse_json(line)
             whole = isinstance(record, dict) and None not in (
                 _number(record.get("step")), _number(record.get("time"))
             )  # fmt: skip
@@ -172,7 +175,7 @@ def _records(data: bytes) -> Iterable[dict[str, Any]]:
 def _number(value: Any) -> float | None:
     """A finite number, or nothing."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if usable and math.isfinite(value) else None
+    return value if usable and abs(value) < MOST else None
 
 
 def outcome(run: Path) -> tuple[str, int] | None:
@@ -180,8 +183,8 @@ def outcome(run: Path) -> tuple[str, int] | None:
     if (run / RESULT).exists():
         return "completed", 0
     if (run / FAILURE).exists():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            failure = json.loads(owner.read(run / FAILURE, MOST_BYTES))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            failure = read_json(run / FAILURE, MOST_BYTES)
             where = f"rank {failure['rank']}: " if failure["rank"] is not None else ""
             text = f"{where}{failure['what']}: {failure['message']}"
             return f"failed: {text}", int(failure["exit_code"])
@@ -200,7 +203,7 @@ def describe(run: Submitted, state: State | None) -> str:
     return state.name if state is not None else "unknown to Slurm, and without a result"
 
 
-class _Silence:
+class Silence:
     """Slurm's silence, which a wait outlives for a while.
 
     Args:
@@ -245,7 +248,7 @@ def wait(run: Submitted, say: Callable[[str], None]) -> int:
     """
     before = ""
     unknown_since: float | None = None
-    silence = _Silence(say)
+    silence = Silence(say)
     while True:
         run = _now(run)
         states = silence.states([run.job])
@@ -287,7 +290,7 @@ def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
     before = ""
     known: dict[str, State] = {}
     begun = time.monotonic()
-    silence = _Silence(say)
+    silence = Silence(say)
     while True:
         now = silence.states(numbers)
         states = known | (now or {})

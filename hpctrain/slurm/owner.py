@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import time
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hpctrain.errors import Error
+from hpctrain.files import read_regular
 from hpctrain.slurm import commands
 
 FOLDER = "owners"
@@ -54,26 +54,8 @@ def claims(run: Path) -> list[Claim]:
     with contextlib.suppress(OSError):
         for path in sorted((run / FOLDER).glob("*.json")):
             with contextlib.suppress(OSError, ValidationError):
-                found.append(Claim.model_validate_json(read(path, MOST_BYTES)))
+                found.append(Claim.model_validate_json(read_regular(path, MOST_BYTES)))
     return found
-
-
-def read(path: Path, most: int) -> bytes:
-    """A regular file's content; of anything else it would not end.
-
-    Args:
-        path: The file, which may come from anybody.
-        most: Bytes that it may have.
-
-    Raises:
-        OSError: It cannot be read, or is no such file.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
-            raise OSError(0, "is no regular file, or too large", str(path))
-        return file.read(most)
 
 
 def _add(run: Path, number: int, claim: Claim) -> bool:
@@ -166,8 +148,8 @@ def hand_over(run: Path, job: str, to: str) -> None:
         OSError: It cannot be written; the other job will claim it for itself.
     """
     number = _count(run)
-    last = claims(run)[-1]
-    if last.job == job:
+    last = next(reversed(claims(run)), None)
+    if last is not None and last.job == job:
         _add(run, number, Claim(job=to, again=last.again + 1, continues=job))
 
 

@@ -42,23 +42,27 @@ def requeue(job: str, restarts: int, ended: Callable[[], bool]) -> Error | None:
     """
     deadline = time.monotonic() + SILENCE_SECONDS
     while not ended():
-        refusal: Error | None = None
         try:
-            if runs(job, restarts):
-                try:
-                    commands.requeue(job)
-                except commands.Unanswered:
-                    raise
-                except Error as error:
-                    refusal = error
-                if refusal is not None and runs(job, restarts):
-                    return refusal
+            refusal = _asked(job) if runs(job, restarts) else None
+            if refusal is not None and runs(job, restarts):
+                return refusal
             wait(ended)
             return None
         except commands.Unanswered:
             if time.monotonic() > deadline:
                 raise
             _pause(ended)
+    return None
+
+
+def _asked(job: str) -> Error | None:
+    """Ask for it; why Slurm refuses."""
+    try:
+        commands.requeue(job)
+    except commands.Unanswered:
+        raise
+    except Error as error:
+        return error
     return None
 
 
@@ -70,9 +74,14 @@ def runs(job: str, restarts: int) -> bool:
         restarts: How often Slurm had started it again.
 
     Raises:
-        Error: Slurm does not answer.
+        Unanswered: Slurm is silent.
     """
-    state = commands.look(job)
+    try:
+        state = commands.look(job)
+    except commands.Unanswered:
+        raise
+    except Error:  # who may not ask for it
+        return True
     return state is not None and state.name == "RUNNING" and state.restarts == restarts
 
 

@@ -139,7 +139,7 @@ class Job:
 
     def supervise(self) -> int:
         """Run to the end; the exit code that tells the scheduler the truth."""
-        if self._again and steadily((self._run / RESULT).exists):
+        if self._again and _there(self._run / RESULT):
             self._say("the run is completed")  # by ranks that outlived the node of this script
             return 0
         before = {number: signal.signal(number, self._hear) for number in self._signals}
@@ -161,11 +161,11 @@ class Job:
     def _go_on(self) -> int:
         while True:
             returncode = self._launch()
-            if steadily((self._run / RESULT).exists):
+            if _there(self._run / RESULT):
                 if returncode != 0:
                     self._say(f"the run is completed, though its launcher ended with {returncode}")
                 return 0
-            if steadily((self._run / INTERRUPTED).exists):
+            if _there(self._run / INTERRUPTED):
                 return self._interrupted()
             failure = self._why(returncode)
             try:
@@ -383,7 +383,7 @@ class Job:
         """Whether SIGTERM was Slurm's, by which it ends a job; or just a signal."""
         deadline = time.monotonic() + ENDING_SECONDS
         while time.monotonic() < deadline:
-            with contextlib.suppress(Error):
+            with contextlib.suppress(commands.Unanswered):
                 return not requeue.runs(self.number, self._restarts)
             time.sleep(LOOK_SECONDS)
         return True
@@ -449,6 +449,18 @@ def _has_gpus() -> bool:
 
 def _without(nodes: list[hosts.Node], present: list[hosts.Node]) -> str:
     return ", ".join(node.name for node in nodes if node not in present)
+
+
+def _there(path: Path) -> bool:
+    """Whether a file is there, by its folder, of which a shared file system has news first."""
+
+    def look() -> bool:
+        try:
+            return path.name in os.listdir(path.parent)  # noqa: PTH208
+        except FileNotFoundError:
+            return False
+
+    return steadily(look)
 
 
 def _progress(run: Path) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hpctrain.elastic.choose import Choice
 from hpctrain.elastic.membership import Meeting, Membership, Progress
@@ -65,16 +68,24 @@ class DistributedOptimizer(torch.optim.Optimizer):
         weight: What this step's losses are multiplied by in all (``batch.weight``); to be set
             before ``backward()`` where a strategy may have to leave out some ranks.
         missed: Steps of the world that went by without this rank, at its last one.
+        overlaps: Whether gradients may be sent while ``backward()`` still computes, because nobody
+            looks at them or changes them before ``step()``, and each step has one pass outside of
+            ``no_sync()``. Read by the parameter server; the trainer says so.
         mark: Called when a part of a step has ended, with its name: of :data:`hpctrain.laps.PARTS`.
     """
+
+    # Gradients are to be unscaled before they are clipped, which the inner optimizer cannot know.
+    _step_supports_amp_scaling = False
 
     def __init__(self, inner: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
         # The base class's own start is left out on purpose: it would make a second set of groups.
         self.inner = inner
         self.clip_norm = clip_norm
+        self._needs_closure = needs_closure(inner)
         self.grad_norm: torch.Tensor | None = None
         self.weight = 1.0
         self.missed = 0
+        self.overlaps = False
         self.mark: Callable[[str], None] = lambda part: None
 
     def __getattr__(self, name: str) -> Any:
@@ -97,17 +108,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
         Raises:
             PeerLost: Another rank is gone.
-            Error: A closure was given: it would need an agreement at every evaluation.
+            Error: A closure was given or is needed: each evaluation would need an agreement.
         """
-        if closure is not None:
-            raise Error(
-                "optimizer.step(closure) is not supported across ranks.",
-                hint="use an optimizer that steps once per gradient (not LBFGS).",
-            )
+        if closure is not None or self._needs_closure:
+            raise _closure_error(self.inner, "across ranks, or without a closure")
         self.synchronize()
         self.mark("exchange")
-        if self.clip_norm is not None:
-            self.grad_norm = nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
+        self._clip()
         result = self.inner.step()
         self.mark("update")
         return result
@@ -150,8 +157,12 @@ class DistributedOptimizer(torch.optim.Optimizer):
             hint="add the group to the plain optimizer, then wrap it.",
         )
 
+    def _clip(self) -> None:
+        if self.clip_norm is not None:
+            self.grad_norm = nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
+
     def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.inner.param_groups for p in group["params"] if p.requires_grad]
+        return [p for group in self.inner.param_groups for p in group["params"]]
 
 
 class Strategy(Protocol):
@@ -236,6 +247,34 @@ class Serving(Protocol):
         """Do what such a rank does, until the run is over."""
 
 
+def _closure_error(optimizer: torch.optim.Optimizer, where: str) -> Error:
+    return Error(
+        f"optimizer.step(closure) is not supported {where} ({type(optimizer).__name__}).",
+        hint="use an optimizer that steps once per gradient (not LBFGS); on one rank, in a loop of "
+        "your own, optimizer.step(closure) works.",
+    )
+
+
+def check_shareable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what cannot be trained across ranks.
+
+    Args:
+        model: The model.
+        optimizer: To be wrapped.
+
+    Raises:
+        Error: The optimizer evaluates the model by itself, or a parameter has no shape yet.
+    """
+    if needs_closure(optimizer):
+        raise _closure_error(optimizer, "across ranks")
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise Error(
+                f"'{name}' has no shape yet: its module is lazy.",
+                hint="run the model once on a batch of the right shape before wrapping.",
+            )
+
+
 def check_trainable(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer without parameters.
 
@@ -247,6 +286,32 @@ def check_trainable(optimizer: torch.optim.Optimizer) -> None:
             "the optimizer has no parameter that requires a gradient.",
             hint="give it model.parameters(), and leave some unfrozen.",
         )
+
+
+def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer evaluates the model by itself, and so cannot step without a closure."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
+
+
+def ordered(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the optimizer's parameters, those of the model first, in its order.
+
+    Args:
+        model: The model.
+        optimizer: Of its parameters, and maybe others.
+    """
+    given = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
+    return list(dict.fromkeys([*(p for p in model.parameters() if p in given), *given]))
+
+
+def sparse_tables(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Return the embeddings whose gradients are sparse, with the length of a row."""
+    return {
+        cast(nn.Parameter, module.weight): module.weight.shape[1]
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+    }
 
 
 @contextlib.contextmanager

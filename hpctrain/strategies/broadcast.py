@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 
 from hpctrain import tree
+from hpctrain.errors import Error
 from hpctrain.world import Communicator
 
 PIECE_BYTES = 2**28
@@ -67,11 +67,58 @@ def gather_json(comm: Communicator, value: Any) -> list[Any]:
 def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
     """The root's tree of tensors and plain values on every rank, tensors on the CPU.
 
-    What the others pass is ignored: they may hold nothing yet. Tensors travel in the safetensors
-    format with their names, shapes and types, and nothing that a peer sends is executed.
+    What the others pass is ignored: they may hold nothing yet. Tensors travel as the bytes of their
+    elements in C's order, with shapes and types, and nothing that a peer sends is executed.
+
+    Args:
+        comm: Of the world.
+        state: As ``state_dict()`` methods return it.
+        root: Whose.
+
+    Raises:
+        Error: The root's holds what cannot be sent; all ranks raise it.
     """
-    tensors, rest = tree.split(state if comm.rank == root else {})
-    # Copies, because safetensors refuses tensors that share memory (tied weights do).
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    received = load(broadcast_bytes(comm, save(whole), root))
-    return tree.join(received, broadcast_json(comm, rest, root))
+    kept: dict[str, torch.Tensor] = {}
+    told: dict[str, Any] = {}
+    if comm.rank == root:
+        try:
+            kept, rest = tree.split(state)
+            told = {"rest": rest, "tensors": {name: _kind(name, t) for name, t in kept.items()}}
+        except Error as error:
+            told = {"error": [error.message, error.hint]}
+    told = broadcast_json(comm, told, root)
+    if "error" in told:
+        raise Error(told["error"][0], hint=told["error"][1])
+    data = broadcast_bytes(comm, b"".join(_data(tensor) for tensor in kept.values()), root)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
+    tensors, start = {}, 0
+    for name, (dtype, shape, size) in told["tensors"].items():
+        piece = buffer[start : start + size]
+        tensors[name] = _tensor(piece, getattr(torch, dtype), shape)
+        start += size
+    return tree.join(tensors, told["rest"])
+
+
+def _kind(name: str, tensor: torch.Tensor) -> tuple[str, list[int], int]:
+    """A tensor's type, shape and bytes."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        what = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        raise Error(
+            f"'{name}' is a {what} tensor, which cannot be sent to other ranks or saved.",
+            hint="keep it as dense tensors, such as indices and values, and build it in forward().",
+        )
+    size = tensor.numel() * tensor.element_size()
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size
+
+
+def _data(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    data: bytes = flat.contiguous().view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def _tensor(data: torch.Tensor, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.numel():
+        tensor.view(-1).view(torch.uint8).copy_(data)
+    return tensor

@@ -6,8 +6,7 @@ import atexit
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import weakref
 from typing import Any
 
 import torch
@@ -22,14 +21,17 @@ from hpctrain.errors import Error, PeerLost
 from hpctrain.horovod_build import mpi
 from hpctrain.network import both_ways
 from hpctrain.process import cores, ended_after, loaded
-from hpctrain.strategies.base import ElasticOptimizer, check_trainable
-from hpctrain.strategies.broadcast import broadcast_tree
+from hpctrain.strategies.averaging import AveragedGradients, call_when_ready
+from hpctrain.strategies.base import (
+    ElasticOptimizer,
+    check_shareable,
+    check_trainable,
+    ordered,
+    sparse_tables,
+)
 from hpctrain.strategies.horovod_communicator import HorovodCommunicator
-from hpctrain.strategies.views import adopt, dense_view
+from hpctrain.strategies.start import check_alike, share
 from hpctrain.world import Alone, World
-
-# What Horovod can reduce. bfloat16 is not among them (horovod issue 4047) and goes as float32.
-_REDUCIBLE = (torch.float16, torch.float32, torch.float64)
 
 _THREAD_MULTIPLE = 3  # what all implementations call it
 
@@ -57,30 +59,11 @@ def _check_device(hvd: Any, device: torch.device) -> None:
         )
 
 
-@dataclass
-class _Bucket:
-    """Gradients of one type and device, laid end to end in one flat tensor.
-
-    ``flat`` is what the parameters' ``.grad`` are views of. ``wire`` is what is all-reduced: the
-    same tensor, or a float32 copy where Horovod cannot reduce its type.
-    """
-
-    name: str
-    flat: torch.Tensor
-    views: dict[nn.Parameter, torch.Tensor]
-    pending: set[nn.Parameter]
-    handle: int | None = None
-    wire: torch.Tensor | None = None
-
-
 class HorovodOptimizer(ElasticOptimizer):
     """Averages gradients in flat buckets while ``backward()`` still computes earlier layers.
 
-    Buckets follow the reverse order of the parameters, about the order in which their gradients
-    become ready (Li et al., "PyTorch Distributed", VLDB 2020). Each bucket is all-reduced in place
-    in one piece, which leaves nothing for Horovod to fuse and makes the sums independent of timing.
-
-    A parameter whose gradient no rank computed in a step has a gradient of zeros in that step.
+    Each bucket is all-reduced in place in one piece, which leaves nothing for Horovod to fuse and
+    makes the sums independent of timing.
     """
 
     def __init__(
@@ -88,130 +71,52 @@ class HorovodOptimizer(ElasticOptimizer):
         model: nn.Module,
         inner: torch.optim.Optimizer,
         comm: HorovodCommunicator,
-        average: Any,
         bucket_bytes: int,
         clip_norm: float | None,
     ) -> None:
         super().__init__(inner, clip_norm)
-        self._comm = comm
-        self._average = average
-        self._local_only = False
-        self._synchronized = False
-        self._buckets = _lay_out(self._ordered(model), bucket_bytes)
-        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
-        for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(self._ready)
-
-    def _ordered(self, model: nn.Module) -> list[nn.Parameter]:
-        trained = set(self._parameters())
-        in_model = [p for p in model.parameters() if p in trained]
-        rest = [p for p in self._parameters() if p not in set(in_model)]
-        return [*in_model, *rest][::-1]
-
-    def _ready(self, parameter: nn.Parameter) -> None:
-        """Autograd calls this when a parameter's gradient of one backward pass is whole."""
-        bucket = self._bucket_of[parameter]
-        adopt(bucket.views[parameter], parameter)
-        if self._local_only:
-            return
-        if parameter not in bucket.pending:
-            raise Error(
-                "backward() ran twice before optimizer.step().",
-                hint="to accumulate gradients, run all but the last pass within "
-                "`with optimizer.no_sync():`.",
-            )
-        bucket.pending.discard(parameter)
-        if not bucket.pending:
-            self._start(bucket)
-
-    def _start(self, bucket: _Bucket) -> None:
-        bucket.wire = (
-            bucket.flat if bucket.flat.dtype in _REDUCIBLE else bucket.flat.to(torch.float32)
+        this = weakref.proxy(self)
+        parameters = ordered(model, inner)[::-1]
+        self._gradients = AveragedGradients(
+            parameters,
+            comm,
+            bucket_bytes,
+            sparse_tables(model),
+            lambda part: this.mark(part),
         )
-        bucket.handle = self._comm.start_all_reduce(bucket.wire, bucket.name, self._average)
+        call_when_ready(parameters, self._gradients.ready)
 
-    @contextlib.contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
-        before, self._local_only = self._local_only, True
-        try:
-            yield
-        finally:
-            self._local_only = before
+        return self._gradients.no_sync()
 
     def synchronize(self) -> None:
         """Wait until every gradient is the world's average.
 
-        ``step()`` does this by itself. Call it before to look at or change the averaged gradients,
-        as ``scaler.unscale_(optimizer)`` does; ``step()`` will not repeat it.
+        ``backward()`` does this at its end, and ``step()`` where there was none. It is of use after
+        passes within ``no_sync()`` alone.
 
         Raises:
             PeerLost: Another rank is gone.
+            Error: The other ranks are about something else.
         """
-        if self._synchronized:
-            return
-        for bucket in self._buckets:
-            if bucket.handle is None:  # an unused parameter, or a rank without samples
-                for parameter in bucket.pending:
-                    adopt(bucket.views[parameter], parameter)
-                self._start(bucket)
-        for bucket in self._buckets:
-            assert bucket.handle is not None and bucket.wire is not None
-            self._comm.wait(bucket.handle)
-            if bucket.wire is not bucket.flat:
-                bucket.flat.copy_(bucket.wire)
-            bucket.handle = bucket.wire = None
-            bucket.pending = set(bucket.views)
-        self._synchronized = True
+        self._gradients.synchronize()
 
     def step(self, closure: Any = None) -> float | None:  # type: ignore[override]
-        """Average the gradients, clip them, and update the parameters."""
+        """Clip the averaged gradients, and update the parameters."""
         result = super().step(closure)
-        self._synchronized = False
+        self._gradients.stepped()
         return result
 
     def restart(self) -> None:
         """Forget the step that failed, and the exchanges that were under way."""
-        for bucket in self._buckets:
-            bucket.handle = bucket.wire = None
-            bucket.pending = set(bucket.views)
+        self._gradients.restart()
         self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the next ones are put into their buckets as they come."""
-        self._synchronized = False
-        for bucket in self._buckets:
-            for parameter, view in bucket.views.items():
-                parameter.grad = None if set_to_none else view
-            if not set_to_none:
-                bucket.flat.zero_()
-
-
-def _lay_out(parameters: list[nn.Parameter], bucket_bytes: int) -> list[_Bucket]:
-    groups: list[list[nn.Parameter]] = []
-    open_groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-    for parameter in parameters:
-        kind = (parameter.dtype, parameter.device)
-        group = open_groups.get(kind)
-        if group is None or sum(p.nbytes for p in group) + parameter.nbytes > bucket_bytes:
-            group = open_groups[kind] = []
-            groups.append(group)
-        group.append(parameter)
-    return [_bucket(f"hpctrain.gradients.{n}", group) for n, group in enumerate(groups)]
-
-
-def _bucket(name: str, parameters: list[nn.Parameter]) -> _Bucket:
-    first = parameters[0]
-    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-    views = {}
-    start = 0
-    for parameter in parameters:
-        views[parameter] = dense_view(flat, start, parameter)
-        start += parameter.numel()
-        if parameter.grad is not None:
-            views[parameter].copy_(parameter.grad)
-        parameter.grad = views[parameter]
-    return _Bucket(name, flat, views, set(parameters))
+        self._gradients.forget_average()
+        super().zero_grad(set_to_none)
 
 
 class Horovod:
@@ -321,11 +226,7 @@ class Horovod:
 
     def share(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Start every rank from rank 0's model and optimizer state."""
-        start = broadcast_tree(
-            self.world.comm, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        )
-        model.load_state_dict(start["model"])
-        optimizer.load_state_dict(start["optimizer"])
+        share(self.world.comm, model, optimizer)
 
     def wrap(
         self,
@@ -334,15 +235,12 @@ class Horovod:
         *,
         clip_norm: float | None = None,
     ) -> HorovodOptimizer:
-        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer.
-
-        Wrap once: the hooks this puts on the parameters live as long as they do.
-        """
+        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer."""
         check_trainable(optimizer)
+        check_shareable(model, optimizer)
+        check_alike(self.world.comm, model, optimizer)
         self.share(model, optimizer)
-        return HorovodOptimizer(
-            model, optimizer, self._comm, self._hvd.Average, self.config.bucket_bytes, clip_norm
-        )
+        return HorovodOptimizer(model, optimizer, self._comm, self.config.bucket_bytes, clip_norm)
 
 
 def _bounded(seconds: float, world: World) -> contextlib.AbstractContextManager[None]:

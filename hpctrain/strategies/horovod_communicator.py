@@ -55,7 +55,7 @@ class HorovodCommunicator:
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum a contiguous tensor over all ranks, in place."""
-        self.wait(self.start_all_reduce(tensor, "hpctrain.all_reduce", self._hvd.Sum))
+        self.wait(self.start_sum(tensor, "hpctrain.all_reduce"))
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         """Overwrite a contiguous tensor with the root's, in place."""
@@ -67,13 +67,39 @@ class HorovodCommunicator:
         """Return when every rank has come here."""
         self.all_reduce(torch.zeros(1))
 
-    def start_all_reduce(self, tensor: torch.Tensor, name: str, operation: Any) -> int:
-        """Begin an all-reduce in place; give what this returns to :meth:`wait`."""
-        with peers(self):
-            return int(self._hvd.allreduce_async_(tensor, name=name, op=operation))
+    def start_sum(self, tensor: torch.Tensor, name: str) -> int:
+        """Begin to sum a tensor in place; give what this returns to :meth:`wait`.
 
-    def wait(self, handle: int) -> None:
-        """Wait for a collective, for ``timeout_seconds`` at most.
+        Args:
+            tensor: Contiguous.
+            name: All ranks have the same one; no other exchange under way has it.
+        """
+        with peers(self):
+            return int(self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
+
+    def start_average(self, tensor: torch.Tensor, name: str) -> int:
+        """Begin to average a tensor in place; give what this returns to :meth:`wait`.
+
+        Args:
+            tensor: Contiguous.
+            name: As in :meth:`start_sum`.
+        """
+        with peers(self):
+            return int(self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Average))
+
+    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Return all ranks' rows, in the order of the ranks.
+
+        Args:
+            tensor: Contiguous, of shape (rows, ...); ranks may have other numbers of rows.
+            name: As in :meth:`start_sum`.
+        """
+        with peers(self):
+            handle = self._hvd.allgather_async(tensor, name=name)
+        return self.wait(handle)
+
+    def wait(self, handle: int) -> torch.Tensor:
+        """Wait for a collective, for ``timeout_seconds`` at most, and return what came of it.
 
         Horovod's own wait spins on a core until the end of time. This one offers its core to others
         at once, and soon sleeps, because ranks and their MPI threads often outnumber cores.
@@ -99,7 +125,8 @@ class HorovodCommunicator:
                 )
             time.sleep(min(waited / 8, 1e-3))
         with peers(self):
-            self._hvd.synchronize(handle)
+            result: torch.Tensor = self._hvd.synchronize(handle)
+        return result
 
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
         """Not needed: the ranks go in lockstep."""
@@ -112,7 +139,7 @@ class HorovodCommunicator:
         """Not needed: the ranks go in lockstep."""
         raise NotImplementedError
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, code: int = 1) -> None:
         """End the others, too, where the launcher would not."""
         if self._membership is not None:
             process.abort = self._membership.abort

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +20,29 @@ from hpctrain.ps.connect import Ends
 from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.coordinator import AGAIN
 from hpctrain.ps.fetching import Snapshot as ServerSnapshot
-from hpctrain.ps.layout import Layout, Parameter, slice_bytes_for
+from hpctrain.ps.layout import Layout, Parameter, Slice, slice_bytes_for
 from hpctrain.ps.rules import rule_of
-from hpctrain.strategies.base import Change, DistributedOptimizer, Snapshot, check_trainable
-from hpctrain.strategies.broadcast import broadcast_tree
+from hpctrain.strategies.averaging import (
+    AveragedGradients,
+    call_when_ready,
+    is_within_another_pass,
+)
+from hpctrain.strategies.base import (
+    Change,
+    DistributedOptimizer,
+    Snapshot,
+    check_shareable,
+    check_trainable,
+    ordered,
+    sparse_tables,
+)
+from hpctrain.strategies.broadcast import broadcast_bytes
+from hpctrain.strategies.start import check_alike, share_rest
 from hpctrain.strategies.views import adopt, dense_view
 from hpctrain.world import Part, World, part_of
+
+AVERAGE_BYTES = 2**24
+"""How much is averaged at a time where gradients are averaged before they are pushed."""
 
 
 class PsCommunicator:
@@ -114,9 +133,14 @@ class PsCommunicator:
         """Have every worker end the training."""
         self._client.ask("stop")
 
-    def abort(self, reason: str) -> None:
-        """This worker has failed: tell the servers, and they the others."""
-        self._ends.abort(reason)
+    def abort(self, reason: str, code: int = 1) -> None:
+        """This worker has failed: tell the servers, and they the others.
+
+        Args:
+            reason: Why.
+            code: The exit code of the run.
+        """
+        self._ends.abort(reason, code)
 
     def close(self) -> None:
         """Leave; servers end when the last worker has left."""
@@ -124,12 +148,51 @@ class PsCommunicator:
         process.mpi_is_whole = not self._ends.lost
 
 
-class PsOptimizer(DistributedOptimizer):
-    """Pushes gradients while ``backward()`` still computes earlier layers, and pulls parameters.
+class _Sums:
+    """Averages gradients over workers by sums through a server, one after the other."""
 
-    Parameters and their gradients are views of flat tensors, from and into which slices travel.
-    The servers update; the inner optimizer only says how: its groups, rates and decays are sent
-    along with every step.
+    def __init__(self, comm: PsCommunicator) -> None:
+        self._comm = comm
+
+    def start_sum(self, tensor: torch.Tensor, name: str) -> Callable[[], None]:
+        """Return what sums, when it is waited for."""
+        return lambda: self._comm.all_reduce(tensor)
+
+    def start_average(self, tensor: torch.Tensor, name: str) -> Callable[[], None]:
+        """Return what averages, when it is waited for."""
+
+        def average() -> None:
+            self._comm.all_reduce(tensor)
+            tensor.div_(self._comm.size)
+
+        return average
+
+    def wait(self, handle: Callable[[], None]) -> None:
+        """Do it."""
+        handle()
+
+    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Return all workers' rows."""
+        width = tensor.shape[1]
+        parts = [
+            broadcast_bytes(self._comm, tensor.numpy().tobytes(), root)
+            for root in range(self._comm.size)
+        ]
+        return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).view(-1, width)
+
+
+class PsOptimizer(DistributedOptimizer):
+    """Pushes gradients to the servers, and pulls parameters.
+
+    Slices travel from and into flat tensors, which the parameters and their gradients are views of,
+    or are copied to. The servers update; the inner optimizer only says how: its groups, rates and
+    decays are sent along with every step, and hooks of its step are called.
+
+    Where the loop says that it ``overlaps``, gradients are pushed while ``backward()`` still
+    computes earlier layers. Else they are pushed in ``step()``, with all that was done to them:
+    where workers go in lockstep ``.grad`` is their average before, and with ``async`` and ``ssp``
+    it is this worker's own, as its push is. With ``backup``, and where not all steps pull, it is
+    the worker's own, but what is pushed is averaged: changing it is refused.
     """
 
     def __init__(
@@ -147,57 +210,63 @@ class PsOptimizer(DistributedOptimizer):
         self._consistency = consistency_of(ends.config)
         self._local_only = False
         self._begun = False
+        self._warm = False  # whether a step has been made
+        self._reentrant = False  # whether passes have been seen within others
         self._clip_here = clip_norm is not None and not self._consistency.rounds
-        self._ordered = self._order(model)
+        self._ordered = ordered(model, inner)
+        self._tables = sparse_tables(model)
         group_of = {p: n for n, group in enumerate(inner.param_groups) for p in group["params"]}
-        rows = _row_widths(model)
         config = ends.config
         if ends.record is not None:
             slice_bytes = ends.record.about.slice_bytes
         else:
             total = sum(p.nbytes for p in self._ordered)
             slice_bytes = config.slice_bytes or slice_bytes_for(total, config.servers)
-        if rows and self._rule.per_tensor:
+        if self._rule.per_tensor and any(p in self._tables for p in self._ordered):
             raise Error(
                 f"{self._rule.name} needs dense gradients, and this model has embeddings with "
                 "sparse=True.",
                 hint="make them with sparse=False, or use another optimizer.",
             )
         self._layout, self._places = Layout.of(
-            [Parameter(p.dtype, group_of[p], p.numel(), rows.get(p, 0)) for p in self._ordered],
+            [
+                Parameter(p.dtype, group_of[p], p.numel(), self._tables.get(p, 0))
+                for p in self._ordered
+            ],
             slice_bytes,
             whole=self._rule.per_tensor,
         )
         if ends.record is not None:
             ends.record.check_layout(self._layout)
+        self._number = {parameter: n for n, parameter in enumerate(self._ordered)}
+        self._slices_of, self._parts_of = self._find_slices()
         self._client = self._open(clip_norm)
         self._told = 0 if ends.recruit is None else len(self._client.lost)
         self._met: set[int] = set()  # of those that joined later
-        self._host_weights = self._views(self._client.weights)
+        # The model's own: a change of them is seen, and is not made to what others compute with.
+        self._own = [torch.zeros_like(flat) for flat in self._client.weights]
         self._host_gradients = self._views(self._client.gradients)
         # On a GPU, parameters and gradients stay there; the flats are where they are sent from.
         self._on_host = all(p.device.type == "cpu" for p in self._ordered)
-        for parameter, weights, gradient in zip(
-            self._ordered, self._host_weights, self._host_gradients, strict=True
-        ):
+        self._weights = self._views(self._own)
+        for parameter, weights in zip(self._ordered, self._weights, strict=True):
             if self._on_host:
                 parameter.data = weights
-                adopt(gradient, parameter) if parameter.grad is not None else gradient.zero_()
-            parameter.register_post_accumulate_grad_hook(self._ready)
-        self._number = {parameter: n for n, parameter in enumerate(self._ordered)}
-        self._slices_of = self._find_slices()
+        call_when_ready(self._ordered, self._ready)
+        self._average: AveragedGradients | None = None
         self._missing: list[int] = []
+        self._absent: dict[int, list[int]] = {}
         self._pending: set[nn.Parameter] = set()
+        self._last: nn.Parameter | None = None  # ready to be pushed
         self._rows: dict[int, torch.Tensor] = {}
+        # Of passes: those under way, what has had a gradient, and how that was at their end.
+        self._tasks: set[int] = set()
+        self._fired: set[nn.Parameter] = set()
+        self._seen: dict[nn.Parameter, tuple[torch.Tensor | None, int]] = {}
         self._expect()
         self._show()
         self.missed = self._client.clock
         self._ended = time.perf_counter()
-
-    def _order(self, model: nn.Module) -> list[nn.Parameter]:
-        trained = set(self._parameters())
-        in_model = [p for p in model.parameters() if p in trained]
-        return [*in_model, *(p for p in self._parameters() if p not in set(in_model))]
 
     def _views(self, flats: list[torch.Tensor]) -> list[torch.Tensor]:
         return [
@@ -222,28 +291,48 @@ class PsOptimizer(DistributedOptimizer):
                 if saved.get(name) is not None:
                     view.copy_(saved[name])
                     updates[number] = int(saved.get("step", 1))
-        # A parameter that was never used has no state: it is as after so many gradients of 0.
         steps = [0] * len(self._layout.slices)
-        for slices, done in zip(self._find_slices(), updates, strict=True):
-            for number in slices:
-                steps[number] = max(steps[number], done)
+        for parts, done in zip(self._parts_of, updates, strict=True):
+            for slice_, _ in parts:
+                steps[slice_] = max(steps[slice_], done)
+        missed: list[dict[int, int]] = [{} for _ in steps]
+        for parts, done in zip(self._parts_of, updates, strict=True):
+            for slice_, part in parts:
+                if done < steps[slice_]:
+                    missed[slice_][part] = steps[slice_] - done
         return self._ends.open(
             self._layout,
             self._rule,
             weights=weights,
             state=state if any(steps) else None,
             steps=steps,
+            missed=missed,
             clip_norm=None if self._clip_here else clip_norm,
         )
 
-    def _find_slices(self) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in self._ordered]
+    def _find_slices(self) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """For each parameter the slices it lies in, and which part of each it is."""
+        of_flat: dict[int, list[Slice]] = {}
         for piece in self._layout.slices:
-            for number, (flat, start) in enumerate(self._places):
-                stop = start + self._ordered[number].numel()
-                if flat == piece.flat and start < piece.stop and stop > piece.start:
-                    found[number].append(piece.number)
-        return found
+            of_flat.setdefault(piece.flat, []).append(piece)
+        for pieces in of_flat.values():
+            pieces.sort(key=lambda piece: piece.start)
+        slices: list[list[int]] = []
+        parts: list[list[tuple[int, int]]] = []
+        for parameter, (flat, start) in zip(self._ordered, self._places, strict=True):
+            pieces, stop = of_flat.get(flat, []), start + parameter.numel()
+            slices.append([])
+            parts.append([])
+            place = bisect.bisect_right(pieces, start, key=lambda piece: piece.stop)
+            while place < len(pieces) and pieces[place].start < stop:
+                piece = pieces[place]
+                begin = max(start - piece.start, 0)
+                slices[-1].append(piece.number)
+                if parameter.numel():
+                    part = bisect.bisect_right(piece.bounds, begin) - 1
+                    parts[-1].append((piece.number, part))
+                place += 1
+        return slices, parts
 
     def _expect(self) -> None:
         """Before a step: every slice misses the gradients of its parameters."""
@@ -252,30 +341,77 @@ class PsOptimizer(DistributedOptimizer):
             for number in slices:
                 self._missing[number] += 1
         self._pending = set(self._ordered)
-        self._rows = {}
+        self._last = None
+        self._rows, self._absent = {}, {}
         self._begun = False
+        self._fired, self._seen = set(), {}
+
+    @property
+    def _early(self) -> bool:
+        """Whether gradients are pushed before ``step()``."""
+        looks = self._clip_here or self.inner._optimizer_step_pre_hooks
+        return self.overlaps and self._warm and not self._reentrant and not looks
+
+    @property
+    def _averages(self) -> bool:
+        """Whether gradients are averaged over workers before they are pushed."""
+        looks = not self.overlaps or bool(self.inner._optimizer_step_pre_hooks)
+        return looks and self._consistency.lockstep and self._comm.size > 1
+
+    def _averaging(self) -> AveragedGradients:
+        if self._average is None:
+            this = weakref.proxy(self)
+            self._average = AveragedGradients(
+                self._ordered[::-1], _Sums(self._comm), AVERAGE_BYTES, self._tables,
+                lambda part: this.mark(part),
+            )  # fmt: skip
+        return self._average
 
     def _begin(self) -> None:
         hyper = [self._rule.hyper(group) for group in self.inner.param_groups]
-        self._client.begin(self.weight, hyper)
+        self._client.begin(1.0 if self._averages else self.weight, hyper)
         self._begun = True
+        self._put()
 
+    @torch.no_grad()
     def _ready(self, parameter: nn.Parameter) -> None:
-        """Autograd calls this when a parameter's gradient of one backward pass is whole."""
-        number = self._number[parameter]
-        if self._on_host and not self._sparse(parameter):
-            adopt(self._host_gradients[number], parameter)
-        if self._local_only or self._clip_here:
+        """Autograd calls this when a parameter's gradient of one pass is whole."""
+        if self._averages:
+            with self._averaging().no_sync() if self._local_only else contextlib.nullcontext():
+                self._averaging().ready(parameter)
             return
-        if parameter not in self._pending:
-            raise Error(
-                "backward() ran twice before optimizer.step().",
-                hint="to accumulate gradients, run all but the last pass within "
-                "`with optimizer.no_sync():`.",
+        task = torch._C._current_graph_task_id()
+        if task not in self._tasks:
+            self._tasks.add(task)
+            self._reentrant = self._reentrant or is_within_another_pass()
+            ended = weakref.WeakMethod(self._pass_ended)
+            torch.autograd.Variable._execution_engine.queue_callback(
+                lambda: (call := ended()) and call(task)
             )
-        if not self._begun:
-            self._begin()
-        self._push([parameter])
+        if self._on_host and not self._sparse(parameter):
+            adopt(self._host_gradients[self._number[parameter]], parameter)
+        self._fired.add(parameter)
+        if self._local_only or not (self._early or self._begun):
+            return
+        if parameter not in self._pending or parameter is self._last:
+            raise Error(
+                "a gradient came twice in a step, when the first was with the servers already: "
+                "backward() ran twice, or reentrant activation checkpointing did.",
+                hint="run all but the last pass within `with optimizer.no_sync():`, and use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
+            )
+        # Only now those before: hooks of the user's may have come after this one.
+        last, self._last = self._last, parameter
+        if last is not None:
+            if not self._begun:
+                self._begin()
+            self._push([last])
+
+    def _pass_ended(self, task: int) -> None:
+        self._tasks.discard(task)
+        for parameter in self._fired:
+            gradient = parameter.grad
+            self._seen[parameter] = (gradient, -1 if gradient is None else gradient._version)
 
     def _sparse(self, parameter: nn.Parameter) -> bool:
         return parameter.grad is not None and parameter.grad.is_sparse
@@ -290,18 +426,18 @@ class PsOptimizer(DistributedOptimizer):
                 self._push_rows(number, parameter.grad.coalesce())  # type: ignore[union-attr]
             elif parameter.grad is None:
                 target.zero_()
+                for slice_, part in self._parts_of[number]:
+                    self._absent.setdefault(slice_, []).append(part)
             else:
-                if not self._on_host:
+                if parameter.grad is not target:
                     target.copy_(parameter.grad)
-                elif parameter.grad is not target:
-                    adopt(target, parameter)
                 self._touch(number, torch.arange(target.shape[0] if target.ndim else 0))
             for slice_ in self._slices_of[number]:
                 self._missing[slice_] -= 1
                 if self._missing[slice_] == 0:
                     ready.append(slice_)
         if ready:
-            self._client.push(ready, self._rows)
+            self._client.push(ready, self._rows, self._absent)
 
     def _push_rows(self, number: int, gradient: torch.Tensor) -> None:
         target = self._host_gradients[number]
@@ -329,28 +465,41 @@ class PsOptimizer(DistributedOptimizer):
             self._local_only = before
 
     def synchronize(self) -> None:
-        """Refused: gradients are with the servers, which update at once.
+        """Wait until every gradient is the workers' average, where they go in lockstep.
+
+        Elsewhere a worker's gradients are its own, and there is nothing to wait for.
 
         Raises:
-            Error: Always.
+            PeerLost: The servers are gone, or went on without this worker.
+            Error: The other workers are about something else.
         """
-        raise Error(
-            "optimizer.synchronize() has no meaning with a parameter server.",
-            hint="call optimizer.step(); to clip, use clip_norm.",
-        )
+        if self._averages:
+            self._averaging().synchronize()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Push what is left, and wait until new parameters may be used, and are here.
 
         Raises:
             PeerLost: The servers are gone, or went on without this worker.
-            Error: A closure was given.
+            Error: A closure was given, or what was changed cannot be pushed so.
         """
         if closure is not None:
             return super().step(closure)
+        averages = self._averages
+        self.synchronize()
         if self._clip_here:
             assert self.clip_norm is not None
             self.grad_norm = nn.utils.clip_grad_norm_(self._ordered, self.clip_norm)
+        # With the hooks that the user's optimizer has for its steps.
+        torch.optim.Optimizer.profile_hook_step(self._exchange)(self.inner)
+        if averages:
+            self._averaging().stepped()
+        return None
+
+    @torch.no_grad()
+    def _exchange(self, inner: torch.optim.Optimizer) -> None:
+        if self._consistency.rounds and not self._averages and not self._clip_here:
+            self._check_unchanged()
         if not self._begun:
             self._begin()
         self._push([parameter for parameter in self._ordered if parameter in self._pending])
@@ -362,24 +511,62 @@ class PsOptimizer(DistributedOptimizer):
             self.grad_norm = torch.tensor(self._client.norm)
         self._expect()
         self._show()
+        self._warm = True
         self._ended = time.perf_counter()
         self.mark("exchange")
-        return None
+
+    def _check_unchanged(self) -> None:
+        """Refuse a worker's own gradients that were changed, where the average would not be so."""
+        if self._comm.size == 1:
+            return
+        for parameter, (gradient, version) in self._seen.items():
+            now = parameter.grad
+            if now is not gradient or (now is not None and now._version != version):
+                raise Error(
+                    "a worker's own gradient was changed, but what is changed should be the "
+                    "average over workers.",
+                    hint="to clip, use wrap(..., clip_norm=); for other changes use consistency "
+                    "sync with every step pulled, and do not set optimizer.overlaps.",
+                )
 
     def _show(self) -> None:
-        """Where parameters are not in host memory: copy the new ones there."""
+        """Take over the parameters that have come."""
+        with torch.no_grad():
+            for own, weights in zip(self._own, self._client.weights, strict=True):
+                own.copy_(weights)
+            if not self._on_host:
+                for parameter, mine in zip(self._ordered, self._weights, strict=True):
+                    parameter.copy_(mine, non_blocking=True)
+        self._versions = [p._version for p in self._ordered]
+
+    def _put(self) -> None:
+        """Have the servers take over parameters that were changed outside of the optimizer.
+
+        Raises:
+            Error: Workers do not go in lockstep, or servers have replicas.
+        """
         if not self._on_host:
-            with torch.no_grad():
-                for parameter, weights in zip(self._ordered, self._host_weights, strict=True):
-                    parameter.copy_(weights, non_blocking=True)
+            if self._versions == [p._version for p in self._ordered]:
+                return
+            for parameter, mine in zip(self._ordered, self._weights, strict=True):
+                mine.copy_(parameter)
+        pairs = zip(self._own, self._client.weights, strict=True)
+        if all(_same_bits(own, weights) for own, weights in pairs):
+            return
+        if not self._consistency.lockstep or self._ends.config.replicas:
+            raise Error(
+                "parameters were changed outside of the optimizer, which the servers cannot take "
+                "over unless all workers do so in the same step, and servers have no replicas.",
+                hint="use --consistency sync without ps.replicas, or another strategy.",
+            )
+        self._client.put(self._own)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the next ones are put into their places as they come."""
-        for parameter, gradient in zip(self._ordered, self._host_gradients, strict=True):
-            if set_to_none or not self._on_host:
-                parameter.grad = None
-            else:
-                parameter.grad = gradient.zero_()
+        if self._average is not None:
+            self._average.forget_average()
+        self._fired, self._seen = set(), {}
+        super().zero_grad(set_to_none)
 
     def finish(self) -> None:
         """After this worker's last step: wait for the others', and take the servers' parameters."""
@@ -391,13 +578,21 @@ class PsOptimizer(DistributedOptimizer):
     def snapshot(self) -> Snapshot:
         """Parameters and state of all slices at one point, while training goes on."""
         found: ServerSnapshot = self._client.snapshot()
-        weights = dict(zip(self._ordered, self._views(found.weights), strict=True))
+        # In lockstep nobody else changes them, and what this worker has changed it is yet to push.
+        values = self._weights if self._consistency.lockstep else self._views(found.weights)
+        weights = dict(zip(self._ordered, values, strict=True))
         state: dict[int, dict[str, Any]] = {}
         kinds = {name: self._views(flats) for name, flats in found.state.items()}
         numbers = {p: n for n, p in enumerate(
             p for group in self.inner.param_groups for p in group["params"])}  # fmt: skip
         for number, parameter in enumerate(self._ordered):
-            steps = found.steps[self._slices_of[number][0]]
+            steps = max(
+                (
+                    found.steps[n] - found.missed[n].get(part, 0)
+                    for n, part in self._parts_of[number]
+                ),
+                default=0,
+            )
             if steps:
                 entry: dict[str, Any] = {name: kind[number] for name, kind in kinds.items()}
                 if "exp_avg" in entry:
@@ -487,6 +682,7 @@ class ParameterServer:
         self.ends = Ends(config, launched=launched, timeout_seconds=timeout_seconds)
         self.lockstep = consistency_of(config).lockstep
         self.serves = self.ends.client is None
+        self._wrapped = False
         self._clocks: int | None = None
         if self.ends.record is not None and not self.serves:
             place = self.ends.roles.workers.index(self.ends.me)
@@ -528,25 +724,38 @@ class ParameterServer:
         *,
         clip_norm: float | None = None,
     ) -> PsOptimizer:
-        """Start every worker from the first one's model and optimizer state, and wrap."""
+        """Start every worker from the first one's model and optimizer state, and wrap.
+
+        Raises:
+            Error: The optimizer is none that the servers know, this rank serves, or the strategy
+                has wrapped one already.
+        """
         check_trainable(optimizer)
+        check_shareable(model, optimizer)
         comm = self.world.comm
-        assert isinstance(comm, PsCommunicator)
-        wrapped = PsOptimizer(model, optimizer, self.ends, comm, clip_norm)
+        if not isinstance(comm, PsCommunicator):
+            raise Error(
+                f"rank {self.ends.me} is a server, which trains nothing.",
+                hint="on such ranks call strategy.serve() instead: `if strategy.serves: "
+                "strategy.serve()`; or use PsConfig(colocate=True).",
+            )
+        if self._wrapped:
+            raise Error(
+                "this parameter server trains a model already.",
+                hint="give one optimizer the parameters of all models, as groups; or make another "
+                "strategy for the next model, with PsConfig(colocate=True); or use horovod.",
+            )
+        self._wrapped = True
         if self.ends.recruit is None:
-            start = broadcast_tree(comm, dict(model.named_buffers()))
-            for name, buffer in model.named_buffers():
-                buffer.copy_(start[name])
-        return wrapped
+            check_alike(comm, model, optimizer)
+            share_rest(comm, model, optimizer)
+        return PsOptimizer(model, optimizer, self.ends, comm, clip_norm)
 
 
-def _row_widths(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Tables whose gradients come as rows."""
-    return {
-        cast(nn.Parameter, module.weight): module.weight.shape[1]
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
-    }
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    kind = kinds[one.element_size()]
+    return torch.equal(one.view(kind), other.view(kind))
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

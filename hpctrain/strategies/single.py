@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from hpctrain.errors import Error
 from hpctrain.strategies.base import DistributedOptimizer, check_trainable
 from hpctrain.world import World
+
+
+class SingleOptimizer(DistributedOptimizer):
+    """Clips, where that is asked for; all else is the user's own optimizer."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Clip and update the parameters; a closure's gradients are clipped whenever it is called.
+
+        Args:
+            closure: Evaluates the model again, and returns the loss.
+
+        Raises:
+            Error: The optimizer needs a closure, and there is none.
+        """
+        if closure is None:
+            return super().step()
+        given = closure
+
+        def clipped() -> float:
+            loss = given()
+            self._clip()
+            return loss
+
+        result = self.inner.step(clipped)
+        self.mark("update")
+        return result
 
 
 class Single:
@@ -41,4 +69,4 @@ class Single:
     ) -> DistributedOptimizer:
         """Wrap the optimizer, for clipping alone."""
         check_trainable(optimizer)
-        return DistributedOptimizer(optimizer, clip_norm)
+        return SingleOptimizer(optimizer, clip_norm)

@@ -117,7 +117,9 @@ def test_the_digits_are_learnt(hpctrain):
     assert result["metrics"]["final"]["val_accuracy"] >= 0.97
     assert result["metrics"]["best"]["metrics"]["val_accuracy"] >= 0.97
     names = {path.name for path in (hpctrain.folder / "run").iterdir()}
-    assert names == {"config.toml", "metrics.jsonl", "tensorboard", "checkpoints", "result.json"}
+    assert names == {
+        "config.toml", "metrics.jsonl", "tensorboard", "checkpoints", "result.json", ".lock"
+    }  # fmt: skip
 
 
 def test_early_stopping(hpctrain):

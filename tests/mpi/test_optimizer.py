@@ -83,9 +83,11 @@ def test_bucket_sizes_change_nothing(strategy, world):
     assert_same(results[0], results[2], 0)
 
 
-def test_unused_parameter_has_zero_gradient(strategy, world):
+def test_unused_parameter_is_left_alone(strategy, world):
+    """Neither weight decay nor momentum moves it, as where one process trains."""
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
-    optimizer = wrap(strategy, model, torch.optim.SGD(model.parameters(), lr=1.0))
+    inner = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1, momentum=0.9)
+    optimizer = wrap(strategy, model, inner)
     before = copy.deepcopy(model["unused"].state_dict())
     for _ in range(2):
         optimizer.zero_grad()
@@ -93,6 +95,7 @@ def test_unused_parameter_has_zero_gradient(strategy, world):
         optimizer.step()
     for name, tensor in model["unused"].state_dict().items():
         assert torch.equal(tensor, before[name])
+    assert model["unused"].weight.grad is None and len(inner.state) == 2
 
 
 def test_parameter_used_on_one_rank_alone(strategy, world):
@@ -118,7 +121,7 @@ def test_gradients_set_to_none_by_the_model(strategy, world):
         assert torch.allclose(bias, torch.full_like(bias, factor))
     model.zero_grad(set_to_none=True)
     optimizer.step()  # no backward at all
-    assert all(not p.grad.any() for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_bfloat16_parameters(strategy, world):
@@ -154,14 +157,16 @@ def test_gradient_scaler(strategy, world):
     assert_same(model, reference, 1e-5)
 
 
-def test_backward_twice_is_refused(strategy, world):
+def test_backward_twice_accumulates(strategy, world):
+    """As in one process, and with DistributedDataParallel."""
     model = model_of(1)
     optimizer = wrap(strategy, model, torch.optim.SGD(model.parameters(), lr=0.1))
     optimizer.zero_grad()
-    model(torch.ones(1, 5).double()).sum().backward()
-    with pytest.raises(Error, match=r"no_sync"):
-        model(torch.ones(1, 5).double()).sum().backward()
-    optimizer.synchronize()
+    for factor in (1.0, 2.0):
+        (model(torch.ones(1, 5).double()).sum() * factor * (world.rank + 1)).backward()
+    expected = 3.0 * sum(range(1, world.size + 1)) / world.size
+    assert torch.allclose(model[2].bias.grad, torch.tensor(expected).double())
+    optimizer.step()
 
 
 def test_is_an_optimizer(strategy, world):

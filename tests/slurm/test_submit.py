@@ -1,6 +1,7 @@
 """`hpctrain submit` on a real cluster: launchers, what is refused before queueing, jobs."""
 
 import json
+import secrets
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import result_of
+from tests.e2e.test_secrets import arguments_watched
 from tests.slurm.conftest import TASK
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
@@ -18,9 +20,15 @@ def test_three_nodes(site, launcher):
     """By one command, with every launcher."""
     if launcher == "horovodrun" and not site.cluster.hosts:
         pytest.skip("horovodrun tells hosts apart by their names")
-    done = site("submit", "digits", "--nodes", 3, "--epochs", 5, "--launcher", launcher,
-                "--out", "run", "--time", "10:00", "--wait")  # fmt: skip
+    secret = secrets.token_hex(16)
+    with arguments_watched(secret) as seen:  # the cluster's hosts share this one's processes
+        done = site("submit", "digits", "--nodes", 3, "--epochs", 5, "--launcher", launcher,
+                    "--out", "run", "--time", "10:00", "--wait",
+                    env={"SOME_TOKEN": secret})  # fmt: skip
     assert done.returncode == 0, done.stdout + site.log()
+    assert seen == set()
+    for path in (site.folder / "run").glob("*.json"):
+        assert secret not in path.read_text()
     result = result_of(site.folder / "run")
     assert result["metrics"]["final"]["val_accuracy"] >= 0.97
     assert [change["size"] for change in result["world"]] == [3]
@@ -71,7 +79,7 @@ def test_by_hand(site):
         (["--partitoin", "small"], "no option --partitoin"),
         (
             ["--partitoin=small"],
-            "partitoin=small' (exit code 255). HINT: --partitoin: did you mean",
+            "(exit code 255). HINT: --partitoin: did you mean 'partition'?",
         ),
         (["--array", "1-2"], "each task of an --array would train in the same folder"),
         (["--signal", "KILL"], "ends a process before it can save"),

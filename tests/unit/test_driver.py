@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -179,6 +180,51 @@ def test_somebody_without_the_key():
             writer.write(b"GET / HTTP/1.1\n\n")
             assert await asyncio.wait_for(reader.read(), SECONDS) == b""
             assert "turned away" in said[0] and len(said) == 1  # once a minute
+
+    asyncio.run(play())
+
+
+def test_the_drivers_own_errors_are_no_ranks():
+    """Without a descriptor there is no store for a while, and no rank is blamed for that."""
+
+    async def play():
+        said = []
+        async with driven(2, said) as (driver, port):
+            attempts = []
+
+            def no_store():
+                attempts.append(True)
+                if len(attempts) < 4:
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return "somewhere", lambda: None
+
+            driver.rendezvous = no_store
+            ranks = [await Worker.join(port, seat) for seat in range(2)]
+            for rank in ranks:
+                assert (await rank.read("world"))["rendezvous"] == "somewhere"
+            assert len(attempts) == 4
+            assert said == ["no port for the ranks' addresses yet: Too many open files"]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 100_000, b"{}", b'{"kind": "meet"}', b'{"kind": "abort", "code": "x"}']
+)
+def test_what_no_rank_says(line):
+    """Whoever says it is lost, and the others go on."""
+
+    async def play():
+        said = []
+        async with driven(2, said) as (driver, port):
+            ranks = [await Worker.join(port, seat) for seat in range(2)]
+            for rank in ranks:
+                await rank.read("world")
+            ranks[0].writer.write(line + b"\n")
+            await ranks[1].read("regroup")
+            assert (
+                driver.code is None and "rank 0 on a is lost: its connection ended: V" in said[-1]
+            )
 
     asyncio.run(play())
 

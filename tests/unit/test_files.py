@@ -32,6 +32,9 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
         assert file.read() == b"{}"
     with pytest.raises(OSError, match="ymbolic link"):
         open_regular(tmp_path / "link", follow=False)
+    for name in ("a\0b", "\ud800"):
+        with pytest.raises(OSError, match="not a name of a file"):
+            open_regular(tmp_path / name)
     with pytest.raises(OSError, match="larger than 1 bytes"):
         read_regular(tmp_path / "file", 1)
 

@@ -324,7 +324,7 @@ def test_links(tmp_path):
         handle["data/self"] = handle["data"]
     notes: list[str] = []
     file = tmp_path / "in" / "a.h5"
-    shards = adopt([file], tmp_path / "s", notes=notes)
+    shards = adopt([file], tmp_path / "s", say=notes.append)
     assert list(shards.index.fields) == ["data_x"]
     text = "\n".join(notes)
     for name in ("soft", "z", "there", "away", "dangling", "data/self"):
@@ -422,12 +422,12 @@ def test_a_pipe_is_no_shard(tmp_path):
     shards = adopt([tmp_path / "a.h5"], tmp_path / "s")
     (tmp_path / "a.h5").unlink()
     os.mkfifo(tmp_path / "a.h5")
-    with pytest.raises(Error, match="no regular file"):
+    with pytest.raises(Error, match="not a regular file"):
         shards.split("train").take(np.array([0]))
-    with pytest.raises(Error, match="no regular file"):
+    with pytest.raises(Error, match="not a regular file"):
         adopt([tmp_path / "a.h5"], tmp_path / "t")
     (verdict,) = verify(tmp_path / "s")
-    assert "no regular file" in verdict.reason
+    assert "not a regular file" in verdict.reason
 
 
 def test_a_batch_reads_few_chunks(tmp_path, monkeypatch):
@@ -437,7 +437,7 @@ def test_a_batch_reads_few_chunks(tmp_path, monkeypatch):
         handle.create_dataset("x", data=image, chunks=(7, 4096), compression="gzip")
         handle.create_dataset("y", data=np.arange(4000), chunks=(1024,))
     notes: list[str] = []
-    adopt([tmp_path / "a.h5"], tmp_path / "s", notes=notes)
+    adopt([tmp_path / "a.h5"], tmp_path / "s", say=notes.append)
     assert any("an epoch reads" in note for note in notes)
     read = []
     original = ChunkedDataset.read

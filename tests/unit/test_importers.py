@@ -30,12 +30,6 @@ def import_data(source, destination, options=None):
     return hpctrain.data.importers.import_data(source, destination, options, ALONE)
 
 
-def open_source(source, options=None):
-    options = options or ImportOptions()
-    kind = hpctrain.data.importers.kind_of(source, options)
-    return hpctrain.data.importers.importer(kind, source, options)
-
-
 def image(value, size=(6, 4)):
     buffer = io.BytesIO()
     Image.new("RGB", size, (value, 0, 255 - value)).save(buffer, "PNG")
@@ -553,7 +547,7 @@ def flat(batches, field):
 def test_what_is_read_in_parts_is_what_is_read_at_once(tmp_path):
     """So several ranks, and a second run, make what one makes at once."""
     for source in sources(tmp_path):
-        importer = open_source(source)
+        importer = hpctrain.data.importers.open_source(source, ImportOptions())
         survey = Survey.of(json.loads(json.dumps(importer.survey().tree())))
         count = sum(samples for _, samples in survey.runs)
         whole = list(importer.read(survey, np.arange(count)))

@@ -187,7 +187,9 @@ def test_bad_submissions_do_not_break_a_listing(tmp_path, slurm):
         folder.mkdir()
         (folder / "submission.json").write_text(text)
     (tmp_path / "pipe").mkdir()
-    os.mkfifo(tmp_path / "pipe" / "submission.json")
+    for name in ("submission.json", "metrics.jsonl", "failure.json", "x.out"):
+        os.mkfifo(tmp_path / "pipe" / name)
+    assert progress(tmp_path / "pipe").steps == 0 and outcome(tmp_path / "pipe") is None
     said = []
     assert [run.job for run in find(tmp_path, said.append)] == ["4"]
     assert len(said) == len(BAD) + 1

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -15,7 +16,9 @@ from hpctrain.data.buffers import Buffers
 from hpctrain.data.loader import Loader
 from hpctrain.data.mixture import Mixture, Weighted
 from hpctrain.data.order import EpochOrder
+from hpctrain.data.shards import ShardSet
 from hpctrain.data.source import ArraySource
+from hpctrain.data.writer import Ragged, ShardWriter
 from hpctrain.errors import Error
 from hpctrain.launcher import Launch
 from hpctrain.world import Unconnected, World, part_of
@@ -333,3 +336,33 @@ def test_a_state_of_other_samples_is_refused():
     ):
         with pytest.raises(Error, match="repeated and missed"):
             other.load_state_dict(state)
+
+
+def test_a_run_from_before_keeps_its_order():
+    """States of version 1 of the order do not name it."""
+    source = Blocks(203, 8, True)
+    for wrapped in (source, Mixture([source])):
+        loader = Loader(wrapped, 10, seed=1, workers=0)
+        state = loader.state_dict()
+        assert state.pop("order") == 2
+        loader.load_state_dict(state)
+        assert loader.state_dict()["order"] == 1
+        for epoch in range(2):
+            got = [x for batch in loader for x in batch["x"].tolist()]
+            assert sorted(got) == list(range(203))
+            if wrapped is source:
+                order = replace(source.order(1, epoch, "block", 10), version=1)
+                assert got == order.indices(np.arange(203)).tolist()
+        with pytest.raises(Error, match="version 3"):
+            loader.load_state_dict({**state, "order": 3})
+
+
+def test_a_mixture_of_samples_of_any_length(tmp_path):
+    rows = [np.arange(n % 5, dtype="f4") + n for n in range(60)]
+    with ShardWriter(tmp_path / "s") as writer:
+        writer.write("train", {"r": Ragged.of(rows), "y": np.arange(60)})
+    split = ShardSet(tmp_path / "s").split("train")
+    mixture = Mixture([split, split], [1, 3])
+    for batch in Loader(mixture, 16):
+        for row, number in zip(batch.rows("r"), batch["y"].tolist(), strict=True):
+            assert np.array_equal(row.numpy(), rows[number])

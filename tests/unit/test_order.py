@@ -23,6 +23,8 @@ ORDERS = st.builds(
     block=st.integers(1, 200),
     lanes=st.integers(1, 100),
     aligned=st.booleans(),
+    together=st.integers(1, 5),
+    version=st.sampled_from([1, 2]),
 )
 
 
@@ -54,12 +56,15 @@ def test_golden():
     """The order is part of the format: a checkpoint's cursor counts on it in later versions too."""
     assert whole(EpochOrder(10, 0, 0)).tolist() == GOLDEN[0]
     assert whole(EpochOrder(10, 1, 2)).tolist() == GOLDEN[1]
-    assert whole(EpochOrder(29, 1, 2, "block", 4, 3, True)).tolist() == GOLDEN[2]
+    assert whole(EpochOrder(29, 1, 2, "block", 4, 3, True, version=1)).tolist() == GOLDEN[2]
+    assert whole(EpochOrder(29, 1, 2, "block", 4, 3, True)).tolist() == GOLDEN[4]
+    assert whole(EpochOrder(29, 1, 2, "block", 4, 2, True, 2)).tolist() == GOLDEN[5]
     assert key(1, 2, 3) == 15020427595393229491
-    large = EpochOrder(10**12, 1, 2, "block", 128, 256).indices(
-        np.array([0, 1, 10**11, 10**12 - 1])
-    )
-    assert large.tolist() == GOLDEN[3]
+    for version in (1, 2):
+        large = EpochOrder(10**12, 1, 2, "block", 128, 256, version=version).indices(
+            np.array([0, 1, 10**11, 10**12 - 1])
+        )
+        assert large.tolist() == GOLDEN[3 if version == 1 else 6]
 
 
 GOLDEN = [
@@ -97,6 +102,69 @@ GOLDEN = [
         16,
     ],
     [772796302526, 709502759127, 112190785578, 116811713068],
+    [
+        2,
+        22,
+        6,
+        3,
+        20,
+        4,
+        17,
+        19,
+        16,
+        18,
+        28,
+        24,
+        1,
+        21,
+        26,
+        0,
+        10,
+        25,
+        14,
+        11,
+        27,
+        15,
+        9,
+        5,
+        13,
+        8,
+        7,
+        12,
+        23,
+    ],
+    [
+        17,
+        19,
+        28,
+        16,
+        18,
+        2,
+        20,
+        21,
+        3,
+        1,
+        14,
+        15,
+        0,
+        5,
+        13,
+        12,
+        7,
+        6,
+        24,
+        26,
+        4,
+        10,
+        25,
+        27,
+        11,
+        9,
+        23,
+        22,
+        8,
+    ],
+    [772796302526, 709502759127, 112190785578, 116811713068],
 ]
 
 
@@ -124,6 +192,56 @@ def test_mixing_and_reading(samples, block, lanes, aligned):
         assert amplification(order, lanes, ranks) < 1.3
     unmixed = EpochOrder(samples, 3, 4, "none")
     assert shuffle_quality(unmixed, labels, lanes) > 20
+
+
+@pytest.mark.parametrize(
+    ("samples", "block", "lanes", "aligned"),
+    [
+        (50_000, 64, 256, True),  # 80 samples in the last batch, 848 in no lane's whole blocks
+        (50_000, 170, 256, False),
+        (17_000, 64, 256, True),  # a block a lane, and two rows of the rest
+        (20_000, 256, 64, True),
+        (20_000, 1000, 64, True),  # fewer blocks than lanes
+        (5_003, 5_000, 64, True),
+        (1_003, 100, 256, True),
+    ],
+)
+def test_every_batch_is_mixed(samples, block, lanes, aligned):
+    """Neither the last batch, nor those with what fills no blocks, are runs of neighbours."""
+    labels = np.arange(samples) * 10 // samples
+    last, worst, full = [], [], []
+    for seed in range(8):
+        indices = whole(EpochOrder(samples, seed, 1, "block", block, lanes, aligned))
+        rest = samples % lanes
+        last.append(_spread(labels, indices[samples - rest :]))
+        batches = indices[: samples - rest].reshape(-1, lanes)
+        worst.append(max(_spread(labels, batch) for batch in batches))
+        full.append(max(_spread(labels, batch) for batch in _permuted(samples, seed, lanes)))
+    assert np.mean(last) < 1.5
+    assert np.mean(worst) < 1.3 * np.mean(full)
+
+
+def _spread(labels, indices):
+    """Chi-squared of a batch's classes over its degrees of freedom."""
+    expected = np.bincount(labels) / len(labels) * len(indices)
+    counts = np.bincount(labels[indices], minlength=len(expected))
+    return ((counts - expected) ** 2 / expected).sum() / (len(expected) - 1)
+
+
+def _permuted(samples, seed, lanes):
+    indices = np.random.default_rng(seed).permutation(samples)
+    return indices[: samples // lanes * lanes].reshape(-1, lanes)
+
+
+@pytest.mark.parametrize("samples", [64 * 256 * 3, 50_000])
+def test_what_version_2_leaves_as_it_was(samples):
+    """Where there is nothing but whole blocks in every lane, the order is that of version 1."""
+    old = EpochOrder(samples, 1, 2, "block", 64, 256, True, version=1)
+    new = EpochOrder(samples, 1, 2, "block", 64, 256, True)
+    assert np.array_equal(whole(old), whole(new)) == (samples % (64 * 256) == 0)
+    for shuffle in ("full", "none"):
+        old = EpochOrder(samples, 1, 2, shuffle, 64, 256, version=1)
+        assert np.array_equal(whole(old), whole(EpochOrder(samples, 1, 2, shuffle, 64, 256)))
 
 
 def test_reading_is_even_in_time():

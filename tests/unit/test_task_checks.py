@@ -17,7 +17,7 @@ from hpctrain.model_setup import averaged, begin_training, evaluating, prepared
 from hpctrain.recorder import Silent
 from hpctrain.strategies.single import Single
 from hpctrain.task import Task, load_task, make_task
-from hpctrain.task_checks import warnings_of
+from hpctrain.task_checks import model_of, no_means, warnings_of
 from hpctrain.trainer import Trainer
 from hpctrain.world import World
 
@@ -122,6 +122,9 @@ def test_samples_models_and_optimizers_of_other_kinds(tmp_path):
     )
     kept = type("Kept", (Line,), {"transform": lambda self, b, t: {"x": b["x"] * 2}})()
     trainer(tmp_path / "kept", kept).run(Silent())
+    lazy = type("Lazy", (Line,), {"model": lambda self: nn.LazyLinear(1)})()
+    with pytest.raises(Error, match="'weight' of the model of task Lazy has no shape yet"):
+        model_of(lazy, ranks=2)
     with pytest.raises(Error, match=r"task Task must define model\(\)"):
         Task().model()
 
@@ -146,6 +149,26 @@ def test_what_nothing_reads_is_named():
         "nothing reads Habits.validation_step: did you mean loss(model, batch)?",
     ]
     assert warnings_of(Line()) == []
+
+
+def test_settings_that_a_task_does_not_read_are_named(tmp_path):
+    class Own(Line):
+        defaults = {"optimizer.momentum": 0.5}
+
+        def optimizer(self, model, config):
+            return torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=config.weight_decay)
+
+    given = {"lr": 0.3, "momentum": 0.5, "weight_decay": 0.2}
+    config = resolve([("test", {"optimizer": given, "data": {"path": "shards", "workers": 0}})])
+    store = CheckpointStore(tmp_path / "checkpoints", 2)
+    made = Trainer(config, Own(), Single(World(ALONE)), store)
+    assert [line.partition(" =")[0] for line in made.warnings] == ["data.path", "optimizer.lr"]
+    assert trainer(tmp_path, Line()).warnings == []
+
+
+def test_metrics_that_are_no_means_are_named():
+    assert no_means(["loss", "accuracy", "mape", "f10"]) == ""
+    assert "'auc', 'val_f1' is recorded as the mean" in no_means(["auc", "val_f1", "loss"])
 
 
 def test_parameters_without_a_gradient_are_named(tmp_path):

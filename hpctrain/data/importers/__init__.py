@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hpctrain.data.importers.plan import Importer, ImportOptions
 from hpctrain.data.importers.tar import TARS, is_tar, reading
 from hpctrain.data.importers.work import make
-from hpctrain.data.tree import walk
+from hpctrain.data.tree import Tree, walk
 from hpctrain.errors import Error
 from hpctrain.launcher import Launch, detect
 
@@ -55,7 +55,7 @@ def import_data(
     _check(source)
 
     def open_as(kind: str | None) -> Importer:
-        return importer(kind or kind_of(source, options), source, options)
+        return importer(kind, source, options) if kind else open_source(source, options)
 
     if make(open_as, source, destination, launch or detect(), say) is None:
         return None
@@ -75,9 +75,8 @@ def look(source: Path, options: ImportOptions) -> list[str]:
         Error: It could not be imported.
     """
     _check(source)
-    found = importer(kind_of(source, options), source, options)
     with reading(source):
-        return found.survey().summary(options)
+        return open_source(source, options).survey().summary(options)
 
 
 def _check(source: Path) -> None:
@@ -87,14 +86,19 @@ def _check(source: Path) -> None:
         raise Error(f"{source} is a pipe, socket or device.", hint="give a file or a folder.")
 
 
-def kind_of(source: Path, options: ImportOptions) -> str:
-    """What a source is to be read as.
+def open_source(source: Path, options: ImportOptions) -> Importer:
+    """What reads a source.
 
     Raises:
-        Error: It is of no kind that can be imported, or of several.
+        Error: It is of no kind that can be imported, or of several; or a library is missing.
     """
     if source.is_dir():
-        return options.kind or _kind_of_folder(source)
+        tree = walk(source)
+        return importer(options.kind or _kind_of_folder(source, tree), source, options, tree)
+    return importer(_kind_of_file(source, options), source, options)
+
+
+def _kind_of_file(source: Path, options: ImportOptions) -> str:
     if options.kind in ("tables", "text"):
         return options.kind
     name = source.name.lower()
@@ -138,10 +142,10 @@ def _kind_of_content(source: Path) -> str:
 _MAGIC = {b"\x89HDF\r\n\x1a\n": "hdf5", b"PK": "npz", b"\x93NUMPY": "npy", b"PAR1": "tables"}
 
 
-def _kind_of_folder(source: Path) -> str:
+def _kind_of_folder(source: Path, tree: Tree) -> str:
     from hpctrain.data.importers.images import is_image
 
-    names = walk(source).files
+    names = tree.files
     held = {
         "images": [name for name in names if is_image(name)],
         "webdataset": [name for name in names if name.lower().endswith(TARS)],
@@ -157,8 +161,14 @@ def _kind_of_folder(source: Path) -> str:
     return kinds[0] if kinds else "images"
 
 
-def importer(kind: str, source: Path, options: ImportOptions) -> Importer:
+def importer(kind: str, source: Path, options: ImportOptions, tree: Tree | None = None) -> Importer:
     """What reads a source of a kind. The libraries of its format are loaded here, no others.
+
+    Args:
+        kind: One of those below, or "images" for a folder of them.
+        source: The source.
+        options: How to import it.
+        tree: What is below the source, if that is known.
 
     Raises:
         Error: A library is missing.
@@ -173,8 +183,7 @@ def importer(kind: str, source: Path, options: ImportOptions) -> Importer:
             f"{source} needs pyarrow to be read, which is not installed ({error}).",
             hint="pip install pyarrow",
         ) from error
-    made: Importer = found(source, options)
-    made.kind = kind
+    made: Importer = found(source, options, kind, tree)
     return made
 
 

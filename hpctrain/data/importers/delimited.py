@@ -74,7 +74,7 @@ def dialect(file: Path, options: ImportOptions) -> Dialect:
     Raises:
         Error: It is not UTF-8, seems to be cut in another way, or to have no header.
     """
-    with reading(file, pa.ArrowException), pa.input_stream(str(file)) as stream:
+    with reading(file, pa.ArrowException, ValueError), pa.input_stream(str(file)) as stream:
         head = stream.read(HEAD_BYTES)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise Error(f"{file} is in UTF-16.", hint=f"iconv -f UTF-16 -t UTF-8 {file} > OTHER")
@@ -202,5 +202,5 @@ def batches(
     file: Path, cut: Dialect, kinds: dict[str, Any] | None, names: list[str]
 ) -> Iterator[Any]:
     """Batches of some columns, in this order."""
-    with reading(file, pa.ArrowException), cut.open(file, kinds, names) as table:
+    with reading(file, pa.ArrowException, ValueError), cut.open(file, kinds, names) as table:
         yield from table

@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpctrain.data.importers.folders import NO_CLASS, Place, folders_of, places
 from hpctrain.data.importers.pixels import SAID, SUFFIXES, bits, decode, open_image, unreadable
@@ -26,7 +27,7 @@ from hpctrain.data.importers.plan import (
 from hpctrain.data.importers.tar import contents, files_in, is_plain
 from hpctrain.data.index import FieldSpec
 from hpctrain.data.summary import Found
-from hpctrain.data.tree import HIDDEN, NOWHERE, is_hidden, walk
+from hpctrain.data.tree import HIDDEN, NOWHERE, is_hidden
 from hpctrain.data.writer import Column, Ragged
 from hpctrain.errors import Error
 
@@ -34,6 +35,7 @@ ENCODED = FieldSpec("|u1", ragged=True)
 PROBES = 64
 """Images that are looked at for what all are like, where each would have to be opened."""
 MOST_BATCH = 1024
+NO_IMAGE = "file that is no image by its name"
 
 
 def is_image(name: str) -> bool:
@@ -64,22 +66,27 @@ def image_column(
     """
     if spec.ragged:
         return Ragged.of([_checked(data, where) for where, data in images])
-    column = np.empty((count, *spec.shape), spec.kind)
+    shape, kind = spec.shape, spec.kind
+    column = np.empty((count, *shape), kind)
     for row, (where, data) in enumerate(images):
         pixels = decode(data, where, options.pixels, options.resize)
-        if pixels.shape[:2] != spec.shape[:2]:
-            raise Error(
-                f"{where} is {_size(pixels.shape)}, others are {_size(spec.shape)}.",
-                hint="give --resize N to scale all images to N x N.",
-            )
-        if pixels.shape != spec.shape or pixels.dtype != spec.kind:
-            raise Error(
-                f"{where} has {pixels.shape[2]} channels of {pixels.dtype}, others have "
-                f"{spec.shape[2]} of {spec.kind}.",
-                hint="--pixels rgb or gray makes 8 bits of all but floats and 32-bit integers.",
-            )
+        if pixels.shape != shape or pixels.dtype != kind:
+            raise _unlike(pixels, spec, where)
         column[row] = pixels
     return column
+
+
+def _unlike(pixels: NDArray[Any], spec: FieldSpec, where: str) -> Error:
+    if pixels.shape[:2] != spec.shape[:2]:
+        return Error(
+            f"{where} is {_size(pixels.shape)}, others are {_size(spec.shape)}.",
+            hint="give --resize N to scale all images to N x N.",
+        )
+    return Error(
+        f"{where} has {pixels.shape[2]} channels of {pixels.dtype}, others have {spec.shape[2]} of "
+        f"{spec.kind}.",
+        hint="--pixels rgb or gray makes 8 bits of all but floats and 32-bit integers.",
+    )
 
 
 def _size(shape: tuple[int, ...]) -> str:
@@ -162,23 +169,25 @@ class Images(Importer):
                 f"{self.path} holds no images" + (f", but {', '.join(seen)}." if seen else "."),
                 hint="it should hold [train/]CLASS/NAME.jpg and the like.",
             )
-        folders = [folders_of(name) for name in names]
+        heads = [name.rpartition("/")[0] for name in names]
+        folders = {head: folders_of(f"{head}/") for head in sorted(set(heads))}
         where = places(
-            sorted(set(folders)),
+            list(folders.values()),
             str(self.path),
             classes=self.options.classes,
             told=self.options.names_tell_splits,
         )
-        kept = []
-        for number, folder in enumerate(folders):
-            if where[folder] is None:
+        told = {head: where[folder] for head, folder in folders.items()}
+        placed, kept = [], []
+        for number, head in enumerate(heads):
+            if (place := told[head]) is None:
                 found.leave(NO_CLASS, names[number])
             else:
+                placed.append(place)
                 kept.append(number)
-        placed = [place for number in kept if (place := where[folders[number]])]
-        details: dict[str, Any] = {
-            key: [values[number] for number in kept] for key, values in lists.items()
-        }
+        details: dict[str, Any] = dict(lists)
+        if len(kept) < len(names):
+            details = {key: [values[number] for number in kept] for key, values in lists.items()}
         details["stamp"] = self.stamp()
         fields, attributes = self._labelled(placed, found, details)
         step = max(1, len(kept) // PROBES)
@@ -224,31 +233,25 @@ class Images(Importer):
             yield columns
 
 
-def sort_out(name: str, found: Found) -> bool:
-    """Whether a file is an image to take; if not, note why."""
-    if any(map(is_hidden, name.split("/")[:-1])) or is_hidden(name.rpartition("/")[2]):
-        found.leave(HIDDEN, name)
-        return False
-    if is_image(name):
-        return True
-    found.leave("no image by its name", name)
-    return False
-
-
 class FolderImages(Images):
     """A folder of images."""
 
     def find(self, found: Found) -> dict[str, list[Any]]:
         """By walking through it."""
-        tree = walk(self.path)
-        for why, name in tree.left_out:
+        for why, name in self.tree.left_out:
             if why == NOWHERE and is_image(name):
                 raise Error(
                     f"{self.path / name} is a link that leads nowhere.",
                     hint="mend it, or remove it.",
                 )
             found.leave(why, name)
-        return {"names": [name for name in tree.files if sort_out(name, found)]}
+        names = []
+        for name in self.tree.files:
+            if is_image(name):
+                names.append(name)
+            else:
+                found.leave(NO_IMAGE, name)
+        return {"names": names}
 
     def seeks(self) -> bool:
         """They can."""
@@ -299,7 +302,14 @@ class TarImages(Images):
 
     def find(self, found: Found) -> dict[str, list[Any]]:
         """By one pass over the headers, and in the order in which one pass reads them."""
-        members = [member for member in files_in(self.path, found) if sort_out(member.name, found)]
+        members = []
+        for member in files_in(self.path, found):
+            if any(map(is_hidden, member.name.removeprefix("./").split("/"))):
+                found.leave(HIDDEN, member.name)
+            elif is_image(member.name):
+                members.append(member)
+            else:
+                found.leave(NO_IMAGE, member.name)
         members.sort(key=lambda member: member.offset)
         return {
             "names": [member.name for member in members],

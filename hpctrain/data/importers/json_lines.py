@@ -34,7 +34,7 @@ def batches(file: Path, schema: Any = None) -> Iterator[Any]:
         explicit_schema=schema, unexpected_field_behavior="infer" if schema is None else "ignore"
     )
     read = pyarrow.json.ReadOptions(use_threads=False, block_size=2 * MOST_LINE_BYTES)
-    with reading(file, pa.ArrowException):
+    with reading(file, pa.ArrowException, ValueError):
         for block in _blocks(file):
             yield pyarrow.json.read_json(pa.BufferReader(block), read, parse)
 

@@ -17,7 +17,7 @@ from hpctrain.errors import Error
 SUFFIXES = frozenset(
     {"jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm", "pbm"}
 )
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 """Whatever a file is called. Others of Pillow's formats start programs (EPS: Ghostscript), or have
 had less looking after."""
 SAID = {
@@ -54,7 +54,7 @@ def decode(data: bytes, where: str, pixels: Pixels, resize: int | None) -> NDArr
             ImageOps.exif_transpose(image, in_place=True)
             if deep or image.mode in ("I", "F"):
                 return _deep(image, deep, pixels, resize)
-        mode = {"rgb": "RGB", "gray": "L"}.get(pixels) or _kept(image)
+        mode = "RGB" if pixels == "rgb" else "L" if pixels == "gray" else _kept(image)
         if image.mode != mode:
             image = image.convert(mode)
         if resize is not None:

@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from hpctrain.data.index import FieldSpec
 from hpctrain.data.order import EpochOrder
 from hpctrain.data.summary import Found
+from hpctrain.data.tree import Tree, walk
 from hpctrain.data.writer import Column, Compression, Ragged, chunk_samples, shard_name
 from hpctrain.errors import Error
 
@@ -141,20 +143,27 @@ class Survey:
 class Importer(ABC):
     """Reads one kind of source.
 
-    Attributes:
-        kind: By which other ranks know what reads it.
-
     Args:
         path: The source.
         options: How to import it.
+        kind: By which other ranks know what reads it.
+        tree: What is below the source, if it is a folder and has been looked through.
     """
 
-    kind = ""
     what = "samples"
 
-    def __init__(self, path: Path, options: ImportOptions) -> None:
+    def __init__(
+        self, path: Path, options: ImportOptions, kind: str = "", tree: Tree | None = None
+    ) -> None:
         self.path = path
         self.options = options
+        self.kind = kind
+        self._tree = tree
+
+    @cached_property
+    def tree(self) -> Tree:
+        """What is below the source, which is a folder."""
+        return self._tree or walk(self.path)
 
     @abstractmethod
     def survey(self) -> Survey:

@@ -37,7 +37,6 @@ from hpctrain.data.importers.plan import (
 from hpctrain.data.importers.tar import reading
 from hpctrain.data.splits import splits_of_files
 from hpctrain.data.summary import MOST_COUNTED, Found
-from hpctrain.data.tree import walk
 from hpctrain.errors import Error
 
 DELIMITED = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -57,7 +56,7 @@ class Tables(Importer):
     def _names(self) -> list[str]:
         if not self.path.is_dir():
             return [""]
-        return [name for name in walk(self.path).files if name.lower().endswith(TABLES)]
+        return [name for name in self.tree.files if name.lower().endswith(TABLES)]
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -67,7 +66,7 @@ class Tables(Importer):
         """Count the rows; read the columns whose values decide what becomes of them."""
         found = Found("a table, a row a sample")
         if self.path.is_dir():
-            tree = walk(self.path)
+            tree = self.tree
             found = tree.found(f"{len(self._files)} files of a table, a row a sample")
             for name in sorted(set(tree.files) - set(self._names)):
                 found.leave("no table", name)
@@ -207,7 +206,7 @@ class Tables(Importer):
                 return table.schema_arrow
         if _is_delimited(file):
             cut = self._dialect(file)
-            with reading(file, pa.ArrowException), cut.open(file, None, None) as table:
+            with reading(file, pa.ArrowException, ValueError), cut.open(file, None, None) as table:
                 return table.schema
         schemas = [batch.schema for batch in json_lines.batches(file)]
         return _unified(schemas, file) if schemas else pa.schema([])
@@ -272,7 +271,7 @@ class Tables(Importer):
 
 
 def _unified(schemas: list[Any], path: Path) -> Any:
-    with reading(path, pa.ArrowException):
+    with reading(path, pa.ArrowException, ValueError):
         return pa.unify_schemas(schemas, promote_options="permissive").remove_metadata()
 
 
@@ -294,7 +293,7 @@ def _is_delimited(file: Path) -> bool:
 def _parquet(file: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with reading(file, pa.ArrowException), pyarrow.parquet.ParquetFile(file) as table:
+    with reading(file, pa.ArrowException, ValueError), pyarrow.parquet.ParquetFile(file) as table:
         yield table
 
 

@@ -62,6 +62,7 @@ class reading:  # noqa: N801 - reads as a statement
         self.kinds: tuple[type[Exception], ...] = (
             EOFError,
             OSError,
+            MemoryError,
             zlib.error,
             lzma.LZMAError,
             *more,

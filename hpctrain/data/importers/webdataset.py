@@ -37,7 +37,7 @@ from hpctrain.data.importers.tar import TARS, Member, contents, files_in, member
 from hpctrain.data.index import FieldSpec
 from hpctrain.data.splits import splits_of_files
 from hpctrain.data.summary import Found
-from hpctrain.data.tree import HIDDEN, is_hidden, walk
+from hpctrain.data.tree import HIDDEN, is_hidden
 from hpctrain.data.writer import Column, Ragged
 from hpctrain.errors import Error
 
@@ -83,16 +83,16 @@ class WebDataset(Importer):
     def _names(self) -> list[str]:
         if not self.path.is_dir():
             return [""]
-        return [name for name in walk(self.path).files if name.lower().endswith(TARS)]
+        return [name for name in self.tree.files if name.lower().endswith(TARS)]
 
     def survey(self) -> Survey:
         """List the members; the first sample says what all must have."""
         names = self._names()
         found = Found("WebDataset, a sample the members that stand side by side")
         if self.path.is_dir():
-            for why, name in walk(self.path).left_out:
+            for why, name in self.tree.left_out:
                 found.leave(why, name)
-            for name in sorted(set(walk(self.path).files) - set(names)):
+            for name in sorted(set(self.tree.files) - set(names)):
                 found.leave("no tar", name)
         told = splits_of_files(
             names if self.path.is_dir() else [self.path.name],

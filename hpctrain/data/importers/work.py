@@ -33,6 +33,7 @@ from hpctrain.data.index import INDEX, Index, ShardEntry, SplitEntry
 from hpctrain.data.writer import (
     Ragged,
     check_columns,
+    check_storable_names,
     datasets_of,
     join,
     prepare,
@@ -97,6 +98,7 @@ def make(
 def _begin(importer: Importer, destination: Path) -> Survey:
     """On rank 0: look the source over, and see whether this is an import already begun."""
     survey = importer.survey()
+    check_storable_names(survey.fields, str(importer.path))
     options = importer.options
     identity = hashlib.sha256(
         json.dumps([VERSION, str(importer.path.resolve()), asdict(options), survey.tree()]).encode()
