@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hpctrain.agreement import check_tensors
-from hpctrain.averaging import average_buffers
 from hpctrain.batchnorm import has_batchnorm, synchronize_batchnorm
+from hpctrain.buffer_averaging import average_buffers
 from hpctrain.changes import Changes
 from hpctrain.checkpoint import CheckpointStore
 from hpctrain.config import RunConfig

@@ -21,7 +21,6 @@ from hpctrain.errors import Error, PeerLost
 from hpctrain.horovod_build import mpi
 from hpctrain.network import both_ways
 from hpctrain.process import cores, ended_after, loaded
-from hpctrain.strategies.averaging import AveragedGradients, call_when_ready
 from hpctrain.strategies.base import (
     ElasticOptimizer,
     check_shareable,
@@ -29,6 +28,7 @@ from hpctrain.strategies.base import (
     ordered,
     sparse_tables,
 )
+from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_ready
 from hpctrain.strategies.horovod_communicator import HorovodCommunicator
 from hpctrain.strategies.start import check_alike, share
 from hpctrain.world import Alone, World

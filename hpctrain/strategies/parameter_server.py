@@ -22,11 +22,6 @@ from hpctrain.ps.coordinator import AGAIN
 from hpctrain.ps.fetching import Snapshot as ServerSnapshot
 from hpctrain.ps.layout import Layout, Parameter, Slice, slice_bytes_for
 from hpctrain.ps.rules import rule_of
-from hpctrain.strategies.averaging import (
-    AveragedGradients,
-    call_when_ready,
-    is_within_another_pass,
-)
 from hpctrain.strategies.base import (
     Change,
     DistributedOptimizer,
@@ -37,6 +32,11 @@ from hpctrain.strategies.base import (
     sparse_tables,
 )
 from hpctrain.strategies.broadcast import broadcast_bytes
+from hpctrain.strategies.gradient_averaging import (
+    AveragedGradients,
+    call_when_ready,
+    is_within_another_pass,
+)
 from hpctrain.strategies.start import check_alike, share_rest
 from hpctrain.strategies.views import adopt, dense_view
 from hpctrain.world import Part, World, part_of

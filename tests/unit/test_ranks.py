@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hpctrain.averaging import average_buffers
+from hpctrain.buffer_averaging import average_buffers
 from hpctrain.checkpoint import CheckpointStore
 from hpctrain.config import resolve
 from hpctrain.errors import Error
