@@ -110,7 +110,8 @@ def test_a_chain_of_three(site, whole):
     assert "for the 2. time" in site.log() and len(set(numbers)) == 3
     other = site("submit", TASK, "--out", "run")
     assert other.returncode == 2 and f"is that of job {numbers[-1]}, which is" in other.stdout
-    assert site.wait(number)[0] == 0, site.log()
+    done = site("jobs", "--runs", ".", "wait", number)
+    assert done.returncode == 0, done.stdout + site.log()
     assert_same(run, whole, ["start", "resumed", "resumed"])
 
 
