@@ -335,3 +335,28 @@ def test_habits(make_strategy, world, habit):
         loop.optimizer = make_strategy().wrap(loop.model, loop.optimizer)
         loop.wrapped()
         assert_same(loop.run(world.rank, world.size), expected)
+
+
+# A worker's parameters are the servers' own there, so those that it changes itself are refused.
+UNCHANGED = [h for h in HABITS if h not in (ClampedData, Shrunk, PostHook, OverlappingClamp)]
+
+
+@pytest.mark.parametrize("consistency", ["async", "ssp:1"])
+@pytest.mark.parametrize("habit", UNCHANGED)
+def test_habits_of_one_worker(world, habit, consistency):
+    """Without lockstep one worker alone has an order that is known: that of one process."""
+    plain = habit(model_of(), sgd)
+    plain.prepare()
+    plain.wrapped()
+    expected = plain.run()
+    config = PsConfig(servers=world.size - 1, consistency=consistency)
+    strategy = hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=60)
+    if strategy.serves:
+        strategy.serve()
+        return
+    loop = habit(model_of(), sgd)
+    loop.prepare()
+    loop.optimizer = strategy.wrap(loop.model, loop.optimizer)
+    loop.wrapped()
+    assert_same(loop.run(), expected)
+    strategy.world.comm.close()
