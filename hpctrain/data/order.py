@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,10 +139,11 @@ class EpochOrder:
             resting, steps, number = self._by_lane(row, lane, per_lane, rest)
         if not resting.any():
             return self._whole_blocks(steps, lane, whole, per_lane)
-        result = np.empty_like(positions)
-        main = ~resting
-        if main.any():
-            result[main] = self._whole_blocks(steps[main], lane[main], whole, per_lane)
+        if resting.all():
+            result = np.empty_like(positions)
+        else:
+            steps[resting] = 0  # overwritten below: they are few, and leaving them out costs more
+            result = self._whole_blocks(steps, lane, whole, per_lane)
         dealt = per_lane // block * lanes
         result[resting] = self._rest(number.astype(kind, copy=False), whole, dealt, rest)
         return result
@@ -187,19 +188,18 @@ class EpochOrder:
         """
         kind = row.dtype.type
         run = rest // self.lanes
-        before, cuts = self._deal(per_lane, rest)
-        cut = cuts[lane]
-        length = run + before[lane + kind(1)] - before[lane]
-        late = row >= cut
-        resting = late & (row < cut + length)
-        steps = row - (late * length).astype(kind)
-        lane, length = lane[resting], length[resting]
-        step = (row[resting] - cut[resting]).astype(kind)
+        before, cuts, lengths, ends = self._deal(per_lane, rest, row.dtype)
+        number = lane.astype(np.intp)  # once, instead of at each look-up
+        late = row >= cuts.take(number)
+        resting = late & (row < ends.take(number))
+        steps = row - late * lengths.take(number)
+        lane, number = lane[resting], number[resting]
+        length, step = lengths[number], row[resting] - cuts[number]
         for count in (run, run + 1):
             mine = length == count
             if count > 1 and mine.any():
                 step[mine] = permute(step[mine], count, self._secrets(lane[mine], 4))
-        return resting, steps, lane * kind(run) + before[lane].astype(kind) + step
+        return resting, steps, lane * kind(run) + before[number] + step
 
     def _spread(self, row: Unsigned, lane: Unsigned, per_lane: int, rest: int) -> Unsigned:
         """The lanes of positions: those of the last row, if it is not whole, are all over."""
@@ -209,8 +209,8 @@ class EpochOrder:
         spread = lane.astype(np.uint64) * np.uint64(self.lanes) // np.uint64(rest % self.lanes)
         return np.where(last, spread.astype(lane.dtype), lane)
 
-    def _deal(self, per_lane: int, rest: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Lanes before each lane that have a sample more of the rest, and when each sees its part.
+    def _deal(self, per_lane: int, rest: int, dtype: np.dtype[Any]) -> tuple[Unsigned, ...]:
+        """By lane: how many before it have a sample more of the rest; its begin, length and end.
 
         Lanes next to each other see it together, because they have it of the same blocks.
         """
@@ -220,8 +220,10 @@ class EpochOrder:
             groups = every[:-1].astype(np.uint64) // np.uint64(REST_LANES)
             drawn = mix(groups ^ np.uint64(key(self.seed, self.epoch, 2)))
             cuts = (drawn % np.uint64(per_lane + 1)).astype(np.int64)
-            self.__dict__["deal"] = before, cuts
-        found: tuple[NDArray[np.int64], NDArray[np.int64]] = self.__dict__["deal"]
+            lengths = rest // self.lanes + np.diff(before)
+            numbers = (before[:-1], cuts, lengths, cuts + lengths)
+            self.__dict__["deal"] = tuple(each.astype(dtype) for each in numbers)
+        found: tuple[Unsigned, ...] = self.__dict__["deal"]
         return found
 
     def _whole_blocks(self, steps: Unsigned, lane: Unsigned, whole: int, length: int) -> Unsigned:
