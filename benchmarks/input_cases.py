@@ -632,11 +632,12 @@ def decompression(data: Data, layout: str) -> Callable[[], tuple[int, float]]:
         A function that returns samples, and the seconds they took.
     """
     index = ShardSet(data.folder(layout)).index
-    block = index.chunk_samples
     chunks: list[tuple[ChunkedDataset, int]] = []
     for shard in index.splits["train"].shards:
-        dataset = ChunkedDataset(data.folder(layout) / shard.path, "samples/image", block)
-        chunks += [(dataset, number) for number in range(-(-dataset.rows // block))]
+        path = data.folder(layout) / shard.path
+        dataset = ChunkedDataset(path, "samples/image", index.fields["image"], known=True)
+        chunks += [(dataset, number) for number in range(-(-dataset.rows // dataset.block))]
+    block = max(dataset.block for dataset, _ in chunks)
     buffers = [np.empty((block, data.size.bytes), np.uint8) for _ in range(WORKERS)]
     pool = ThreadPoolExecutor(WORKERS)
 
