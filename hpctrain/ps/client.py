@@ -355,7 +355,8 @@ class Client:
         try:
             while self._commands:
                 self._commands.popleft()()
-            self.exchange.send_ready()
+            if not self.failed:  # else slices may be without a server; only the news is to go out
+                self.exchange.send_ready()
             for link in list(self.servers.values()):
                 if self.servers.get(link.peer) is not link:
                     continue  # lost just now: what it sent counts no more
