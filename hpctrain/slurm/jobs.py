@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
+import msgspec
 
 from hpctrain.errors import Error, nearest
 from hpctrain.files import open_regular, parse_json, read_json, read_regular
@@ -54,11 +54,11 @@ class Submitted:
     log: str = ""
 
 
-class _Submission(BaseModel):
+class _Submission(msgspec.Struct):
     """What a submission.json is read for; it may come from anybody."""
 
-    job: str = Field(pattern=r"^\d{1,18}(_\d{1,18})?(;[A-Za-z0-9_.-]{1,255})?$")
-    name: str = Field(max_length=1000)
+    job: owner.JobNumber
+    name: Annotated[str, msgspec.Meta(max_length=1000)]
     time: float
     log: str = ""
 
@@ -94,14 +94,13 @@ def find(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[S
     found = []
     for path in [folder / SUBMISSION, *folder.glob(f"*/{SUBMISSION}")]:
         try:
-            about = _Submission.model_validate_json(read_regular(path, MOST_BYTES))
+            about = msgspec.json.decode(read_regular(path, MOST_BYTES), type=_Submission)
         except FileNotFoundError:
             continue
         except OSError as error:
             say(f"{path}: {error.strerror}")
-        except ValidationError as error:
-            first = error.errors()[0]
-            say(f"{path}: {'.'.join(map(str, first['loc'])) or 'JSON'}: {first['msg']}")
+        except owner.UNREADABLE as error:
+            say(f"{path}: {' '.join(str(error).split())}")
         else:
             run = Submitted(path.parent, about.job, about.name, (), about.log)
             found.append((about.time, _now(run)))

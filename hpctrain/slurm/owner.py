@@ -10,8 +10,10 @@ import contextlib
 import os
 import time
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import msgspec
+from msgspec.structs import replace
 
 from hpctrain.errors import Error
 from hpctrain.files import read_regular
@@ -24,7 +26,16 @@ SILENCE_SECONDS = 600.0
 """So long Slurm may leave the question open whether another job is over."""
 
 
-class Claim(BaseModel):
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a file that anybody may have written can give when it is decoded."""
+
+JobNumber = Annotated[
+    str, msgspec.Meta(pattern=r"^\d{1,18}(_\d{1,18})?(;[A-Za-z0-9_.-]{1,255})?\Z")
+]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Claim(msgspec.Struct, frozen=True):
     """That a job has a run folder.
 
     Attributes:
@@ -34,11 +45,9 @@ class Claim(BaseModel):
         continues: The job before, whose run this one goes on with.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    job: str = Field(pattern=r"^\d{1,18}(_\d{1,18})?(;[A-Za-z0-9_.-]{1,255})?$")
-    restarts: int = Field(0, ge=0)
-    again: int = Field(0, ge=0)
+    job: JobNumber
+    restarts: Count = 0
+    again: Count = 0
     continues: str | None = None
 
 
@@ -53,8 +62,8 @@ def claims(run: Path) -> list[Claim]:
     found = []
     with contextlib.suppress(OSError):
         for path in sorted((run / FOLDER).glob("*.json")):
-            with contextlib.suppress(OSError, ValidationError):
-                found.append(Claim.model_validate_json(read_regular(path, MOST_BYTES)))
+            with contextlib.suppress(OSError, *UNREADABLE):
+                found.append(msgspec.json.decode(read_regular(path, MOST_BYTES), type=Claim))
     return found
 
 
@@ -69,7 +78,7 @@ def _add(run: Path, number: int, claim: Claim) -> bool:
     except FileExistsError:
         return False
     with os.fdopen(descriptor, "wb") as file:
-        file.write(claim.model_dump_json(indent=2).encode() + b"\n")
+        file.write(msgspec.json.format(msgspec.json.encode(claim)) + b"\n")
         file.flush()
         os.fsync(descriptor)
     return True
@@ -103,14 +112,14 @@ def claim(run: Path, job: str, restarts: int, continues: str | None) -> Claim:
 def _next(run: Path, last: Claim | None, wanted: Claim, known: list[Claim]) -> Claim:
     job, restarts = wanted.job, wanted.restarts
     if last is None:
-        return wanted.model_copy(update={"again": restarts})
+        return replace(wanted, again=restarts)
     if last.job == job:
         if last.restarts > restarts:
             raise Elsewhere(f"job {job} was started again; this start of it is over")
         more = restarts - last.restarts
-        return last.model_copy(update={"restarts": restarts, "again": last.again + more})
+        return replace(last, restarts=restarts, again=last.again + more)
     if wanted.continues == last.job:
-        return wanted.model_copy(update={"again": last.again + 1 + restarts})
+        return replace(wanted, again=last.again + 1 + restarts)
     if wanted.continues is not None or job in [each.job for each in known]:
         raise Elsewhere(f"the run went on as job {last.job}")
     _over(run, last.job)
