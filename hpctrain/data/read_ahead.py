@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from concurrent.futures import (
 )
 from concurrent.futures import TimeoutError as FutureTimeout
 from copy import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -292,9 +294,14 @@ class ReadAhead:
     def close(self) -> None:
         """End threads and processes, as soon as they have done what they are at."""
         self._forget()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        pool, self._pool = self._pool, None
+        if isinstance(pool, ProcessPoolExecutor):
+            # Held until its processes have ended: one that is collected before, with jobs that were
+            # cancelled, never ends them (Python up to 3.11.4).
+            end = partial(pool.shutdown, cancel_futures=True)
+            threading.Thread(target=end, name="hpctrain-data-end", daemon=True).start()
+        elif pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _make(maker: Maker, plan: Plan, span: Span) -> tuple[list[Batch], float]:
