@@ -55,7 +55,11 @@ class Regions:
         self._views: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def lay_out(self, layout: Layout) -> None:
-        """Find the flats in the memory."""
+        """Find the flats in the memory.
+
+        What servers work with counts its changes by itself (``.data``): a worker takes a change of
+        its gradients for one that the user made, and a server in its process averages in them.
+        """
         size = region_bytes(layout)
         if self._owner is not None:
             self._common = flats_in(self._memory[self._owner][size:], layout)
@@ -65,8 +69,8 @@ class Regions:
             for piece in layout.slices:
                 part = slice(piece.start, piece.stop)
                 self._views[worker, piece.number] = (
-                    self._gradients[worker][piece.flat][part],
-                    self._weights[worker][piece.flat][part],
+                    self._gradients[worker][piece.flat].data[part],
+                    self._weights[worker][piece.flat].data[part],
                 )
 
     def has(self, worker: int) -> bool:
