@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from benchmarks.launching import check, count, latest, parser_of, start
 from benchmarks.output import table
 from benchmarks.training import Case, Line, about, cases, known, save, spread_of, train
-from hpctrain.launcher import Launch
+from hpctrain.world.launcher import Launch
 
 WARM_UP_STEPS = 5
 KEYS = ("task", "strategy", "ranks", "workers", "threads", "emulated_compute", "batch", "epochs",

@@ -33,9 +33,9 @@ import torch.distributed as dist
 import hpctrain
 from benchmarks.output import table, write
 from hpctrain.process import cores
-from hpctrain.strategies.broadcast import broadcast_json
 from hpctrain.strategies.horovod import Horovod
-from hpctrain.world import World
+from hpctrain.world.broadcast import broadcast_json
+from hpctrain.world.world import World
 
 SIZES = tuple(2**power for power in range(3, 27, 2))  # bytes
 BUDGET_SECONDS = 0.05  # of a case's round: so many all-reduces as fit, one at least

@@ -45,7 +45,7 @@ from torch import distributed
 from torch.distributed import checkpoint as dcp
 
 from benchmarks.output import plots, spread, spread_of, table, write
-from hpctrain.checkpoint import CheckpointStore, load_verified
+from hpctrain.checkpoint.store import CheckpointStore, load_verified
 from hpctrain.files import sync
 
 SIZES = (16, 64, 256)  # MB

@@ -15,9 +15,9 @@ from torch import nn
 from hpctrain.config import DataConfig
 from hpctrain.data.batch import Batch
 from hpctrain.data.source import ArraySource, Source
-from hpctrain.launcher import detect
-from hpctrain.task import Loss, Task
 from hpctrain.tasks import cifar10
+from hpctrain.tasks.task import Loss, Task
+from hpctrain.world.launcher import detect
 
 SAMPLES = 4096
 

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import write
-from hpctrain.elastic.chaos import Chaos, Outcome, judge_metrics
-from hpctrain.elastic.faults import Fault, draw
+from hpctrain.launch.chaos import Chaos, Outcome, judge_metrics
+from hpctrain.launch.faults import Fault, draw
 from hpctrain.process import mpirun
 
 STEPS_AN_EPOCH = -(-1438 // 64)  # of the training samples, 1,438

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import table, write
-from hpctrain.elastic import ledger
+from hpctrain.train import sample_trace
 from tests.slurm.cluster import Cluster
 
 HOSTS, LOST = 3, "n3"
@@ -109,7 +109,7 @@ def one(cluster: Cluster, number: int, task: list[str]) -> dict[str, Any]:
             result = run / "result.json"
             if not result.exists():
                 record["verdict"] = "not completed"
-            elif wrong := ledger.check(run).wrong:
+            elif wrong := sample_trace.check(run).wrong:
                 record["verdict"] = wrong[0]
             elif [c["size"] for c in json.loads(result.read_text())["world"]] != [3, 2, 3]:
                 record["verdict"] = "other worlds than 3, 2, 3"

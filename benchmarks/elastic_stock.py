@@ -22,8 +22,8 @@ from benchmarks.elastic_tasks import Times
 from hpctrain.config import DataConfig
 from hpctrain.data.batch import Batch
 from hpctrain.data.order import EpochOrder
-from hpctrain.elastic.ledger import Ledger
-from hpctrain.task import load_task
+from hpctrain.tasks.task import load_task
+from hpctrain.train.sample_trace import SampleTrace
 
 LR = 0.01
 COMMIT_STEPS = 5
@@ -62,7 +62,7 @@ def main() -> None:
 
     state.register_reset_callbacks([on_reset])
     number = int(os.uname().nodename.lstrip("n"))  # one worker a host
-    times, ledger = Times(options.out, hvd.rank()), Ledger(options.out, number, 0)
+    times, ledger = Times(options.out, hvd.rank()), SampleTrace(options.out, number, 0)
     formed = 0  # how often a world was
 
     @hvd.elastic.run

@@ -14,8 +14,8 @@ from torch import nn
 
 from hpctrain.config import DataConfig, OptimizerConfig
 from hpctrain.data.source import Source
-from hpctrain.launcher import detect
 from hpctrain.tasks import cifar10, digits
+from hpctrain.world.launcher import detect
 
 FOLDER = "times"
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.output import table, write
+from hpctrain.costmodel.fit import Record, fit, held_out, read_records
 from hpctrain.errors import Error
-from hpctrain.model.fit import Record, fit, held_out, read_records
 
 
 def groups_of(records: Sequence[Record], together: bool) -> dict[str, list[Record]]:

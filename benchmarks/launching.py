@@ -24,8 +24,8 @@ from typing import NoReturn
 
 from benchmarks.training import STRATEGIES, TASKS, Line, case_of, known
 from hpctrain.errors import Error
-from hpctrain.launcher import Launch, detect
 from hpctrain.process import mpirun, run
+from hpctrain.world.launcher import Launch, detect
 
 Measure = Callable[[argparse.Namespace, Launch, int], Iterator[Line | None]]
 """Measures a round, on every rank; rank 0 yields lines."""

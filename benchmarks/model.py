@@ -41,8 +41,8 @@ from typing import Any
 from benchmarks import ps_hosts
 from benchmarks.model_steps import Job
 from benchmarks.output import table, write
+from hpctrain.costmodel.fit import Record, held_out
 from hpctrain.errors import Error
-from hpctrain.model.fit import Record, held_out
 
 HOSTS, MBITS = (2, 4, 8), (100.0, 200.0, 400.0)
 BYTES, LAYERS, BUCKETS = 2**22, 8, 4

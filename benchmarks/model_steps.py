@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 import hpctrain
-from hpctrain import pmix
 from hpctrain.config import HorovodConfig, PsConfig
-from hpctrain.model.measure import codec
-from hpctrain.model.strategies import Compression, Strategy, strategy_of
+from hpctrain.costmodel.measure import codec
+from hpctrain.costmodel.strategies import Compression, StrategyCost, strategy_of
 from hpctrain.strategies.horovod import Horovod
 from hpctrain.strategies.parameter_server import ParameterServer
-from hpctrain.world import Unconnected, World
+from hpctrain.world import pmix
+from hpctrain.world.world import Unconnected, World
 
 WARM_UP = 2
 WINDOWS = 3
@@ -111,7 +111,7 @@ class Stack(nn.Module):
         return value
 
 
-def connect(world: World, strategy: Strategy, job: Job) -> Horovod | ParameterServer:
+def connect(world: World, strategy: StrategyCost, job: Job) -> Horovod | ParameterServer:
     """The strategy in hpctrain."""
     world.comm = Unconnected(world.launch)
     if strategy.kind == "horovod":

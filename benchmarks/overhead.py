@@ -30,11 +30,11 @@ import torch
 from torch import nn
 
 from hpctrain import Batch, Task, init, strategy
-from hpctrain.checkpoint import CheckpointStore
+from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import DataConfig, OptimizerConfig, read_environment, resolve
 from hpctrain.data.source import ArraySource, Source
-from hpctrain.recorder import RunRecorder, Silent
-from hpctrain.trainer import Trainer
+from hpctrain.train.recorder import RunRecorder, Silent
+from hpctrain.train.trainer import Trainer
 
 SAMPLES = 4096
 BATCH = 128

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from benchmarks.peers_models import MODELS, Kind
-from hpctrain.launcher import detect
+from hpctrain.world.launcher import detect
 
 LR = 0.01
 MOMENTUM = 0.9

@@ -36,9 +36,9 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-from hpctrain import network
 from hpctrain.errors import Error
 from hpctrain.process import run, search_path, which
+from hpctrain.world import network
 
 ROOT = Path(__file__).parents[1]
 NETWORK = "10.77.0"

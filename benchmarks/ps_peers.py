@@ -231,11 +231,11 @@ def connected(count: int, settings: dict[str, Any]) -> tuple[Any, Any, list[list
     A server serves first, until all workers have left; its client is None.
     """
     from hpctrain.config import PsConfig
-    from hpctrain.ps.connect import Ends
+    from hpctrain.ps.endpoint import Endpoint
     from hpctrain.ps.layout import Layout, Parameter, slice_bytes_for
     from hpctrain.ps.rules import rule_of
 
-    ends = Ends(PsConfig(**settings))
+    ends = Endpoint(PsConfig(**settings))
     if ends.client is None:
         ends.serve()
         return ends, None, []

@@ -43,9 +43,9 @@ import numpy as np
 
 from benchmarks.networks import NETWORKS, Layer
 from benchmarks.output import table, write
-from hpctrain.model.inputs import Buckets, Job, Machine, Network
-from hpctrain.model.step import predict
-from hpctrain.model.strategies import Strategy
+from hpctrain.costmodel.inputs import Buckets, Job, Machine, Network
+from hpctrain.costmodel.step import predict
+from hpctrain.costmodel.strategies import StrategyCost
 
 BATCH, GPUS_PER_NODE = 64, 4
 IMAGES_PER_SECOND = {"Inception V3": 134.4, "ResNet-101": 119.4, "VGG-16": 130.9}
@@ -62,7 +62,7 @@ NETWORK = Network(
     local_bytes_per_second=15.75e9,
     local_latency_seconds=5.7e-6,
 )
-STRATEGY = Strategy(kind="horovod", label="horovod")
+STRATEGY = StrategyCost(kind="horovod", label="horovod")
 
 
 @dataclasses.dataclass(frozen=True)

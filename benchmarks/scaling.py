@@ -43,8 +43,8 @@ from benchmarks.launching import check, count, latest, parser_of, start
 from benchmarks.output import table
 from benchmarks.training import Case, Line, about, cases, known, save, spread_of, train
 from hpctrain.errors import Error
-from hpctrain.laps import PARTS
-from hpctrain.launcher import Launch
+from hpctrain.train.step_timer import PARTS
+from hpctrain.world.launcher import Launch
 
 LOG_LINES = 6
 KEYS = ("task", "strategy", "ranks", "workers", "threads", "emulated_compute", "rank_batch",

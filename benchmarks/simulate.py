@@ -28,9 +28,9 @@ from typing import Any
 from scipy import integrate, stats
 
 from benchmarks.output import table, write
+from hpctrain.costmodel import failures, stragglers
+from hpctrain.costmodel.strategies import Compression, strategy_of
 from hpctrain.errors import Error
-from hpctrain.model import failures, stragglers
-from hpctrain.model.strategies import Compression, strategy_of
 
 STRATEGIES = ("horovod", "ps:1+backup:B", "ps:1+ssp:3", "ps:1+async", "averaging:8")
 BACKUP_SHARE = 0.02

@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from hpctrain.data.batch import Batch
-from hpctrain.launcher import detect
-from hpctrain.task import Loss
 from hpctrain.tasks import cifar10, digits
+from hpctrain.tasks.task import Loss
+from hpctrain.world.launcher import detect
 
 
 @dataclass

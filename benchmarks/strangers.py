@@ -114,7 +114,7 @@ def role(process: psutil.Process) -> str:
     words = process.cmdline()
     if "launch" in words:
         return "driver"
-    if "hpctrain.elastic.seat" in words:
+    if "hpctrain.launch.worker_slot" in words:
         return f"seat {process.environ().get('HPCTRAIN_RANK', '')}".strip()
     return f"rank {process.environ()['HPCTRAIN_RANK']}"
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.output import write
-from hpctrain.compare import records_of
 from hpctrain.errors import Error
-from hpctrain.launcher import Launch, detect
 from hpctrain.process import cores
+from hpctrain.report.compare import records_of
+from hpctrain.world.launcher import Launch, detect
 
 Line = dict[str, Any]
 STRATEGIES = ("single", "horovod", "ps:sync", "ps:ssp:3", "ps:async")

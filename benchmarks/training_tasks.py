@@ -12,7 +12,7 @@ from benchmarks.stragglers_tasks import Emulated
 from hpctrain.config import DataConfig
 from hpctrain.data.batch import Batch
 from hpctrain.data.source import ArraySource, Source
-from hpctrain.task import Loss, Task
+from hpctrain.tasks.task import Loss, Task
 
 SAMPLES, CLASSES = 8192, 10
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from hpctrain.errors import Error as Error
     from hpctrain.errors import PeerLost as PeerLost
     from hpctrain.strategies import strategy as strategy
-    from hpctrain.task import Task as Task
-    from hpctrain.world import World as World
-    from hpctrain.world import init as init
+    from hpctrain.tasks.task import Task as Task
+    from hpctrain.world.world import World as World
+    from hpctrain.world.world import init as init
 
 _PLACES = {
     "Batch": "hpctrain.data.batch",
@@ -24,9 +24,9 @@ _PLACES = {
     "Loader": "hpctrain.data.loader",
     "PeerLost": "hpctrain.errors",
     "ShardSet": "hpctrain.data.shards",
-    "Task": "hpctrain.task",
-    "World": "hpctrain.world",
-    "init": "hpctrain.world",
+    "Task": "hpctrain.tasks.task",
+    "World": "hpctrain.world.world",
+    "init": "hpctrain.world.world",
     "strategy": "hpctrain.strategies",
 }
 __all__ = ["__version__", *_PLACES]

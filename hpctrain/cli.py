@@ -11,14 +11,17 @@ from typing import Any, NoReturn
 
 import click
 
-from hpctrain import __version__, failure, garbage, process
+from hpctrain import __version__, process
+from hpctrain.costmodel import cli as model
 from hpctrain.data import cli as data
-from hpctrain.elastic import cli as elastic
 from hpctrain.errors import Error
 from hpctrain.horovod_build import cli as horovod_build
-from hpctrain.launcher import detect
-from hpctrain.model import cli as model
+from hpctrain.launch import cli as elastic
+from hpctrain.report import cli as report
 from hpctrain.slurm import cli as slurm
+from hpctrain.train import gc_control
+from hpctrain.world import failure_record
+from hpctrain.world.launcher import detect
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -100,7 +103,7 @@ def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> N
     Exit codes: 0 completed (result.json is there), 75 asked to stop (--resume auto goes on),
     2 something you can put right, 1 anything else.
     """
-    with garbage.none_before_training():
+    with gc_control.none_before_training():
         from hpctrain.run import configure, run
 
         code = run(configure(_layers(config_path, settings, flags)), say=click.echo)
@@ -164,46 +167,10 @@ def config(task: str | None, config_path: str | None, settings: tuple[str, ...])
 @cli.command()
 def doctor() -> None:
     """Check this machine: MPI, Horovod, cores, GPUs, HDF5, Slurm; and say what to do."""
+    from hpctrain.check_result import report
     from hpctrain.doctor import examine
-    from hpctrain.finding import report
 
     sys.exit(report(examine()))
-
-
-@cli.command()
-@click.argument(
-    "inputs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN_OR_BENCH..."
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    default=Path("report.html"),
-    show_default=True,
-    help="The page.",
-)
-@click.option(
-    "--plots",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for the same plots as PNG and SVG.",
-)
-def report(inputs: tuple[Path, ...], out: Path, plots: Path | None) -> None:
-    """Show runs and benchmarks on one HTML page that needs no network, also on a phone.
-
-    \b
-    RUN_OR_BENCH is a run folder of `hpctrain train`, completed or not, or a JSON file that a
-    benchmark wrote:
-      hpctrain report runs/digits-20260101-120000
-      hpctrain report runs/one runs/two runs/four --out scaling.html --plots figures/
-      hpctrain report results/ps.json
-
-    Several runs are compared: what differs in their configurations, their curves side by side and,
-    where they differ in their number of ranks, throughput and efficiency.
-    """
-    from hpctrain.report.page import report as write
-
-    count = write(inputs, out, plots)
-    many = f"{count} plot{'s' * (count != 1)}"
-    click.echo(f"{out}: {many}" + (f", also in {plots}" if plots else ""))
 
 
 def _config_of(parameters: dict[str, Any]) -> Any:
@@ -216,7 +183,7 @@ def _config_of(parameters: dict[str, Any]) -> Any:
 for command in (
     data.group, elastic.trace, elastic.chaos, elastic.launch, horovod_build.group,
     *slurm.submission(train, _config_of), slurm.job, slurm.group, slurm.trial, slurm.trials,
-    slurm.compare, model.command(_config_of),
+    report.compare, report.report, model.command(_config_of),
 ):  # fmt: skip
     cli.add_command(command)
 
@@ -231,7 +198,7 @@ def main() -> NoReturn:
         code = exit_.code if isinstance(exit_.code, int) else 1
     except Error as error:
         code = error.exit_code
-        failure.note(error, code)
+        failure_record.note(error, code)
         _complain(str(error))
     except click.ClickException as error:
         error.show()
@@ -240,7 +207,7 @@ def main() -> NoReturn:
         _complain("interrupted.")
         code = 130
     except Exception as error:
-        failure.note(error, 1)
+        failure_record.note(error, 1)
         click.echo(_traceback(error), nl=False, err=True)
         code = 1
     _leave(code)
@@ -287,5 +254,5 @@ def _leave(code: int) -> NoReturn:
         process.abort(code)
     if code != 0 or not process.mpi_is_whole:
         os._exit(code)
-    garbage.leave_alone()  # else the interpreter looks through all modules on its way out
+    gc_control.leave_alone()  # else the interpreter looks through all modules on its way out
     sys.exit(0)

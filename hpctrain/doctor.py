@@ -11,9 +11,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from hpctrain.check_result import CheckResult, Level
 from hpctrain.elastic import selftest
 from hpctrain.errors import Error
-from hpctrain.finding import Finding, Level
 from hpctrain.horovod_build import mpi, toolchain
 from hpctrain.horovod_build.check import check as check_horovod
 from hpctrain.process import NO_MPI_HINT, cores, mpirun, run, which
@@ -22,9 +22,9 @@ from hpctrain.slurm.examine import examine as examine_site
 LAUNCH_TIMEOUT_SECONDS = 90
 
 
-def examine() -> list[Finding]:
+def examine() -> list[CheckResult]:
     """Look at everything; nothing that goes wrong in one check stops the others."""
-    checks: list[Callable[[], list[Finding]]] = [
+    checks: list[Callable[[], list[CheckResult]]] = [
         _versions,
         _cores,
         _mpi,
@@ -39,49 +39,49 @@ def examine() -> list[Finding]:
         _slurm,
         _site,
     ]
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     for one in checks:
         try:
             findings += one()
         except Error as error:
             name = one.__name__.strip("_").replace("_", " ")
-            findings.append(Finding("problem", name, error.message, error.hint))
+            findings.append(CheckResult("problem", name, error.message, error.hint))
     return findings
 
 
-def _versions() -> list[Finding]:
+def _versions() -> list[CheckResult]:
     packages = ("hpctrain", "torch", "numpy", "mpi4py", "h5py", "safetensors")
     versions = " ".join(f"{name} {metadata.version(name)}" for name in packages)
-    return [Finding("ok", "versions", f"python {platform.python_version()} {versions}")]
+    return [CheckResult("ok", "versions", f"python {platform.python_version()} {versions}")]
 
 
-def _cores() -> list[Finding]:
+def _cores() -> list[CheckResult]:
     allowed, present = cores(), os.cpu_count() or 1
     detail = f"{allowed} of {present} usable"
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads and threads.isdigit() and int(threads) > allowed:
         return [
-            Finding(
+            CheckResult(
                 "note",
                 "cores",
                 f"{detail}, but OMP_NUM_THREADS={threads}",
                 "unset it: hpctrain divides a host's cores among its ranks.",
             )
         ]
-    return [Finding("ok", "cores", detail)]
+    return [CheckResult("ok", "cores", detail)]
 
 
-def _mpi() -> list[Finding]:
+def _mpi() -> list[CheckResult]:
     program = which("mpirun")
     if program is None:
-        return [Finding("problem", "MPI", "no mpirun on PATH", NO_MPI_HINT)]
+        return [CheckResult("problem", "MPI", "no mpirun on PATH", NO_MPI_HINT)]
     said = run([str(program), "--version"], timeout_seconds=30).stdout
     # MPICH's says no more than "HYDRA build details" in its first line.
     version = " ".join(" ".join(said.splitlines()[: 2 if "HYDRA" in said else 1]).split())
-    findings = [Finding("ok", "MPI", f"{version or '?'} ({program})")]
+    findings = [CheckResult("ok", "MPI", f"{version or '?'} ({program})")]
     if which("mpicxx") is None:
         findings.append(
-            Finding(
+            CheckResult(
                 "note",
                 "mpicxx",
                 "not on PATH, so Horovod cannot be built here",
@@ -91,7 +91,7 @@ def _mpi() -> list[Finding]:
     open_mpi = "Open MPI" in said
     if open_mpi and os.geteuid() == 0 and "OMPI_ALLOW_RUN_AS_ROOT" not in os.environ:
         findings.append(
-            Finding(
+            CheckResult(
                 "note",
                 "root",
                 "Open MPI's mpirun refuses to run as root",
@@ -101,7 +101,7 @@ def _mpi() -> list[Finding]:
     return findings
 
 
-def _build() -> list[Finding]:
+def _build() -> list[CheckResult]:
     """Could Horovod be built here, for this torch and this MPI?"""
     if which("mpicxx") is None:
         return []  # said already
@@ -109,24 +109,24 @@ def _build() -> list[Finding]:
         built_from = toolchain.find(gpu=False).built_from
     except Error as error:
         level: Level = "problem" if toolchain.installed_version() is None else "note"
-        return [Finding(level, "building Horovod", error.message, error.hint)]
+        return [CheckResult(level, "building Horovod", error.message, error.hint)]
     detail = f"C++{built_from['cxx_standard']}, {built_from['compiler']}, {built_from['cmake']}"
-    return [Finding("ok", "building Horovod", detail)]
+    return [CheckResult("ok", "building Horovod", detail)]
 
 
-def _launch_mpi() -> list[Finding]:
+def _launch_mpi() -> list[CheckResult]:
     """Two real ranks with mpi4py: do they see each other?"""
     seen = mpi.of_mpi4py()
     what = "mpirun -np 2, mpi4py"
     if seen.size == 2:
-        return [Finding("ok", what, "both ranks see a world of 2")]
+        return [CheckResult("ok", what, "both ranks see a world of 2")]
     detail = seen.said
     if seen.size == 1:
         detail = f"each rank sees a world of its own: mpi4py uses {seen.library[:40]}"
-    return [Finding("problem", what, detail, mpi.HINT)]
+    return [CheckResult("problem", what, detail, mpi.HINT)]
 
 
-def _launch_horovod() -> list[Finding]:
+def _launch_horovod() -> list[CheckResult]:
     """Two real ranks with every controller: do Horovod and the launcher agree?"""
     from hpctrain.horovod_build import build
 
@@ -137,10 +137,10 @@ def _launch_horovod() -> list[Finding]:
         result = run(command, timeout_seconds=LAUNCH_TIMEOUT_SECONDS)
         what = f"Horovod over {name}, 2 ranks"
         if build.proved(result):
-            findings.append(Finding("ok", what, "the all-reduce is right"))
+            findings.append(CheckResult("ok", what, "the all-reduce is right"))
         else:
             findings.append(
-                Finding(
+                CheckResult(
                     "problem",
                     what,
                     f"exit code {result.returncode}: {_last(result.stdout)}",
@@ -151,13 +151,13 @@ def _launch_horovod() -> list[Finding]:
     return findings
 
 
-def _elastic() -> list[Finding]:
+def _elastic() -> list[CheckResult]:
     """What `--elastic auto` would choose here, under mpirun."""
     works, seen = selftest.works([*mpirun(2), "--with-ft", "ulfm"], os.environ)
     if works:
-        return [Finding("ok", "elastic", f"ulfm, with mpirun --with-ft ulfm: {seen}")]
+        return [CheckResult("ok", "elastic", f"ulfm, with mpirun --with-ft ulfm: {seen}")]
     return [
-        Finding(
+        CheckResult(
             "note",
             "elastic",
             f"restart: {seen}",
@@ -166,27 +166,27 @@ def _elastic() -> list[Finding]:
     ]
 
 
-def _gpus() -> list[Finding]:
+def _gpus() -> list[CheckResult]:
     import torch
 
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())}
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         detail = f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, NCCL {nccl}"
-        return [Finding("ok", "GPUs", detail)]
+        return [CheckResult("ok", "GPUs", detail)]
     if shutil.which("nvidia-smi"):
         return [
-            Finding(
+            CheckResult(
                 "problem",
                 "GPUs",
                 f"nvidia-smi is here, but torch {torch.__version__} sees none",
                 "install a CUDA build of torch that fits the driver.",
             )
         ]
-    return [Finding("ok", "GPUs", "none; training runs on the CPU")]
+    return [CheckResult("ok", "GPUs", "none; training runs on the CPU")]
 
 
-def _hdf5() -> list[Finding]:
+def _hdf5() -> list[CheckResult]:
     """Can files here be opened while another process holds HDF5's lock on them?"""
     import h5py
 
@@ -197,43 +197,43 @@ def _hdf5() -> list[Finding]:
                 pass
         except OSError as error:
             return [
-                Finding(
+                CheckResult(
                     "note",
                     "HDF5 locking",
                     f"{version}: this file system refuses locks ({error})",
                     "export HDF5_USE_FILE_LOCKING=FALSE where you write; reading here needs none.",
                 )
             ]
-    return [Finding("ok", "HDF5 locking", f"{version}: locks work here; reading takes none")]
+    return [CheckResult("ok", "HDF5 locking", f"{version}: locks work here; reading takes none")]
 
 
-def _shared_memory() -> list[Finding]:
+def _shared_memory() -> list[CheckResult]:
     folder = Path("/dev/shm")
     if not folder.is_dir():
-        return [Finding("note", "shared memory", "no /dev/shm", "NCCL and MPI may be slow.")]
+        return [CheckResult("note", "shared memory", "no /dev/shm", "NCCL and MPI may be slow.")]
     free = shutil.disk_usage(folder).free
     if free < 2**28:
         return [
-            Finding(
+            CheckResult(
                 "problem",
                 "shared memory",
                 f"/dev/shm has {free / 2**20:.0f} MiB free",
                 "start the container with --shm-size=1g or more.",
             )
         ]
-    return [Finding("ok", "shared memory", f"/dev/shm has {free / 2**30:.1f} GiB free")]
+    return [CheckResult("ok", "shared memory", f"/dev/shm has {free / 2**30:.1f} GiB free")]
 
 
-def _slurm() -> list[Finding]:
+def _slurm() -> list[CheckResult]:
     if shutil.which("sinfo") is None:
-        return [Finding("ok", "Slurm", "not on this machine")]
+        return [CheckResult("ok", "Slurm", "not on this machine")]
     result = run(["sinfo", "--noheader", "--format=%P %D %t"], timeout_seconds=30)
     if "configuration source" in result.stdout:
         detail = "its commands are here, but no cluster is configured"
-        return [Finding("note", "Slurm", detail, "log in to a cluster to submit jobs.")]
+        return [CheckResult("note", "Slurm", detail, "log in to a cluster to submit jobs.")]
     if result.returncode != 0:
         return [
-            Finding(
+            CheckResult(
                 "problem",
                 "Slurm",
                 f"sinfo fails: {_last(result.stdout)}",
@@ -242,9 +242,9 @@ def _slurm() -> list[Finding]:
         ]
     kinds = run(["srun", "--mpi=list"], timeout_seconds=30).stdout
     if "pmix" in kinds:
-        return [Finding("ok", "Slurm", "sinfo answers; srun --mpi=pmix is there")]
+        return [CheckResult("ok", "Slurm", "sinfo answers; srun --mpi=pmix is there")]
     return [
-        Finding(
+        CheckResult(
             "note",
             "Slurm",
             "sinfo answers, but srun has no pmix",
@@ -253,7 +253,7 @@ def _slurm() -> list[Finding]:
     ]
 
 
-def _site() -> list[Finding]:
+def _site() -> list[CheckResult]:
     return examine_site()
 
 

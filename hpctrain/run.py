@@ -22,19 +22,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from hpctrain import garbage
-from hpctrain.agreement import compare
-from hpctrain.checkpoint import CheckpointStore, load_verified
+from hpctrain.checkpoint.store import CheckpointStore, load_verified
 from hpctrain.config import Layer, RunConfig, put, resolve
 from hpctrain.data.stage import stage, unstage
 from hpctrain.elastic.membership import Meeting, Progress
-from hpctrain.elastic.outlive import outlive
 from hpctrain.errors import Dismissed, Error, PeerLost
-from hpctrain.failure import FOLDER
 from hpctrain.files import write_text
-from hpctrain.fingerprint import of_start, of_training
-from hpctrain.interruption import Interruption
-from hpctrain.recorder import OnRankZero, Recorder, RunRecorder, plain
 from hpctrain.run_folder import (
     INTERRUPTED,
     INTERRUPTED_CODE,
@@ -44,15 +37,22 @@ from hpctrain.run_folder import (
     new_folder,
     unwritable,
 )
-from hpctrain.seeds import set_start_seeds
 from hpctrain.slurm.orphan import end_job
-from hpctrain.state import parameters_sha256
 from hpctrain.strategies import strategy
 from hpctrain.strategies.base import Serving, Strategy
-from hpctrain.strategies.broadcast import broadcast_json
-from hpctrain.task import Task, load_task, make_task
-from hpctrain.trainer import Trainer
-from hpctrain.world import World, init
+from hpctrain.tasks.seeds import set_start_seeds
+from hpctrain.tasks.task import Task, load_task, make_task
+from hpctrain.train import gc_control
+from hpctrain.train.fingerprint import of_start, of_training
+from hpctrain.train.interruption import Interruption
+from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder, plain
+from hpctrain.train.recovery import outlive
+from hpctrain.train.state import parameters_sha256
+from hpctrain.train.trainer import Trainer
+from hpctrain.world.agreement import compare
+from hpctrain.world.broadcast import broadcast_json
+from hpctrain.world.failure_record import FOLDER
+from hpctrain.world.world import World, init
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
@@ -115,7 +115,7 @@ def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str]
     if config.world_size is not None and how.joined is None:
         how.world.require(config.world_size)
     if isinstance(how, Serving) and how.serves:
-        garbage.leave_alone()
+        gc_control.leave_alone()
         how.serve()
         return 0
     try:
@@ -240,7 +240,7 @@ class _Run:
                 elastic.membership.begin(out, config.elastic.workers)
             if self._how.joined is None:
                 self._announce(self._recorder)
-            garbage.leave_alone()
+            gc_control.leave_alone()
         try:
             trainer.run(self._recorder, self._interruption, meeting)
         except BaseException:

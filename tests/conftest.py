@@ -18,7 +18,7 @@ import threading
 import pytest
 from hypothesis import settings
 
-from hpctrain.launcher import detect
+from hpctrain.world.launcher import detect
 from tests import processes
 
 LAUNCH = detect()

@@ -12,6 +12,7 @@ import h5py
 
 from hpctrain.data.chunks import CACHE_BYTES, block_rows
 from hpctrain.data.fields import SEQUENCES, is_mapped
+from hpctrain.data.folder_tree import walk
 from hpctrain.data.hdf5 import (
     Unusable,
     aside,
@@ -23,16 +24,15 @@ from hpctrain.data.hdf5 import (
     spec_of_dataset,
 )
 from hpctrain.data.index import FieldSpec, Index, SplitEntry
+from hpctrain.data.progress import progress
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.source import check_names
 from hpctrain.data.splits import listing, splits_of_files, tell
 from hpctrain.data.summary import MOST_COUNTED, Found, count_classes, is_class_field
-from hpctrain.data.tree import walk
 from hpctrain.data.writer import entry_of, prepare, writing
 from hpctrain.errors import Error
 from hpctrain.files import sha256
 from hpctrain.process import cores
-from hpctrain.progress import progress
 
 MOST_LABELS = 2**26
 """Of a file, to be counted."""

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from hpctrain.data.batch import Batch
 from hpctrain.data.buffers import Buffers
 from hpctrain.data.order import VERSION, Order, Positions, Shuffle
-from hpctrain.data.read_ahead import Epoch, Maker, ReadAhead
+from hpctrain.data.prefetch import Epoch, Maker, ReadAhead
 from hpctrain.data.source import Arrays, ArraySource, Empty, Source
 from hpctrain.errors import Error
-from hpctrain.launcher import ALONE
-from hpctrain.world import Part, World
+from hpctrain.world.launcher import ALONE
+from hpctrain.world.world import Part, World
 
 Transform = Callable[[Batch], Batch]
 WorkerKind = Literal["thread", "process"]

@@ -25,10 +25,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hpctrain.data.index import INDEX, INDEX_BYTES, ShardEntry, read_index
+from hpctrain.data.progress import progress
 from hpctrain.data.shards import staged_name
 from hpctrain.errors import Error
 from hpctrain.files import is_own, open_regular, read_regular, write_text
-from hpctrain.progress import progress
 
 COPY_BYTES = 8 * 2**20
 # Left free on the storage, and of the memory that a job may use where the storage is memory.

@@ -16,10 +16,10 @@ from hpctrain.data.chunks import BadShard
 from hpctrain.data.fields import field
 from hpctrain.data.hdf5 import Unusable, mapped_offset, open_file, spec_of_dataset
 from hpctrain.data.index import FieldSpec, Index, ShardEntry, SplitEntry, read_index
+from hpctrain.data.progress import progress
 from hpctrain.data.shards import check
 from hpctrain.files import sha256
 from hpctrain.process import cores
-from hpctrain.progress import progress
 
 ROWS = 4096
 READ_BYTES = 2**24

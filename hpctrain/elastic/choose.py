@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, MutableMapping
 from typing import Literal, NamedTuple
 
-from hpctrain.elastic.wire import ADDRESS
+from hpctrain.elastic.driver_protocol import ADDRESS
 from hpctrain.errors import Error
 from hpctrain.process import loaded
 

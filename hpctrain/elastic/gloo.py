@@ -1,6 +1,6 @@
 """Membership by a driver outside the ranks, for Horovod over Gloo: it also takes in new hosts.
 
-The driver (:mod:`hpctrain.elastic.driver`) hears of every rank several times a second. It says who
+The driver (:mod:`hpctrain.launch.driver`) hears of every rank several times a second. It says who
 is lost, and when all that are left have come together, what the new world is; Gloo's connections
 are made anew then.
 """
@@ -18,11 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from hpctrain.elastic.connections import connections, shut_down
+from hpctrain.elastic.driver_protocol import (
+    ADDRESS,
+    KEY,
+    LINE_BYTES,
+    challenge,
+    pack,
+    proof,
+    proves,
+    unpack,
+)
 from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Member, Progress, Welcome
-from hpctrain.elastic.wire import ADDRESS, KEY, LINE_BYTES, challenge, pack, proof, proves, unpack
 from hpctrain.errors import Dismissed, Error, PeerLost
-from hpctrain.fence import Fence, identity
-from hpctrain.network import interface_of
+from hpctrain.world.network import interface_of
+from hpctrain.world.process_reaper import ProcessReaper, identity
 
 T = TypeVar("T")
 
@@ -73,7 +82,7 @@ class Gloo:
         self.generation = 0
         self.members: list[Member] = []
         self.lost_hosts: set[str] = set()
-        self._fence = Fence({})
+        self._fence = ProcessReaper({})
         self._exchange: set[tuple[int, int]] = set()  # Gloo's connections
         self._changed = threading.Condition()
         self._sends = threading.Lock()

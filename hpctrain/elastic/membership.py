@@ -1,7 +1,7 @@
 """Membership: who takes part in a run, how a loss is found out, and how the world is formed anew.
 
 An engine of this kind is one class behind :class:`Membership`. What happens after a loss is the
-same with all of them, and stands in :mod:`hpctrain.elastic.outlive`.
+same with all of them, and stands in :mod:`hpctrain.train.recovery`.
 """
 
 from __future__ import annotations

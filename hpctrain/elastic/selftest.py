@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from hpctrain import pmix
 from hpctrain.elastic.choose import set_parameters
 from hpctrain.process import run
+from hpctrain.world import pmix
 
 SECONDS = 30.0
 START_SECONDS = 0.5  # srun drops the output of a step that fails while it starts

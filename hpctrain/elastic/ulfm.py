@@ -17,12 +17,13 @@ from typing import Any, cast
 import numpy as np
 from mpi4py import MPI
 
-from hpctrain import pmix, process
+from hpctrain import process
 from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Member, Progress
-from hpctrain.elastic.recruit import Recruiter, admit, ask_to_join, join
+from hpctrain.elastic.newcomers import Recruiter, admit, ask_to_join, join
 from hpctrain.errors import PeerLost
-from hpctrain.fence import Fence, identity
 from hpctrain.process import ended_after
+from hpctrain.world import pmix
+from hpctrain.world.process_reaper import ProcessReaper, identity
 
 CARD_BYTES = 512
 
@@ -48,7 +49,7 @@ class Ulfm:
         self.lost_hosts: set[str] = set()
         self.folder: Path | None = None
         self._hang_seconds = hang_seconds
-        self._fence = Fence({})
+        self._fence = ProcessReaper({})
         self._recruits: Recruiter | None = None
         self._next = 0  # what nobody was called yet
         self.comm = self._mine(self._mine(MPI.COMM_WORLD).Dup())

@@ -7,45 +7,45 @@ import json
 import re
 from pathlib import Path
 
-from hpctrain.finding import Finding
+from hpctrain.check_result import CheckResult
 from hpctrain.horovod_build.toolchain import VERSION, installed_version
 from hpctrain.process import run, which
 
 BUILD_HINT = "run `hpctrain horovod build`."
 
 
-def check() -> list[Finding]:
+def check() -> list[CheckResult]:
     """Look at the installed Horovod without starting a world."""
     version = installed_version()
     if version is None:
-        return [Finding("problem", "horovod", "not installed", BUILD_HINT)]
+        return [CheckResult("problem", "horovod", "not installed", BUILD_HINT)]
     findings = [
-        Finding("ok", "horovod", version)
+        CheckResult("ok", "horovod", version)
         if version == VERSION
-        else Finding("note", "horovod", f"{version}; hpctrain is tried with {VERSION}")
+        else CheckResult("note", "horovod", f"{version}; hpctrain is tried with {VERSION}")
     ]
     spec = importlib.util.find_spec("horovod")
     assert spec is not None
     folder = Path(next(iter(spec.submodule_search_locations or [])))
     libraries = sorted((folder / "torch").glob("mpi_lib_v2*.so"))
     if not libraries:
-        return [*findings, Finding("problem", "torch extension", "not built", BUILD_HINT)]
+        return [*findings, CheckResult("problem", "torch extension", "not built", BUILD_HINT)]
     findings.append(_torch(folder))
     findings += _linked(libraries[0])
     findings += _features()
     return findings
 
 
-def _torch(folder: Path) -> Finding:
+def _torch(folder: Path) -> CheckResult:
     import torch
 
     try:
         built = str(json.loads((folder / "metadata.json").read_text())["pytorch"])
     except (OSError, ValueError, KeyError):
-        return Finding("note", "built against torch", "unknown (no metadata.json)")
+        return CheckResult("note", "built against torch", "unknown (no metadata.json)")
     if built == torch.__version__:
-        return Finding("ok", "built against torch", built)
-    return Finding(
+        return CheckResult("ok", "built against torch", built)
+    return CheckResult(
         "problem",
         "built against torch",
         f"{built}, but torch {torch.__version__} is installed",
@@ -53,15 +53,15 @@ def _torch(folder: Path) -> Finding:
     )
 
 
-def _linked(library: Path) -> list[Finding]:
+def _linked(library: Path) -> list[CheckResult]:
     """The MPI library the extension finds, beside the one that mpirun belongs to."""
     listing = run(["ldd", str(library)], timeout_seconds=30).stdout
     match = re.search(r"(libmpi\w*\.so\S*) => (\S+|not found)", listing)
     if match is None:
-        return [Finding("problem", "MPI library", "the extension links none", BUILD_HINT)]
+        return [CheckResult("problem", "MPI library", "the extension links none", BUILD_HINT)]
     if match[2] in ("not", "not found"):
         return [
-            Finding(
+            CheckResult(
                 "problem",
                 "MPI library",
                 f"{match[1]} is not found at run time",
@@ -69,13 +69,13 @@ def _linked(library: Path) -> list[Finding]:
             )
         ]
     linked = Path(match[2]).resolve()
-    findings = [Finding("ok", "MPI library", str(linked))]
+    findings = [CheckResult("ok", "MPI library", str(linked))]
     launcher = which("mpirun")
     if launcher is None:
-        findings.append(Finding("note", "mpirun", "not on PATH; srun must start the ranks"))
+        findings.append(CheckResult("note", "mpirun", "not on PATH; srun must start the ranks"))
     elif launcher.resolve().parent.parent not in linked.parents:
         findings.append(
-            Finding(
+            CheckResult(
                 "note",
                 "mpirun",
                 f"{launcher} is not in the MPI library's own prefix",
@@ -83,15 +83,15 @@ def _linked(library: Path) -> list[Finding]:
             )
         )
     else:
-        findings.append(Finding("ok", "mpirun", str(launcher)))
+        findings.append(CheckResult("ok", "mpirun", str(launcher)))
     return findings
 
 
-def _features() -> list[Finding]:
+def _features() -> list[CheckResult]:
     try:
         import horovod.torch as hvd
     except Exception as error:  # whatever the extension's loading raises is the finding
-        return [Finding("problem", "import horovod.torch", str(error), BUILD_HINT)]
+        return [CheckResult("problem", "import horovod.torch", str(error), BUILD_HINT)]
     built = {
         "MPI": hvd.mpi_built(),
         "Gloo": hvd.gloo_built(),
@@ -100,12 +100,12 @@ def _features() -> list[Finding]:
     }
     there = ", ".join(name for name, value in built.items() if value)
     missing = ", ".join(name for name, value in built.items() if not value)
-    findings = [Finding("ok", "built in", there + (f" (not: {missing})" if missing else ""))]
+    findings = [CheckResult("ok", "built in", there + (f" (not: {missing})" if missing else ""))]
     import torch
 
     if torch.cuda.is_available() and not built["NCCL"]:
         findings.append(
-            Finding(
+            CheckResult(
                 "problem",
                 "NCCL",
                 "there are GPUs, but Horovod was built without them",

@@ -10,7 +10,7 @@ import torch
 
 from hpctrain.errors import Error
 from hpctrain.horovod_build import mpi
-from hpctrain.launcher import detect
+from hpctrain.world.launcher import detect
 
 
 def main() -> int:

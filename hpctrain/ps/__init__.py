@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from hpctrain.network import both_ways
+from hpctrain.world.network import both_ways
 
 # Open MPI reads this when mpi4py is imported. Its UCX component for windows prints an error a rank
 # where there is no such network, and is of no use for memory shared within a host.

@@ -12,15 +12,15 @@ import torch
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import Dismissed, Error, PeerLost
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from hpctrain.ps.consistency import consistency_of
+from hpctrain.ps.coordinator_client import CoordinatorClient
 from hpctrain.ps.exchange import Exchange, Step
-from hpctrain.ps.fetching import Fetching, Snapshot
+from hpctrain.ps.init_message import InitMessage
 from hpctrain.ps.layout import DTYPES, Layout
 from hpctrain.ps.link import STARTING_SECONDS, Link
-from hpctrain.ps.opening import Opening
-from hpctrain.ps.questions import Questions
 from hpctrain.ps.rules import Rule
+from hpctrain.ps.snapshot_fetch import ServerSnapshot, SnapshotFetch
 
 FIRST_WORDS_SECONDS = 1.0
 """Where another rank has failed, that one speaks before this one does."""
@@ -97,8 +97,8 @@ class Client:
         self._wake = wake
         self._on_lost = on_lost
         self._consistency = consistency_of(config)
-        self._questions = Questions(servers)
-        self._fetching = Fetching(servers)
+        self._questions = CoordinatorClient(servers)
+        self._fetching = SnapshotFetch(servers)
         self._commands: deque[Callable[[], None]] = deque()
         self._settled = threading.Event()
         self._settled.set()
@@ -107,7 +107,7 @@ class Client:
         self._aborted = False
         self._initial_servers = sorted(servers)
         # What tells the servers what is trained, and which workers do so unless they are lost.
-        self._opening: Opening | None = None
+        self._opening: InitMessage | None = None
         self._before: set[int] = set()
         self._begun = False
         self._asked = 0
@@ -158,7 +158,7 @@ class Client:
         self._before = set(before)
         if not join:
             flats = [*(weights if start is None else start)]
-            self._opening = Opening(layout, rule, flats, state, steps, missed, clip_norm)
+            self._opening = InitMessage(layout, rule, flats, state, steps, missed, clip_norm)
         self._settled.clear()
         self._do(lambda: self._start(join))
         return Future(self)
@@ -178,7 +178,7 @@ class Client:
         since = self.clock + 1 if self._consistency.lockstep else 0
         members = dict(self.ask("joined", since).value)
         # Before this worker's pushes: who ends the step that they are part of has heard of it.
-        self._do(lambda: self._tell(wire.Joined(self.me, since)))
+        self._do(lambda: self._tell(messages.Joined(self.me, since)))
         self.joined |= {other: first for other, first in members.items() if first > since}
         return [worker for worker in members if worker not in self.joined]
 
@@ -259,7 +259,7 @@ class Client:
             self.behind = max(0, self.exchange.newest - self.clock - 1)
         self.clock += 1 + self.behind
 
-    def ask(self, what: str, value: Any = None, data: bytes = b"") -> wire.Answer:
+    def ask(self, what: str, value: Any = None, data: bytes = b"") -> messages.Answer:
         """Ask the coordinator, and wait for its answer; it gives up on who is waited for, or us.
 
         Raises:
@@ -267,7 +267,7 @@ class Client:
         """
         event = threading.Event()
         self._asked += 1
-        question = wire.Ask(self._asked, what, value, data, self.clock)
+        question = messages.Ask(self._asked, what, value, data, self.clock)
         self._do(lambda: self._questions.ask(question, event))
         self._await(event)
         return self._questions.answers.pop(question.number)
@@ -283,7 +283,7 @@ class Client:
         self._collective = (clock, self._collective[1] + 1)
         return "{}.{}".format(*self._collective)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> ServerSnapshot:
         """All slices at one point, with the state of the update rule.
 
         Raises:
@@ -300,7 +300,7 @@ class Client:
 
     def rest(self) -> None:
         """Tell the servers that this worker pushes nothing more: nobody needs to wait for it."""
-        self._do(lambda: self._tell(wire.Rest()))
+        self._do(lambda: self._tell(messages.Rest()))
 
     def leave(self) -> None:
         """Tell the servers that this worker has done all of its steps."""
@@ -319,7 +319,7 @@ class Client:
             code: 2 where the caller can put it right.
         """
         hint = "the log of that process says more." if code == Error.exit_code else None
-        self._do(lambda: self._tell(wire.Abort(self.me, reason, hint)))
+        self._do(lambda: self._tell(messages.Abort(self.me, reason, hint)))
 
     @property
     def told(self) -> bool:
@@ -391,7 +391,7 @@ class Client:
             return
         paused = now - self._beaten > self.config.silence_seconds / 2 and self._beaten > 0
         self._beaten = now
-        self._tell(wire.Beat())
+        self._tell(messages.Beat())
         silence = self.config.silence_seconds
         limit = silence if self._begun else max(silence, STARTING_SECONDS)
         for link in list(self.servers.values()):
@@ -400,14 +400,14 @@ class Client:
             elif now - link.heard > limit:
                 self._lose(link.peer, f"it was silent for {now - link.heard:.1f} s")
 
-    def _tell(self, message: wire.Message) -> None:
+    def _tell(self, message: messages.Message) -> None:
         for link in self.servers.values():
             link.send(message)
 
     def _start(self, join: bool) -> None:
         self.exchange.place(self._initial_servers, self.lost)
         self._open_in_turn()
-        self._pull_all(wire.Join() if join else None)
+        self._pull_all(messages.Join() if join else None)
 
     def _open_in_turn(self) -> None:
         placement = self.exchange.placement
@@ -415,60 +415,62 @@ class Client:
             opening, self._opening = self._opening, None
             opening.send(self.servers, placement)
 
-    def _pull_all(self, message: wire.Join | None) -> None:
+    def _pull_all(self, message: messages.Join | None) -> None:
         if not self.exchange.pull_all(message):
             self._settled.set()
 
     def _leave(self, event: threading.Event, threads: int = 1) -> None:
-        self._tell(wire.Leave(threads))
+        self._tell(messages.Leave(threads))
         self.left = True
         event.set()
 
     # What comes.
 
-    def buffers(self, link: Link, message: wire.Message) -> Sequence[torch.Tensor]:
+    def buffers(self, link: Link, message: messages.Message) -> Sequence[torch.Tensor]:
         """Memory for a message's payloads: weights go where the model reads them."""
-        if isinstance(message, wire.Weights):
+        if isinstance(message, messages.Weights):
             return self.exchange.buffers(message)
-        if isinstance(message, wire.Part):
+        if isinstance(message, messages.Part):
             return self._fetching.buffers(message)
         return []
 
-    def payload(self, link: Link, message: wire.Message, number: int, buffer: torch.Tensor) -> None:
+    def payload(
+        self, link: Link, message: messages.Message, number: int, buffer: torch.Tensor
+    ) -> None:
         """A payload has come, to where it belongs."""
-        if isinstance(message, wire.Weights):
+        if isinstance(message, messages.Weights):
             self.exchange.payload(message, number, buffer)
 
-    def message(self, link: Link, message: wire.Message) -> None:
+    def message(self, link: Link, message: messages.Message) -> None:
         """A message has come whole."""
         match message:
-            case wire.Weights():
+            case messages.Weights():
                 self._answered(message)
-            case wire.Answer():
+            case messages.Answer():
                 self._questions.answered(message)
-            case wire.Part():
+            case messages.Part():
                 self._fetching.part(link.peer, message)
-            case wire.Beat():
+            case messages.Beat():
                 self.stopped |= message.stop
-            case wire.Lost():
+            case messages.Lost():
                 self._lose(message.peer, message.reason)
-            case wire.Joined():
+            case messages.Joined():
                 self.joined[message.worker] = message.since
-            case wire.Forgotten():
+            case messages.Forgotten():
                 raise PeerLost(
                     f"the servers went on without worker {self.me}: {message.reason}.",
                     hint="was this process stopped, or its host? A longer ps.silence_seconds "
                     "allows for more.",
                 )
-            case wire.Over():
+            case messages.Over():
                 raise Dismissed(f"worker {self.me}: the run was over before it could take part.")
-            case wire.Abort():
+            case messages.Abort():
                 self._aborted = True
                 raise message.error()
             case _:
                 raise Error(f"worker {self.me} got a {type(message).__name__} by mistake.")
 
-    def _answered(self, message: wire.Weights) -> None:
+    def _answered(self, message: messages.Weights) -> None:
         self.exchange.answered(message)
         self._lead = max(self._lead, message.lead)
         self.counted = max(self.counted, message.clock)
@@ -495,7 +497,7 @@ class Client:
         if self.left:
             return
         for link in self.servers.values():
-            link.send(wire.Lost(peer, reason))
+            link.send(messages.Lost(peer, reason))
         self.exchange.lose(peer)
         if peer == coordinator:
             self._questions.ask_again()

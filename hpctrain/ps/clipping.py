@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 
-from hpctrain.ps import wire
-from hpctrain.ps.held import Held, Pushed
+from hpctrain.ps import messages
 from hpctrain.ps.link import Link
+from hpctrain.ps.slice_state import Pushed, SliceState
 from hpctrain.ps.store import Store
 
 
@@ -24,7 +24,7 @@ class Clipping:
         self,
         store: Store,
         servers: dict[int, Link],
-        go_on: Callable[[Held, list[Pushed]], None],
+        go_on: Callable[[SliceState, list[Pushed]], None],
     ) -> None:
         self._store = store
         self._servers = servers
@@ -32,21 +32,21 @@ class Clipping:
         self._squares: defaultdict[int, dict[int, float]] = defaultdict(dict)
         self._waiting: dict[int, list[Pushed]] = {}
 
-    def wait(self, held: Held, pushes: list[Pushed]) -> None:
+    def wait(self, held: SliceState, pushes: list[Pushed]) -> None:
         """Clip pushes, of which the first is their mean, when the norm of their round is known."""
         held.blocked = True
         self._waiting[held.piece.number] = pushes
         self.tell(held, float(pushes[0].gradient.double().square().sum()))
 
-    def tell(self, held: Held, square: float) -> None:
+    def tell(self, held: SliceState, square: float) -> None:
         """This is the square of a slice's norm."""
         index, round_ = held.piece.number, held.schedule.version - 1
         self._squares[round_][index] = square
         for link in self._servers.values():
-            link.send(wire.Norms(round_, [index], [square]))
+            link.send(messages.Norms(round_, [index], [square]))
         self._clip(round_)
 
-    def told(self, message: wire.Norms) -> None:
+    def told(self, message: messages.Norms) -> None:
         """Another server has told."""
         self._squares[message.round].update(zip(message.slices, message.squares, strict=True))
         self._clip(message.round)
@@ -55,9 +55,9 @@ class Clipping:
         """Pass on what is known: others may wait for what a lost server did not tell them."""
         for round_, squares in self._squares.items():
             for link in self._servers.values():
-                link.send(wire.Norms(round_, list(squares), list(squares.values())))
+                link.send(messages.Norms(round_, list(squares), list(squares.values())))
 
-    def orphans(self, workers: Container[int]) -> Iterator[tuple[Held, list[Pushed]]]:
+    def orphans(self, workers: Container[int]) -> Iterator[tuple[SliceState, list[Pushed]]]:
         """Lost workers' pushes that wait for the norms of a round nobody else takes part in.
 
         Its other slices will not be pushed. These wait no longer.

@@ -1,7 +1,7 @@
 """What has to be known in one place: who takes part, how samples are divided, and small sums.
 
 The server with the lowest number coordinates; each of the others is ready to take over. Workers
-ask (`wire.Ask`), and none waits for a worker that is gone.
+ask (`messages.Ask`), and none waits for a worker that is gone.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from hpctrain.ps.layout import DTYPES
 
-Reply = Callable[[int, wire.Answer], None]
+Reply = Callable[[int, messages.Answer], None]
 
 FINENESS = 1024
 """Shares by speed are multiples of this part of an equal share: rounded, they hardly change."""
@@ -59,13 +59,13 @@ class Coordinator:
         self._timeout_seconds = timeout_seconds
         self._speeds: dict[int, float] = {}
         self._pools: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._reductions: dict[str, dict[int, wire.Ask]] = {}
-        self._broadcasts: dict[str, dict[int, wire.Ask]] = {}
+        self._reductions: dict[str, dict[int, messages.Ask]] = {}
+        self._broadcasts: dict[str, dict[int, messages.Ask]] = {}
         self._began: dict[str, float] = {}
-        self._known: dict[str, wire.Ask] = {}
+        self._known: dict[str, messages.Ask] = {}
         self._noted: Any = None
 
-    def ask(self, worker: int, question: wire.Ask) -> None:
+    def ask(self, worker: int, question: messages.Ask) -> None:
         """Answer, now or when the other workers have come."""
         getattr(self, f"_{question.what}")(worker, question)
 
@@ -79,7 +79,7 @@ class Coordinator:
         for number in list(self._broadcasts):
             self._finish_broadcast(number)
 
-    def known(self, question: wire.Ask) -> None:
+    def known(self, question: messages.Ask) -> None:
         """Take over a result of the coordinator that is lost: some workers may not have it yet."""
         number, _ = question.value
         self._known[number] = question
@@ -88,7 +88,7 @@ class Coordinator:
                 self._tell_known(worker, asked)
         self._began.pop(number, None)
 
-    def _tell_known(self, worker: int, question: wire.Ask) -> bool:
+    def _tell_known(self, worker: int, question: messages.Ask) -> bool:
         known = self._known.get(question.value[0])
         if known is not None:
             self._answer(worker, question, known.value[1], known.data)
@@ -110,7 +110,7 @@ class Coordinator:
         self.workers = sorted({*self.workers, worker})
         self._shares.setdefault(worker, max(1, min(self._shares.values(), default=1)))
 
-    def decided(self, message: wire.Decided) -> None:
+    def decided(self, message: messages.Decided) -> None:
         """Take over what another coordinator decided; shares stay so until speeds are known."""
         self.divisions[message.epoch, message.round] = (message.workers, message.shares)
         self._shares |= dict(zip(message.workers, message.shares, strict=True))
@@ -156,7 +156,7 @@ class Coordinator:
             whole = FINENESS * len(self.workers)
             self._shares |= {w: max(1, round(whole * now)) for w, (_, now) in parts.items()}
 
-    def _division(self, worker: int, question: wire.Ask) -> None:
+    def _division(self, worker: int, question: messages.Ask) -> None:
         epoch, round_, speed = question.value
         if speed is not None:
             self._speeds[worker] = float(speed)
@@ -167,7 +167,7 @@ class Coordinator:
         """Put values into a pool."""
         self._pools[pool].update(values)
 
-    def _give(self, worker: int, question: wire.Ask) -> None:
+    def _give(self, worker: int, question: messages.Ask) -> None:
         pool, values = question.value
         self.add(pool, values)
         sums: dict[str, float] = {}
@@ -175,22 +175,22 @@ class Coordinator:
             sums = dict(self._pools.pop(pool))
         self._answer(worker, question, [sums, self.stop])
 
-    def _note(self, worker: int, question: wire.Ask) -> None:
+    def _note(self, worker: int, question: messages.Ask) -> None:
         self._noted = question.value
         self._answer(worker, question, None)
 
-    def _recall(self, worker: int, question: wire.Ask) -> None:
+    def _recall(self, worker: int, question: messages.Ask) -> None:
         self._answer(worker, question, self._noted)
 
-    def _joined(self, worker: int, question: wire.Ask) -> None:
+    def _joined(self, worker: int, question: messages.Ask) -> None:
         self.join(worker, int(question.value))
         self._answer(worker, question, sorted(self._since.items()))
 
-    def _stop(self, worker: int, question: wire.Ask) -> None:
+    def _stop(self, worker: int, question: messages.Ask) -> None:
         self.stop = True
         self._answer(worker, question, None)
 
-    def _reduce(self, worker: int, question: wire.Ask) -> None:
+    def _reduce(self, worker: int, question: messages.Ask) -> None:
         number, _ = question.value
         if self._tell_known(worker, question):
             return
@@ -218,7 +218,7 @@ class Coordinator:
         for worker, question in given.items():
             self._answer(worker, question, None, data)
 
-    def _broadcast(self, worker: int, question: wire.Ask) -> None:
+    def _broadcast(self, worker: int, question: messages.Ask) -> None:
         number, _ = question.value
         if self._tell_known(worker, question):
             return
@@ -244,10 +244,10 @@ class Coordinator:
             for worker, question in asked.items():
                 self._answer(worker, question, AGAIN)
 
-    def _answer(self, worker: int, question: wire.Ask, value: Any, data: bytes = b"") -> None:
-        self._reply(worker, wire.Answer(question.number, value, data))
+    def _answer(self, worker: int, question: messages.Ask, value: Any, data: bytes = b"") -> None:
+        self._reply(worker, messages.Answer(question.number, value, data))
 
 
-def _giver(asked: Mapping[int, wire.Ask]) -> int | None:
+def _giver(asked: Mapping[int, messages.Ask]) -> int | None:
     """Who of those that asked for a broadcast is its root, and so has given."""
     return next((worker for worker, each in asked.items() if each.value[1] == worker), None)

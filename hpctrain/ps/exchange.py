@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 
 from hpctrain.config import PsConfig
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from hpctrain.ps.codec import decode_rows, make_codec
 from hpctrain.ps.layout import Layout
 from hpctrain.ps.link import Link
-from hpctrain.ps.outgoing import Outgoing
 from hpctrain.ps.placement import Placement, place, without
+from hpctrain.ps.push_encoder import PushEncoder
 
 WINDOW_BYTES = 2**20
 """While more than so much is on its way to a server, nothing is added: what becomes ready later but
@@ -82,7 +82,7 @@ class Exchange:
         self._sizes = layout.sizes()
         self._weights = weights
         self._near = near
-        self._outgoing = Outgoing(self._codec, layout, gradients)
+        self._outgoing = PushEncoder(self._codec, layout, gradients)
 
     def begin(self) -> None:
         """Begin a step: it is over when every slice was pushed and answered."""
@@ -134,12 +134,12 @@ class Exchange:
 
     # What goes.
 
-    def pull_all(self, message: wire.Join | None) -> bool:
+    def pull_all(self, message: messages.Join | None) -> bool:
         """Ask for all weights, by this message if there is one; False where there are none."""
         self._pull(range(len(self.placement)), message)
         return bool(self._under_way)
 
-    def _pull(self, some: Iterable[int], message: wire.Join | None = None) -> None:
+    def _pull(self, some: Iterable[int], message: messages.Join | None = None) -> None:
         self._pulling = True
         groups: dict[int, list[int]] = {}
         for index in some:
@@ -148,7 +148,7 @@ class Exchange:
             indices = groups.get(server, [])
             self._under_way.update(dict.fromkeys(indices, server))
             if indices or message:
-                link.send(message or wire.Pull(indices))
+                link.send(message or messages.Pull(indices))
 
     def set_step(self, step: Step) -> None:
         """What comes next are this step's pushes."""
@@ -161,7 +161,7 @@ class Exchange:
             indices = [i for i, holders in enumerate(self.placement) if holders[0] == server]
             pieces = [self._layout.slices[index] for index in indices]
             payloads = [weights[p.flat][p.start : p.stop].clone() for p in pieces]
-            link.send(wire.Put(indices, [payload.nbytes for payload in payloads]), payloads)
+            link.send(messages.Put(indices, [payload.nbytes for payload in payloads]), payloads)
 
     def lack(self, absent: Mapping[int, list[int]]) -> None:
         """These parts of slices have no gradient in this step."""
@@ -204,7 +204,7 @@ class Exchange:
         self.moved_bytes += sum(payload.nbytes for payload in payloads)
         step = self._step
         self._servers[server].send(
-            wire.Push(
+            messages.Push(
                 step.clock, step.round, step.weight, step.hyper, indices,
                 [self.versions[index] for index in indices],
                 [payload.nbytes for payload in payloads], step.pull,
@@ -215,7 +215,7 @@ class Exchange:
 
     # What comes.
 
-    def buffers(self, message: wire.Weights) -> Sequence[torch.Tensor]:
+    def buffers(self, message: messages.Weights) -> Sequence[torch.Tensor]:
         """Memory for weights: they go where the model reads them."""
         if not message.sizes:
             return []
@@ -230,7 +230,7 @@ class Exchange:
             return torch.empty(size, dtype=torch.uint8)
         return self._weights[piece.flat][piece.start : piece.stop]
 
-    def payload(self, message: wire.Weights, number: int, buffer: torch.Tensor) -> None:
+    def payload(self, message: messages.Weights, number: int, buffer: torch.Tensor) -> None:
         """Weights have come; changed rows are yet to be put where they belong."""
         self.moved_bytes += buffer.nbytes
         piece = self._layout.slices[message.slices[number]]
@@ -240,7 +240,7 @@ class Exchange:
             rows, values = decode_rows(buffer, flat.width, flat.torch_dtype, height=len(table))
             table[rows] = values
 
-    def answered(self, message: wire.Weights) -> None:
+    def answered(self, message: messages.Weights) -> None:
         """Slices are answered."""
         for index, version in zip(message.slices, message.versions, strict=True):
             if self._under_way.pop(index, None) is None:

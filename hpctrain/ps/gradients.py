@@ -7,8 +7,8 @@ from collections import defaultdict
 import torch
 
 from hpctrain.ps.codec import Codec, sum_rows
-from hpctrain.ps.held import Held, Pushed
 from hpctrain.ps.memory import zeros
+from hpctrain.ps.slice_state import Pushed, SliceState
 
 
 class Gradients:
@@ -38,7 +38,9 @@ class Gradients:
         if push.rows is None and not push.near:
             self.recycle(push.gradient)
 
-    def decode(self, held: Held, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def decode(
+        self, held: SliceState, buffer: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A gradient that was sent: its values, and their rows if not all."""
         if self._codec is None or held.row_versions is not None:
             return held.read(buffer)
@@ -47,13 +49,13 @@ class Gradients:
         self.recycle(buffer)
         return gradient, None
 
-    def own(self, held: Held, push: Pushed) -> None:
+    def own(self, held: SliceState, push: Pushed) -> None:
         """Leave it as it is in its worker's memory: the worker may have to push it again."""
         if push.near:
             copy = self.buffer(held.weights.nbytes).view(held.weights.dtype)
             push.gradient, push.near = copy.copy_(push.gradient), False
 
-    def aggregate(self, held: Held, pushes: list[Pushed]) -> None:
+    def aggregate(self, held: SliceState, pushes: list[Pushed]) -> None:
         """The mean over samples of a round's gradients, in the first of their buffers."""
         first = pushes[0]
         if len(pushes) == 1 and first.weight in (0.0, 1.0):

@@ -18,7 +18,7 @@ import torch
 from mpi4py import MPI
 
 from hpctrain.errors import Error
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from hpctrain.ps.cipher import Cipher
 
 HEADER_BYTES = 4096
@@ -35,13 +35,15 @@ STARTING_SECONDS = 30.0
 class Receiver(Protocol):
     """Who a link's messages are for."""
 
-    def buffers(self, link: Link, message: wire.Message) -> Sequence[torch.Tensor]:
+    def buffers(self, link: Link, message: messages.Message) -> Sequence[torch.Tensor]:
         """Contiguous tensors for the payloads of a message that is announced, in order."""
 
-    def payload(self, link: Link, message: wire.Message, number: int, buffer: torch.Tensor) -> None:
+    def payload(
+        self, link: Link, message: messages.Message, number: int, buffer: torch.Tensor
+    ) -> None:
         """A payload has come; in the order of payloads and of messages."""
 
-    def message(self, link: Link, message: wire.Message) -> None:
+    def message(self, link: Link, message: messages.Message) -> None:
         """A message has come, and all of its payloads."""
 
 
@@ -64,7 +66,7 @@ class Link(ABC):
         self.unsent_bytes = 0
 
     @abstractmethod
-    def send(self, message: wire.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
+    def send(self, message: messages.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
         """Begin to send. Payloads must stay as they are until the peer has answered them."""
 
     @abstractmethod
@@ -79,7 +81,7 @@ class Link(ABC):
 class _Incoming:
     """A message whose payloads are coming."""
 
-    def __init__(self, message: wire.Message, buffers: Sequence[torch.Tensor]) -> None:
+    def __init__(self, message: messages.Message, buffers: Sequence[torch.Tensor]) -> None:
         self.message = message
         self.buffers = buffers
         self.requests: list[tuple[MPI.Request, bytearray | None]] = []
@@ -132,15 +134,15 @@ class MPILink(Link):
         except MPI.Exception as error:
             self._fail(error)
 
-    def send(self, message: wire.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
+    def send(self, message: messages.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
         """Begin to send. Payloads must stay as they are until the peer has answered them."""
         if self.failed is not None:
             return
-        header = wire.encode(message)
+        header = messages.encode(message)
         parts: list[Any] = []
         if len(header) > HEADER_BYTES - Cipher.OVERHEAD:
             parts.append(header)
-            header = wire.encode(wire.Long(len(header)))
+            header = messages.encode(messages.Long(len(header)))
         parts += [_bytes(payload) for payload in payloads]
         try:
             self._start(header, self._to)
@@ -201,9 +203,9 @@ class MPILink(Link):
         self._announced(self._decode(self._open(data, self._from)), receiver)
         return True
 
-    def _decode(self, data: Any) -> wire.Message:
+    def _decode(self, data: Any) -> messages.Message:
         try:
-            message: wire.Message = wire.decode(data)
+            message: messages.Message = messages.decode(data)
             return message
         except (msgspec.MsgspecError, ValueError) as error:  # ValueError: text that is not UTF-8
             raise Error(
@@ -211,9 +213,9 @@ class MPILink(Link):
                 hint="give every rank the same key, or none, and the same hpctrain.",
             ) from error
 
-    def _announced(self, message: wire.Message, receiver: Receiver) -> None:
-        self._long = isinstance(message, wire.Long)
-        if isinstance(message, wire.Long):
+    def _announced(self, message: messages.Message, receiver: Receiver) -> None:
+        self._long = isinstance(message, messages.Long)
+        if isinstance(message, messages.Long):
             buffers: Sequence[torch.Tensor] = [torch.empty(message.size, dtype=torch.uint8)]
         else:
             buffers = receiver.buffers(self, message)
@@ -240,12 +242,12 @@ class MPILink(Link):
                     _bytes(buffer)[:] = memoryview(self._open(sealed, self._from + 1))
                 first.done += 1
                 moved = True
-                if not isinstance(first.message, wire.Long):
+                if not isinstance(first.message, messages.Long):
                     receiver.payload(self, first.message, first.done - 1, buffer)
             self._incoming.popleft()
             self._ahead -= first.size
             moved = True
-            if isinstance(first.message, wire.Long):
+            if isinstance(first.message, messages.Long):
                 self._announced(self._decode(_bytes(first.buffers[0])), receiver)
             else:
                 receiver.message(self, first.message)
@@ -267,7 +269,7 @@ class LocalLink(Link):
 
     def __init__(self, peer: int) -> None:
         super().__init__(peer)
-        self._queue: deque[tuple[wire.Message, Sequence[torch.Tensor]]] = deque()
+        self._queue: deque[tuple[messages.Message, Sequence[torch.Tensor]]] = deque()
         self._other = self
 
     @classmethod
@@ -277,7 +279,7 @@ class LocalLink(Link):
         first._other, second._other = second, first
         return first, second
 
-    def send(self, message: wire.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
+    def send(self, message: messages.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
         """Hand over."""
         if self.failed is None:
             self.sent_bytes += sum(payload.nbytes for payload in payloads)

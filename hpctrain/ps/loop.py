@@ -18,7 +18,7 @@ BLIND_SECONDS = 0.05
 """How long a worker with nothing under way does not look for messages."""
 
 
-class Part(Protocol):
+class Pollable(Protocol):
     """What a loop moves on."""
 
     def poll(self) -> bool:
@@ -73,7 +73,7 @@ class Loop(threading.Thread):
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[Pollable],
         busy: Callable[[], bool],
         awaited: Callable[[], bool],
         failed: Callable[[Error], None],

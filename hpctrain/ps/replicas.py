@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from hpctrain.ps.gradients import Gradients
-from hpctrain.ps.held import Held, Pushed, encoded_rows
 from hpctrain.ps.link import Link
 from hpctrain.ps.placement import Placement
+from hpctrain.ps.slice_state import Pushed, SliceState, encoded_rows
 from hpctrain.ps.store import Store
 
 
@@ -31,7 +31,7 @@ class Replicas:
     # A primary's part.
 
     def send(
-        self, held: Held, push: Pushed, lr_factor: float, pushes: list[Pushed], made: bool
+        self, held: SliceState, push: Pushed, lr_factor: float, pushes: list[Pushed], made: bool
     ) -> None:
         """Have replicas make an update, or only count it where none is made."""
         # A copy: the update may use the gradient's memory.
@@ -40,7 +40,7 @@ class Replicas:
             payloads = [encoded_rows(push.rows, push.gradient)]
         elif made:
             payloads = [push.gradient.clone()]
-        message = wire.Replicate(
+        message = messages.Replicate(
             held.piece.number, held.schedule.version - 1, push.hyper, lr_factor,
             [(p.worker, p.clock, p.read) for p in pushes],
             payloads[0].nbytes if payloads else None, sorted(push.absent),
@@ -48,13 +48,15 @@ class Replicas:
         for replica in held.replicas:
             self._servers[replica].send(message, payloads)
 
-    def pass_over(self, held: Held) -> None:
+    def pass_over(self, held: SliceState) -> None:
         """A round goes by without an update of this slice."""
-        message = wire.Replicate(held.piece.number, held.schedule.version - 1, [], 1.0, [], None)
+        message = messages.Replicate(
+            held.piece.number, held.schedule.version - 1, [], 1.0, [], None
+        )
         for replica in held.replicas:
             self._servers[replica].send(message)
 
-    def promote(self, held: Held, before: Placement) -> None:
+    def promote(self, held: SliceState, before: Placement) -> None:
         """Be the primary of a slice, and send copies to new replicas."""
         store, index = self._store, held.piece.number
         held.replicas = list(store.placement[index][1:])
@@ -70,7 +72,7 @@ class Replicas:
                 held.acknowledged[replica] = 0
                 copies = [tensor.clone() for tensor in (held.weights, *held.state.values())]
                 self._servers[replica].send(
-                    wire.Copy(
+                    messages.Copy(
                         index, held.schedule.version, held.steps, dict(held.schedule.applied),
                         held.log, [tensor.nbytes for tensor in copies], held.missed,
                     ),
@@ -79,7 +81,7 @@ class Replicas:
 
     # A replica's part.
 
-    def update(self, message: wire.Replicate, buffer: torch.Tensor) -> None:
+    def update(self, message: messages.Replicate, buffer: torch.Tensor) -> None:
         """Make an update that the primary has made."""
         held = self._store.held[message.slice]
         push = Pushed(0, 0, 0, 1.0, message.hyper, *held.read(buffer))
@@ -88,7 +90,7 @@ class Replicas:
         if push.rows is None:
             self._gradients.recycle(buffer)
 
-    def updated(self, link: Link, message: wire.Replicate) -> None:
+    def updated(self, link: Link, message: messages.Replicate) -> None:
         """Count an update, and acknowledge it."""
         held = self._store.held[message.slice]
         held.schedule.version = message.version + 1
@@ -97,9 +99,9 @@ class Replicas:
                 held.log.append((message.version, worker, clock, read))
             if worker in held.schedule.applied:
                 held.schedule.applied[worker] = clock + 1
-        link.send(wire.Replicated(message.slice, message.version + 1))
+        link.send(messages.Replicated(message.slice, message.version + 1))
 
-    def copied(self, link: Link, message: wire.Copy, buffers: Sequence[torch.Tensor]) -> None:
+    def copied(self, link: Link, message: messages.Copy, buffers: Sequence[torch.Tensor]) -> None:
         """Hold a copy that the primary has sent."""
         held = self._store.hold(message.slice, message.version)
         held.steps, held.missed = message.steps, dict(message.missed)
@@ -108,4 +110,4 @@ class Replicas:
         for tensor, buffer in zip([held.weights, *held.state.values()], buffers, strict=True):
             tensor.copy_(buffer.view(tensor.dtype))
             self._gradients.recycle(buffer)
-        link.send(wire.Replicated(message.slice, message.version))
+        link.send(messages.Replicated(message.slice, message.version))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hpctrain.errors import Error, nearest
-from hpctrain.lamb import Lamb, lamb_update
+from hpctrain.optim.lamb import Lamb, lamb_update
 from hpctrain.ps.memory import zeros
 
 State = dict[str, Tensor]

@@ -10,16 +10,16 @@ import torch
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps import wire
-from hpctrain.ps.answers import Answers
+from hpctrain.ps import messages
 from hpctrain.ps.codec import make_codec
 from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.coordinator import Coordinator
-from hpctrain.ps.forgotten import Forgotten
+from hpctrain.ps.evicted import Forgotten
 from hpctrain.ps.gradients import Gradients
 from hpctrain.ps.link import STARTING_SECONDS, Link
 from hpctrain.ps.order_log import OrderLog
 from hpctrain.ps.replicas import Replicas
+from hpctrain.ps.replies import Replies
 from hpctrain.ps.shared import Regions
 from hpctrain.ps.snapshot import Recalled, Snapshots
 from hpctrain.ps.store import Store
@@ -91,7 +91,7 @@ class Server:
         self.snapshots = Snapshots(self) if self.order.replayed is None else Recalled(self)
         self._gradients = Gradients(make_codec(config.compression))
         self._replicas = Replicas(self.store, servers, self._gradients)
-        self._answers = Answers(self.store, workers, config)
+        self._answers = Replies(self.store, workers, config)
         self.updates = Updates(
             self.store, workers, servers, config, self.snapshots, self._gradients, self._replicas,
             self._answers,
@@ -130,7 +130,7 @@ class Server:
             return self._poll()
         except Error as error:
             hint = None if isinstance(error, PeerLost) else error.hint
-            self._tell(wire.Abort(self.me, error.message, hint))
+            self._tell(messages.Abort(self.me, error.message, hint))
             raise
 
     def share(self, regions: Regions) -> None:
@@ -165,7 +165,7 @@ class Server:
         silence = self.config.silence_seconds
         if now - self._beaten > silence / 5:
             self._beaten = now
-            beat = wire.Beat(self.coordinator.stop)
+            beat = messages.Beat(self.coordinator.stop)
             self._tell(beat)
         for link in [*self.workers.values(), *self.servers.values(), *self.newcomers.values()]:
             begun = link.peer in self._begun or (link.peer in self.servers and self._opened)
@@ -177,92 +177,100 @@ class Server:
 
     # What comes.
 
-    def buffers(self, link: Link, message: wire.Message) -> Sequence[torch.Tensor]:
+    def buffers(self, link: Link, message: messages.Message) -> Sequence[torch.Tensor]:
         """Memory for a message's payloads."""
-        if isinstance(message, wire.Push):
+        if isinstance(message, messages.Push):
             return [self._gradients.buffer(size) for size in message.sizes]
-        if isinstance(message, wire.Replicate):
+        if isinstance(message, messages.Replicate):
             return [] if message.size is None else [self._gradients.buffer(message.size)]
-        if isinstance(message, wire.Open):
+        if isinstance(message, messages.Open):
             return self._open(message)
-        if isinstance(message, wire.Copy | wire.Put):
+        if isinstance(message, messages.Copy | messages.Put):
             return [self._gradients.buffer(size) for size in message.sizes]
         return []
 
-    def payload(self, link: Link, message: wire.Message, number: int, buffer: torch.Tensor) -> None:
+    def payload(
+        self, link: Link, message: messages.Message, number: int, buffer: torch.Tensor
+    ) -> None:
         """A payload has come: a push's are worked on one by one."""
-        if isinstance(message, wire.Push):
+        if isinstance(message, messages.Push):
             self._pushed(link.peer, message, number, buffer)
-        elif isinstance(message, wire.Replicate):
+        elif isinstance(message, messages.Replicate):
             self._replicas.update(message, buffer)
-        elif isinstance(message, wire.Copy):
+        elif isinstance(message, messages.Copy):
             self._copies[message.slice].append(buffer)
-        elif isinstance(message, wire.Put) and message.slices[number] in self.held:
+        elif isinstance(message, messages.Put) and message.slices[number] in self.held:
             self.held[message.slices[number]].put[link.peer] = buffer
 
-    def message(self, link: Link, message: wire.Message) -> None:
+    def message(self, link: Link, message: messages.Message) -> None:
         """A message has come whole."""
         match message:
-            case wire.Push():
+            case messages.Push():
                 if not message.sizes:
                     for number in range(len(message.slices)):
                         self._pushed(link.peer, message, number, None)
-            case wire.Put():
+            case messages.Put():
                 pass
-            case wire.Pull():
+            case messages.Pull():
                 self._pulled(link.peer, message)
-            case wire.Ask():
+            case messages.Ask():
                 self._asked(link.peer, message)
-            case wire.Norms():
+            case messages.Norms():
                 self.updates.clipping.told(message)
-            case wire.Replicate():
+            case messages.Replicate():
                 self._replicas.updated(link, message)
-            case wire.Replicated():
+            case messages.Replicated():
                 held = self.held[message.slice]
                 held.acknowledged[link.peer] = message.version
                 self._answers.grant_delayed(held)
-            case wire.Copy():
+            case messages.Copy():
                 self._copied(link, message, self._copies.pop(message.slice))
-            case wire.Open() if not self._opened:
+            case messages.Open() if not self._opened:
                 self._opened = True
                 for lost in self.lost_servers:
                     self._inherit(lost)
                 self._do_deferred()
-            case wire.Open():
+            case messages.Open():
                 pass
-            case wire.Decided():
+            case messages.Decided():
                 self.coordinator.decided(message)
-            case wire.Lost():
+            case messages.Lost():
                 self._lose(message.peer, message.reason)
-            case wire.Rest():
+            case messages.Rest():
                 self._closing = True
                 self._rest(link.peer)
-            case wire.Leave():
+            case messages.Leave():
                 self._leave(link.peer, message.threads)
-            case wire.Recruited():
+            case messages.Recruited():
                 self.ports.append((message.worker, message.port))
-            case wire.Over():
+            case messages.Over():
                 self.over = True
-            case wire.Join():
+            case messages.Join():
                 self._join(link)
-            case wire.Joined():
+            case messages.Joined():
                 self._joined(link.peer, message)
-            case wire.Abort():
+            case messages.Abort():
                 self.aborted = True
                 raise message.error()
-            case wire.Freeze() | wire.Frozen() | wire.Cut() | wire.Kept() | wire.Fetch():
+            case (
+                messages.Freeze()
+                | messages.Frozen()
+                | messages.Cut()
+                | messages.Kept()
+                | messages.Fetch()
+            ):
                 self.snapshots.message(link, message)
-            case wire.Beat():
+            case messages.Beat():
                 self.coordinator.stop |= message.stop
             case _:
                 raise Error(f"server {self.me} got a {type(message).__name__} by mistake.")
 
-    def _open(self, message: wire.Open) -> list[torch.Tensor]:
+    def _open(self, message: messages.Open) -> list[torch.Tensor]:
         if self._opened:  # the worker before this one was lost, but had told us
             return self.store.open_again(message)
         return self.store.open(message)
 
-    def _copied(self, link: Link, message: wire.Copy, buffers: list[torch.Tensor]) -> None:
+    def _copied(self, link: Link, message: messages.Copy, buffers: list[torch.Tensor]) -> None:
         if not self._opened:  # nobody has told this server yet what is trained
             self._deferred.append(lambda: self._copied(link, message, buffers))
             return
@@ -272,7 +280,7 @@ class Server:
         """Whether this server is the one that updates a slice."""
         return self.store.primary(index)
 
-    def _pulled(self, worker: int, message: wire.Pull) -> None:
+    def _pulled(self, worker: int, message: messages.Pull) -> None:
         if not self._opened:
             self._deferred.append(lambda: self._pulled(worker, message))
             return
@@ -282,7 +290,7 @@ class Server:
         for index in message.slices:
             if not self.primary(index):
                 # The worker found out before this server that their primary is gone.
-                part = wire.Pull([index])
+                part = messages.Pull([index])
                 self._deferred.append(lambda part=part: self._pulled(worker, part))  # type: ignore[misc]
                 continue
             held = self.held[index]
@@ -291,7 +299,7 @@ class Server:
             held.schedule.pull(worker)
             self.updates.run(held)
 
-    def _asked(self, worker: int, question: wire.Ask) -> None:
+    def _asked(self, worker: int, question: messages.Ask) -> None:
         if not self.coordinates:
             # The worker found out before this server that the coordinator is gone.
             self._deferred.append(lambda: self._asked(worker, question))
@@ -312,15 +320,15 @@ class Server:
             if len(self.coordinator.divisions) > before:
                 (epoch, round_), (workers, shares) = list(self.coordinator.divisions.items())[-1]
                 for link in self.servers.values():
-                    link.send(wire.Decided(epoch, round_, workers, shares))
+                    link.send(messages.Decided(epoch, round_, workers, shares))
 
-    def _reply(self, worker: int, answer: wire.Answer) -> None:
+    def _reply(self, worker: int, answer: messages.Answer) -> None:
         link = self.workers.get(worker) or self.newcomers.get(worker)
         if link is not None:
             link.send(answer)
 
     def _pushed(
-        self, worker: int, push: wire.Push, number: int, buffer: torch.Tensor | None
+        self, worker: int, push: messages.Push, number: int, buffer: torch.Tensor | None
     ) -> None:
         index = push.slices[number]
         if worker not in self.workers:
@@ -351,7 +359,7 @@ class Server:
     def _join(self, link: Link) -> None:
         worker = link.peer
         if self._closing:
-            link.send(wire.Over())
+            link.send(messages.Over())
             return
         self.newcomers.pop(worker, None)
         self.workers[worker] = link
@@ -364,7 +372,7 @@ class Server:
         if not self.consistency.lockstep:
             self.coordinator.expect(worker)
 
-    def _joined(self, worker: int, message: wire.Joined) -> None:
+    def _joined(self, worker: int, message: messages.Joined) -> None:
         if worker in self.workers:
             self.coordinator.join(worker, message.since)
             for other in self.workers:
@@ -419,7 +427,7 @@ class Server:
             link = self._forget_worker(peer)
             if link.failed is None:
                 self._forgotten.add(link, reason)
-            self._tell(wire.Lost(peer, reason))
+            self._tell(messages.Lost(peer, reason))
             if not self.workers and self._completed:
                 self._end()
             elif not self.workers:
@@ -433,7 +441,7 @@ class Server:
     def _lose_server(self, peer: int, reason: str) -> None:
         del self.servers[peer]
         self.lost_servers.append(peer)
-        self._tell(wire.Lost(peer, reason))
+        self._tell(messages.Lost(peer, reason))
         if self._opened:
             self._inherit(peer)
         self.snapshots.server_lost()
@@ -465,7 +473,7 @@ class Server:
         # Who has made an update has all norms of its round; others may wait for lost ones.
         self.updates.clipping.tell_again()
 
-    def _tell(self, message: wire.Message) -> None:
+    def _tell(self, message: messages.Message) -> None:
         for peers in (self.workers, self.servers, self.newcomers):
             for link in peers.values():
                 link.send(message)

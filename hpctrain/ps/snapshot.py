@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 
 if TYPE_CHECKING:
-    from hpctrain.ps.held import Held
     from hpctrain.ps.link import Link
     from hpctrain.ps.server import Server
+    from hpctrain.ps.slice_state import SliceState
 
 Copied = tuple[list[torch.Tensor], int, dict[int, int]]
 Copies = dict[int, Copied]
@@ -38,8 +38,8 @@ class Snapshots:
         self._copies: Copies = {}
         self._later: list[Callable[[], None]] = []
         # The coordinator's.
-        self._question: tuple[int, wire.Ask] | None = None
-        self._frozen: dict[int, wire.Frozen] = {}
+        self._question: tuple[int, messages.Ask] | None = None
+        self._frozen: dict[int, messages.Frozen] = {}
         self._kept: set[int] = set()
         self._last = 0
 
@@ -50,13 +50,13 @@ class Snapshots:
 
     # The coordinator's part.
 
-    def ask(self, worker: int, question: wire.Ask) -> None:
+    def ask(self, worker: int, question: messages.Ask) -> None:
         """A worker wants a snapshot."""
         self._question = (worker, question)
         self._last += 1  # of all coordinators' snapshots that this server has heard of
         self._frozen, self._kept = {}, set()
         for link in self._server.servers.values():
-            link.send(wire.Freeze(self._last))
+            link.send(messages.Freeze(self._last))
         self._gather(self._server.me, self._freeze(self._last))
 
     def server_lost(self) -> None:
@@ -66,22 +66,22 @@ class Snapshots:
         elif self._number is not None:
             self._release()  # the coordinator begins again, or its successor is asked again
 
-    def message(self, link: Link, message: wire.Message) -> None:
+    def message(self, link: Link, message: messages.Message) -> None:
         """Of another server, or a worker that fetches."""
         match message:
-            case wire.Freeze():
+            case messages.Freeze():
                 link.send(self._freeze(message.snapshot))
-            case wire.Frozen() if message.snapshot == self._last:
+            case messages.Frozen() if message.snapshot == self._last:
                 self._gather(link.peer, message)
-            case wire.Cut() if message.snapshot == self._number:
+            case messages.Cut() if message.snapshot == self._number:
                 self._cut_at(message)
-            case wire.Kept() if message.snapshot == self._last:
+            case messages.Kept() if message.snapshot == self._last:
                 self._count_kept(link.peer)
-            case wire.Fetch():
+            case messages.Fetch():
                 copies, self._copies = self._copies, {}
                 _send(link, message.snapshot, copies)
 
-    def _gather(self, server: int, frozen: wire.Frozen) -> None:
+    def _gather(self, server: int, frozen: messages.Frozen) -> None:
         self._frozen[server] = frozen
         everyone = {self._server.me, *self._server.servers}
         if everyone - set(self._frozen):
@@ -91,7 +91,7 @@ class Snapshots:
         for part in parts:
             for worker, clock in part.clocks.items():
                 clocks[worker] = max(clock, clocks.get(worker, 0))
-        cut = wire.Cut(self._last, clocks, max(part.version for part in parts))
+        cut = messages.Cut(self._last, clocks, max(part.version for part in parts))
         for link in self._server.servers.values():
             link.send(cut)
         self._cut_at(cut)
@@ -102,11 +102,11 @@ class Snapshots:
             worker, question = self._question
             self._question = None
             if worker in self._server.workers:
-                self._server.workers[worker].send(wire.Answer(question.number, self._last))
+                self._server.workers[worker].send(messages.Answer(question.number, self._last))
 
     # Every server's part.
 
-    def holds_back(self, held: Held, worker: int, clock: int) -> bool:
+    def holds_back(self, held: SliceState, worker: int, clock: int) -> bool:
         """Whether a push must wait because it lies beyond the snapshot being made."""
         within = self._clocks.get(worker, 0)
         if self._number is not None and not self._server.consistency.rounds and clock >= within:
@@ -118,7 +118,7 @@ class Snapshots:
         """Do it once the snapshot is kept."""
         self._later.append(action)
 
-    def keeps_still(self, held: Held) -> bool:
+    def keeps_still(self, held: SliceState) -> bool:
         """Whether a slice may not be updated now: where updates go by rounds."""
         return (
             self._server.consistency.rounds
@@ -126,7 +126,7 @@ class Snapshots:
             and held.schedule.version >= self._version
         )
 
-    def moved(self, held: Held) -> None:
+    def moved(self, held: SliceState) -> None:
         """A slice was updated: is it at the cut?"""
         # Who asks pushes nothing meanwhile. Where nobody else does, a round stays as it is.
         alone = len(held.schedule.applied) <= 1
@@ -151,7 +151,7 @@ class Snapshots:
             for held in list(self._server.held.values()):
                 self.moved(held)
 
-    def _freeze(self, number: int) -> wire.Frozen:
+    def _freeze(self, number: int) -> messages.Frozen:
         self._release()
         self._last = max(self._last, number)
         self._number, self._cut, self._copies = number, False, {}
@@ -162,9 +162,9 @@ class Snapshots:
             if self._server.primary(held.piece.number)
         ]
         self._version = max(versions, default=0)
-        return wire.Frozen(number, self._clocks, self._version)
+        return messages.Frozen(number, self._clocks, self._version)
 
-    def _cut_at(self, cut: wire.Cut) -> None:
+    def _cut_at(self, cut: messages.Cut) -> None:
         self._cut, self._clocks, self._version = True, cut.clocks, cut.version
         allowed, self._later = self._later, []
         for action in allowed:  # some of it may lie within the cut
@@ -185,7 +185,7 @@ class Snapshots:
         if coordinator == server.me:
             self._count_kept(server.me)
         else:
-            server.servers[coordinator].send(wire.Kept(number))
+            server.servers[coordinator].send(messages.Kept(number))
         self._release()
 
     def _release(self) -> None:
@@ -218,14 +218,14 @@ class Recalled(Snapshots):
         """Always: no version may be missed."""
         return True
 
-    def ask(self, worker: int, question: wire.Ask) -> None:
+    def ask(self, worker: int, question: messages.Ask) -> None:
         """A worker wants the next snapshot."""
         self._last += 1
-        self._server.workers[worker].send(wire.Answer(question.number, self._last))
+        self._server.workers[worker].send(messages.Answer(question.number, self._last))
 
-    def message(self, link: Link, message: wire.Message) -> None:
+    def message(self, link: Link, message: messages.Message) -> None:
         """A worker fetches."""
-        assert isinstance(message, wire.Fetch)
+        assert isinstance(message, messages.Fetch)
         self._fetches.append((link, message.snapshot))
         server = self._server
         self._mine = sum(server.primary(index) for index in server.held)
@@ -233,15 +233,15 @@ class Recalled(Snapshots):
             self.moved(held)
         self._send_ready()
 
-    def holds_back(self, held: Held, worker: int, clock: int) -> bool:
+    def holds_back(self, held: SliceState, worker: int, clock: int) -> bool:
         """Never."""
         return False
 
-    def keeps_still(self, held: Held) -> bool:
+    def keeps_still(self, held: SliceState) -> bool:
         """Never."""
         return False
 
-    def moved(self, held: Held) -> None:
+    def moved(self, held: SliceState) -> None:
         """A slice was updated: is it to be copied?"""
         index = held.piece.number
         if held.blocked or not self._server.primary(index):
@@ -268,7 +268,7 @@ class Recalled(Snapshots):
                 _send(link, number, self._passed.pop(number))
 
 
-def _copy(server: Server, held: Held, number: int) -> Copied:
+def _copy(server: Server, held: SliceState, number: int) -> Copied:
     tensors = [held.weights.clone(), *(tensor.clone() for tensor in held.state.values())]
     server.order.copied(held.piece.number, number, held.schedule.version, tensors)
     return tensors, held.steps, dict(held.missed)
@@ -279,4 +279,4 @@ def _send(link: Link, number: int, copies: Copies) -> None:
     payloads = [tensor for index in indices for tensor in copies[index][0]]
     steps = [copies[index][1] for index in indices]
     missed = [copies[index][2] for index in indices]
-    link.send(wire.Part(number, indices, steps, missed), payloads)
+    link.send(messages.Part(number, indices, steps, missed), payloads)

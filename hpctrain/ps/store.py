@@ -8,15 +8,15 @@ import torch
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import PeerLost
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from hpctrain.ps.consistency import Replayed, Schedule, consistency_of
-from hpctrain.ps.held import Held
 from hpctrain.ps.layout import Layout
 from hpctrain.ps.memory import zeros
 from hpctrain.ps.order_log import OrderLog
 from hpctrain.ps.placement import Placement, place, without
 from hpctrain.ps.rules import Rule, rule_named
 from hpctrain.ps.shared import Regions
+from hpctrain.ps.slice_state import SliceState
 
 
 class Store:
@@ -54,7 +54,7 @@ class Store:
         self.consistency = consistency_of(config)
         self.order = order
         self.regions = regions
-        self.held: dict[int, Held] = {}
+        self.held: dict[int, SliceState] = {}
         self.layout: Layout | None = None
         self.sizes: list[int] = []
         self.clip_norm: float | None = None
@@ -63,7 +63,7 @@ class Store:
         self._servers = servers
         self._config = config
 
-    def open(self, message: wire.Open) -> list[torch.Tensor]:
+    def open(self, message: messages.Open) -> list[torch.Tensor]:
         """Learn what is trained; returns the memory for the slices that this server is sent."""
         self.layout = Layout(message.flats, message.slice_bytes, whole=message.whole)
         self.rule = rule_named(message.rule)
@@ -99,7 +99,7 @@ class Store:
             if common is not None:
                 held.weights = common.copy_(held.weights)
 
-    def open_again(self, message: wire.Open) -> list[torch.Tensor]:
+    def open_again(self, message: messages.Open) -> list[torch.Tensor]:
         """Memory for what is known already, and not needed."""
         sizes = [
             size
@@ -108,7 +108,7 @@ class Store:
         ]
         return [torch.empty(size, dtype=torch.uint8) for size in sizes]
 
-    def hold(self, index: int, version: int) -> Held:
+    def hold(self, index: int, version: int) -> SliceState:
         """Hold a slice; its weights and state are yet to be filled in."""
         assert self.layout is not None
         piece = self.layout.slices[index]
@@ -126,7 +126,7 @@ class Store:
         else:
             schedule = self.consistency.schedule(self._workers)
         schedule.version = version
-        held = Held(piece, flat.group, flat.width, weights, state, schedule)
+        held = SliceState(piece, flat.group, flat.width, weights, state, schedule)
         if flat.width:
             # Whoever read an older version than a copy's gets every row.
             held.row_versions = torch.full((piece.elements // flat.width,), version)

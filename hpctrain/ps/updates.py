@@ -7,14 +7,14 @@ from collections import Counter
 import torch
 
 from hpctrain.config import PsConfig
-from hpctrain.ps import wire
-from hpctrain.ps.answers import Answers
+from hpctrain.ps import messages
 from hpctrain.ps.clipping import Clipping
 from hpctrain.ps.consistency import Apply
 from hpctrain.ps.gradients import Gradients
-from hpctrain.ps.held import Held, Pushed
 from hpctrain.ps.link import Link
 from hpctrain.ps.replicas import Replicas
+from hpctrain.ps.replies import Replies
+from hpctrain.ps.slice_state import Pushed, SliceState
 from hpctrain.ps.snapshot import Snapshots
 from hpctrain.ps.store import Store
 
@@ -47,7 +47,7 @@ class Updates:
         snapshots: Snapshots,
         gradients: Gradients,
         replicas: Replicas,
-        answers: Answers,
+        answers: Replies,
     ) -> None:
         self.clipping = Clipping(store, servers, self._update_clipped)
         self.delays: Counter[int] = Counter()
@@ -65,7 +65,12 @@ class Updates:
         )
 
     def push(
-        self, held: Held, worker: int, push: wire.Push, number: int, buffer: torch.Tensor | None
+        self,
+        held: SliceState,
+        worker: int,
+        push: messages.Push,
+        number: int,
+        buffer: torch.Tensor | None,
     ) -> None:
         """A worker has pushed a slice.
 
@@ -93,7 +98,7 @@ class Updates:
         )  # fmt: skip
         self._schedule(held, worker, push)
 
-    def _schedule(self, held: Held, worker: int, push: wire.Push) -> None:
+    def _schedule(self, held: SliceState, worker: int, push: messages.Push) -> None:
         if worker not in self._workers:
             return
         if self._snapshots.holds_back(held, worker, push.clock):
@@ -102,7 +107,7 @@ class Updates:
             held.schedule.push(worker, push.clock, push.round)
             self.run(held)
 
-    def run(self, held: Held) -> None:
+    def run(self, held: SliceState) -> None:
         """Do with a slice what its schedule says, until it says to wait."""
         snapshots, schedule = self._snapshots, held.schedule
         if snapshots.active:
@@ -130,7 +135,7 @@ class Updates:
                 self._gradients.free(push)
             self._pass_over(held)
 
-    def _apply(self, held: Held, pushes: list[Pushed]) -> None:
+    def _apply(self, held: SliceState, pushes: list[Pushed]) -> None:
         held.take_put(push.worker for push in pushes)
         absent = frozenset.intersection(*(push.absent for push in pushes))
         if held.replicas:
@@ -143,18 +148,18 @@ class Updates:
                 return
         self._update(held, pushes)
 
-    def _pass_over(self, held: Held) -> None:
+    def _pass_over(self, held: SliceState) -> None:
         """A round goes by without an update of this slice."""
         self._replicas.pass_over(held)
         if self._store.clip_norm is not None:
             self.clipping.tell(held, 0.0)
 
-    def _update_clipped(self, held: Held, pushes: list[Pushed]) -> None:
+    def _update_clipped(self, held: SliceState, pushes: list[Pushed]) -> None:
         self._update(held, pushes)
         held.blocked = False
         self.run(held)
 
-    def _update(self, held: Held, pushes: list[Pushed]) -> None:
+    def _update(self, held: SliceState, pushes: list[Pushed]) -> None:
         version = held.schedule.version - 1
         first = pushes[0]
         lr_factor = 1.0

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from hpctrain.compare import Record
-from hpctrain.laps import PARTS
+from hpctrain.report.compare import Record
 from hpctrain.report.figures import (
     Figure,
     Plot,
@@ -25,6 +24,7 @@ from hpctrain.report.figures import (
     words,
 )
 from hpctrain.report.runs import Run, metrics_of
+from hpctrain.train.step_timer import PARTS
 
 LOG_LOSS = 200
 MOST_GAPS = 100  # values of a histogram up to which those that never came are shown as 0

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hpctrain.compare import Record, records_of, speeds_of
 from hpctrain.errors import Error
 from hpctrain.files import read_json, read_regular
+from hpctrain.report.compare import Record, records_of, speeds_of
 from hpctrain.report.figures import number
 from hpctrain.run_folder import RESULT
 from hpctrain.slurm.jobs import outcome

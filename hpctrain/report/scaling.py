@@ -5,10 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from hpctrain.compare import Row, side_by_side, speeds_of
-from hpctrain.laps import PARTS
 from hpctrain.report import cases
 from hpctrain.report.benchmarks import Benchmark, Record
+from hpctrain.report.compare import Row, side_by_side, speeds_of
 from hpctrain.report.comparison import differences
 from hpctrain.report.figures import (
     Figure,
@@ -24,6 +23,7 @@ from hpctrain.report.figures import (
 )
 from hpctrain.report.runs import Run
 from hpctrain.report.variables import groups_of, measured
+from hpctrain.train.step_timer import PARTS
 
 WITHOUT_WEIGHT = (
     "out", "resume", "seed", "world_size", "timeout_seconds", "train.epochs", "train.steps",

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from hpctrain import compare as comparing
 from hpctrain import process
 from hpctrain.errors import Error
 from hpctrain.files import open_regular
@@ -123,7 +122,7 @@ def submission(
         others at a validation is ended. `hpctrain trials DIR` shows them, and keeps best.toml:
           hpctrain train --config DIR/best.toml --out runs/best
         """
-        from hpctrain import sweep as sweeps
+        from hpctrain.slurm import sweep as sweeps
         from hpctrain.slurm.site import load
         from hpctrain.slurm.submit import Request, command_line
         from hpctrain.slurm.submit import submit as submit_request
@@ -391,7 +390,7 @@ def trial(
     COMMAND is a launcher and `hpctrain train TASK`; the values are added. In a Slurm job it is
     looked after as by `hpctrain job`: when time is up, or after a requeue, the trial goes on.
     """
-    from hpctrain import sweep as sweeps
+    from hpctrain.slurm import sweep as sweeps
 
     def execute(words: Sequence[str], run: Path, look: Callable[[], None]) -> int:
         try:
@@ -415,35 +414,20 @@ def trials(folder: str) -> None:
 
 
 def _trials(folder: Path) -> None:
-    from hpctrain import sweep as sweeps
+    from hpctrain.slurm import sweep as sweeps
 
     rows = sweeps.report(folder)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    _columns([names, *([_short(row.get(name)) for name in names] for row in rows)])
+    columns([names, *([short(row.get(name)) for name in names] for row in rows)])
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a value in a few letters, for a table."""
     return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-@click.command()
-@click.argument("runs", nargs=-1, required=True)
-def compare(runs: tuple[str, ...]) -> None:
-    """Show runs side by side: ranks, speed, efficiency.
-
-    Efficiency is the speed of a rank, by that of a rank in the smallest of the runs.
-    """
-    rows = comparing.compare([Path(run) for run in runs])
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    table = [["RUN", "RANKS", "SAMPLES/S", "EFFICIENCY", *(name.upper() for name in names)]]
-    for row in rows:
-        shown = [_short(row.metrics.get(name)) for name in names]
-        speed = f"{row.samples_per_second:.1f}"
-        table.append([row.run, str(row.ranks), speed, f"{row.efficiency:.2f}", *shown])
-    _columns(table)
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> None:
+def columns(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of words, each column as wide as its longest word."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         line = "  ".join(f"{v:{w}}" for v, w in zip(row, widths, strict=True)).rstrip()
@@ -500,7 +484,7 @@ def _table(runs: list[jobs.Submitted]) -> None:
                 str(run.run),
             )
         )
-    _columns(rows)
+    columns(rows)
 
 
 def _clock(seconds: float) -> str:

@@ -6,8 +6,8 @@ import os
 import shlex
 from collections.abc import Mapping
 
+from hpctrain.check_result import CheckResult
 from hpctrain.errors import Error, nearest
-from hpctrain.finding import Finding
 from hpctrain.process import run, which
 from hpctrain.slurm import commands, options
 from hpctrain.slurm.site import Site, load
@@ -15,7 +15,7 @@ from hpctrain.slurm.site import Site, load
 LIST_SECONDS = 30.0
 
 
-def examine(environment: Mapping[str, str] = os.environ) -> list[Finding]:
+def examine(environment: Mapping[str, str] = os.environ) -> list[CheckResult]:
     """The findings about the profile that ``HPCTRAIN_SITE`` or ``default.toml`` gives, if any.
 
     Raises:
@@ -29,8 +29,8 @@ def examine(environment: Mapping[str, str] = os.environ) -> list[Finding]:
         notes += _cluster(site)
     name = environment.get("HPCTRAIN_SITE", "default")
     if not notes:
-        return [Finding("ok", "site", f"{name}: as this machine has it")]
-    return [Finding("note", "site", f"{name}: {text}", hint) for text, hint in notes]
+        return [CheckResult("ok", "site", f"{name}: as this machine has it")]
+    return [CheckResult("note", "site", f"{name}: {text}", hint) for text, hint in notes]
 
 
 def _options(site: Site) -> list[tuple[str, str]]:

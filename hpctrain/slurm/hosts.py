@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from hpctrain.errors import Error
-from hpctrain.launcher import tasks_per_node
-from hpctrain.network import address_towards, interface_of
+from hpctrain.world.launcher import tasks_per_node
+from hpctrain.world.network import address_towards, interface_of
 
 
 class Node(NamedTuple):

@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterable, Iterator
 
 from hpctrain.errors import Error
-from hpctrain.network import answers
 from hpctrain.process import search_path
 from hpctrain.slurm import commands
+from hpctrain.world.network import answers
 
 SUPERVISOR = "HPCTRAIN_SUPERVISOR"
 """The environment variable that names the batch script's host; ``hpctrain job`` sets it."""

@@ -26,13 +26,13 @@ from typing import Literal, TypeVar
 from hpctrain.elastic import selftest
 from hpctrain.elastic.preload import library
 from hpctrain.errors import Error
-from hpctrain.failure import FOLDER, Failure, read_notes
 from hpctrain.files import write_text
 from hpctrain.process import search_path
 from hpctrain.run_folder import INTERRUPTED, INTERRUPTED_CODE, RESULT, STOP
 from hpctrain.slurm import commands, hosts, owner, probe, requeue
-from hpctrain.slurm.cause import root_cause
+from hpctrain.slurm.diagnosis import root_cause
 from hpctrain.slurm.orphan import SUPERVISOR, watched
+from hpctrain.world.failure_record import FOLDER, Failure, read_notes
 
 FAILURE, SUBMISSION = "failure.json", "submission.json"
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpctrain.config import ElasticConfig, HorovodConfig, PsConfig
 from hpctrain.errors import Error, nearest
 from hpctrain.strategies.base import Strategy
-from hpctrain.world import World
+from hpctrain.world.world import World
 
 NAMES = ("single", "horovod", "ps")
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from hpctrain.elastic.choose import Choice
 from hpctrain.elastic.membership import Meeting, Membership, Progress
 from hpctrain.errors import Error
-from hpctrain.world import World
+from hpctrain.world.world import World
 
 
 class Snapshot(NamedTuple):
@@ -71,7 +71,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         overlaps: Whether gradients may be sent while ``backward()`` still computes, because nobody
             looks at them or changes them before ``step()``, and each step has one pass outside of
             ``no_sync()``. Read by the parameter server; the trainer says so.
-        mark: Called when a part of a step has ended, with its name: of :data:`hpctrain.laps.PARTS`.
+        mark: Called when a part of a step has ended, with its name: of
+            :data:`hpctrain.train.step_timer.PARTS`.
     """
 
     # Gradients are to be unscaled before they are clipped, which the inner optimizer cannot know.

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain import pmix
 from hpctrain.config import ElasticConfig, HorovodConfig
 from hpctrain.elastic.choose import choose, set_parameters
 from hpctrain.elastic.gloo import Gloo
 from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Membership, Progress
 from hpctrain.errors import Error, PeerLost
 from hpctrain.horovod_build import mpi
-from hpctrain.network import both_ways
 from hpctrain.process import cores, ended_after, loaded
 from hpctrain.strategies.base import (
     ElasticOptimizer,
@@ -31,7 +29,9 @@ from hpctrain.strategies.base import (
 from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_ready
 from hpctrain.strategies.horovod_communicator import HorovodCommunicator
 from hpctrain.strategies.start import check_alike, share
-from hpctrain.world import Alone, World
+from hpctrain.world import pmix
+from hpctrain.world.network import both_ways
+from hpctrain.world.world import Alone, World
 
 _THREAD_MULTIPLE = 3  # what all implementations call it
 

@@ -13,7 +13,7 @@ import torch
 from hpctrain import process
 from hpctrain.elastic.membership import Membership
 from hpctrain.errors import PeerLost
-from hpctrain.world import Part, equal_part
+from hpctrain.world.world import Part, equal_part
 
 YIELDING_SECONDS = 2e-3
 """How long a wait only yields its core; waking from a sleep would delay a short one too much."""

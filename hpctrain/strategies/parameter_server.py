@@ -16,12 +16,12 @@ from hpctrain import process
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.client import Client, dtype_name
-from hpctrain.ps.connect import Ends
 from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.coordinator import AGAIN
-from hpctrain.ps.fetching import Snapshot as ServerSnapshot
+from hpctrain.ps.endpoint import Endpoint
 from hpctrain.ps.layout import Layout, Parameter, Slice, slice_bytes_for
 from hpctrain.ps.rules import rule_of
+from hpctrain.ps.snapshot_fetch import ServerSnapshot
 from hpctrain.strategies.base import (
     Change,
     DistributedOptimizer,
@@ -31,7 +31,6 @@ from hpctrain.strategies.base import (
     ordered,
     sparse_tables,
 )
-from hpctrain.strategies.broadcast import broadcast_bytes
 from hpctrain.strategies.gradient_averaging import (
     AveragedGradients,
     call_when_ready,
@@ -39,7 +38,8 @@ from hpctrain.strategies.gradient_averaging import (
 )
 from hpctrain.strategies.start import check_alike, share_rest
 from hpctrain.strategies.views import adopt, dense_view
-from hpctrain.world import Part, World, part_of
+from hpctrain.world.broadcast import broadcast_bytes
+from hpctrain.world.world import Part, World, part_of
 
 AVERAGE_BYTES = 2**24
 """How much is averaged at a time where gradients are averaged before they are pushed."""
@@ -48,7 +48,7 @@ AVERAGE_BYTES = 2**24
 class PsCommunicator:
     """The world as a worker sees it: the workers that live, and sums by way of a server."""
 
-    def __init__(self, ends: Ends, local_rank: int, local_size: int) -> None:
+    def __init__(self, ends: Endpoint, local_rank: int, local_size: int) -> None:
         assert ends.client is not None
         self._ends = ends
         self._client: Client = ends.client
@@ -199,7 +199,7 @@ class PsOptimizer(DistributedOptimizer):
         self,
         model: nn.Module,
         inner: torch.optim.Optimizer,
-        ends: Ends,
+        ends: Endpoint,
         comm: PsCommunicator,
         clip_norm: float | None,
     ) -> None:
@@ -679,7 +679,7 @@ class ParameterServer:
         config = config or PsConfig()
         self.world = world
         launched = world.launch.size
-        self.ends = Ends(config, launched=launched, timeout_seconds=timeout_seconds)
+        self.ends = Endpoint(config, launched=launched, timeout_seconds=timeout_seconds)
         self.lockstep = consistency_of(config).lockstep
         self.serves = self.ends.client is None
         self._wrapped = False

@@ -9,7 +9,7 @@ from torch import nn
 
 from hpctrain.errors import Error
 from hpctrain.strategies.base import DistributedOptimizer, check_trainable
-from hpctrain.world import World
+from hpctrain.world.world import World
 
 
 class SingleOptimizer(DistributedOptimizer):

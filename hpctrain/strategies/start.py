@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain.agreement import compare
-from hpctrain.strategies.broadcast import broadcast_tree
-from hpctrain.world import Communicator
+from hpctrain.world.agreement import compare
+from hpctrain.world.broadcast import broadcast_tree
+from hpctrain.world.world import Communicator
 
 
 def check_alike(comm: Communicator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

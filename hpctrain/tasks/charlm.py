@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpctrain.data.batch import Batch
-from hpctrain.task import Loss, Task
+from hpctrain.tasks.task import Loss, Task
 
 
 @dataclass

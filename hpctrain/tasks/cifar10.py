@@ -11,7 +11,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from hpctrain.data.batch import Batch
 from hpctrain.data.normalize import normalize
-from hpctrain.task import Loss, Task
+from hpctrain.tasks.task import Loss, Task
 
 # Of CIFAR-10's training images, by channel, of values 0 to 255.
 MEAN = (125.3, 123.0, 113.9)

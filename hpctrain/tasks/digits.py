@@ -15,7 +15,7 @@ from hpctrain.data.batch import Batch
 from hpctrain.data.order import EpochOrder
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
-from hpctrain.task import Loss, Task
+from hpctrain.tasks.task import Loss, Task
 
 
 def _bundled() -> np.ndarray:

@@ -16,7 +16,7 @@ from hpctrain.config import DataConfig
 from hpctrain.data.batch import Batch
 from hpctrain.data.random import key, uniform
 from hpctrain.data.source import Arrays, Empty, Source
-from hpctrain.task import Loss, Task
+from hpctrain.tasks.task import Loss, Task
 
 
 @dataclass

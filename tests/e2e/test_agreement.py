@@ -8,7 +8,7 @@ from hpctrain.process import run
 
 TASK = """
 import hpctrain
-from hpctrain.launcher import detect
+from hpctrain.world.launcher import detect
 import numpy as np
 from torch import nn
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.laps import PARTS
 from hpctrain.process import mpirun, run
+from hpctrain.train.step_timer import PARTS
 from tests.waiting import SECONDS
 
 ROOT = Path(__file__).parents[2]

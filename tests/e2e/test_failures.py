@@ -53,7 +53,7 @@ def test_a_stopped_rank_is_noticed(hpctrain):
 
 
 FAILING_TEST = """
-from hpctrain.launcher import detect
+from hpctrain.world.launcher import detect
 
 def test_on_one_rank(world):
     value = 7

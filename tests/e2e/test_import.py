@@ -33,7 +33,7 @@ def pictures(tmp_path_factory):
 def wanted(pictures, tmp_path_factory):
     """What one process makes of them, undisturbed."""
     from hpctrain.data.importers import ImportOptions, import_data
-    from hpctrain.launcher import ALONE
+    from hpctrain.world.launcher import ALONE
 
     folder = tmp_path_factory.mktemp("wanted") / "shards"
     import_data(pictures, folder, ImportOptions(shard_bytes=2**20), ALONE)

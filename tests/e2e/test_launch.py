@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpctrain.elastic.wire import ADDRESS
+from hpctrain.elastic.driver_protocol import ADDRESS
 from hpctrain.process import run
 from tests.e2e.conftest import result_of
 from tests.processes import children, started

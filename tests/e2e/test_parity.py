@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hpctrain.checkpoint import CheckpointStore, load_verified
+from hpctrain.checkpoint.store import CheckpointStore, load_verified
 from tests.e2e.conftest import result_of
 
 ARGUMENTS = ("digits", "--steps", 50, "--dtype", "float64", "--seed", 3, "--out", "run")

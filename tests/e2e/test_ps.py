@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from hpctrain.checkpoint import CheckpointStore, load_verified
+from hpctrain.checkpoint.store import CheckpointStore, load_verified
 from hpctrain.cli import cli
 from hpctrain.process import run
 from tests.e2e.conftest import result_of

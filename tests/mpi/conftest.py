@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from hpctrain.launcher import detect
+from hpctrain.world.launcher import detect
 from tests.waiting import SECONDS
 
 LAUNCH = detect()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hpctrain.errors import PeerLost
-from hpctrain.launcher import detect
-from hpctrain.meter import Meter
-from hpctrain.strategies.broadcast import broadcast_bytes, broadcast_json, broadcast_tree
+from hpctrain.train.metrics import Meter
+from hpctrain.world.broadcast import broadcast_bytes, broadcast_json, broadcast_tree
+from hpctrain.world.launcher import detect
 from tests.waiting import SECONDS, wait_until
 
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpctrain.launcher import detect
 from hpctrain.tasks.digits import Digits
+from hpctrain.world.launcher import detect
 
 HOLD_SECONDS = 0.5
 

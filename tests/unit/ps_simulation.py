@@ -7,7 +7,7 @@ import types
 import torch
 
 from hpctrain.config import PsConfig
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from hpctrain.ps.client import Client
 from hpctrain.ps.layout import Layout, Parameter
 from hpctrain.ps.link import LocalLink
@@ -153,7 +153,7 @@ class Simulation:
 
     def _take_snapshot(self, client):
         answer = threading.Event()
-        question = wire.Ask(10**6, "snapshot", None, clock=client.clock)
+        question = messages.Ask(10**6, "snapshot", None, clock=client.clock)
         client._do(lambda: client._questions.ask(question, answer))
         while not answer.is_set():
             yield

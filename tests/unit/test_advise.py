@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from hpctrain.costmodel.advise import Adviser, Span, assumptions, read_fit, row_of, sweep
+from hpctrain.costmodel.inputs import Network, even_buckets, network_of
+from hpctrain.costmodel.measure import Measured
+from hpctrain.costmodel.strategies import Compression
 from hpctrain.errors import Error
-from hpctrain.model.advise import Adviser, Span, assumptions, read_fit, row_of, sweep
-from hpctrain.model.inputs import Network, even_buckets, network_of
-from hpctrain.model.measure import Measured
-from hpctrain.model.strategies import Compression
 
 MEASURED = Measured(
     device="cpu", threads=2, samples=64, steps=20, parameter_bytes=1e8, forward_seconds=0.1,

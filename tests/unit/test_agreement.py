@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hpctrain.agreement import check_tensors, checksum, compare
 from hpctrain.errors import Error
-from hpctrain.world import Alone
+from hpctrain.world.agreement import check_tensors, checksum, compare
+from hpctrain.world.world import Alone
 from tests.unit.threads import on_ranks
 
 TYPES = [

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from benchmarks import accuracy, launching, scaling, training
 from hpctrain.errors import Error
-from hpctrain.laps import PARTS
 from hpctrain.report.benchmarks import read_benchmark
 from hpctrain.report.figures import Stacks
 from hpctrain.report.page import figures_of, sections_of
+from hpctrain.train.step_timer import PARTS
 
 
 def line(strategy="horovod", ranks=1, speed=100.0, number=0, *, kind="weak", **more):

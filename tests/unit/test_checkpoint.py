@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain import tree
-from hpctrain.checkpoint import REST, TENSORS, CheckpointStore, load_verified, save
+from hpctrain.checkpoint import state_tree
+from hpctrain.checkpoint.store import REST, TENSORS, CheckpointStore, load_verified, save
 from hpctrain.errors import Error
 
 leaves = (
@@ -46,13 +46,13 @@ def same(a, b):
 
 @given(state=trees)
 def test_a_tree_survives_being_split(state):
-    tensors, rest = tree.split(state)
-    assert same(tree.join(tensors, json.loads(json.dumps(rest))), state)
+    tensors, rest = state_tree.split(state)
+    assert same(state_tree.join(tensors, json.loads(json.dumps(rest))), state)
 
 
 def test_other_leaves_are_refused():
     with pytest.raises(Error, match=r"'a.0.b' is a set"):
-        tree.split({"a": [{"b": {1}}]})
+        state_tree.split({"a": [{"b": {1}}]})
 
 
 STATE = {"model": {"w": torch.arange(6.0), "b": torch.tensor(2, dtype=torch.int64)}, "step": 7}
@@ -146,7 +146,7 @@ def test_a_full_disk_loses_nothing(tmp_path):
 ENDLESS = """
 import itertools, os, sys, torch
 from pathlib import Path
-from hpctrain.checkpoint import CheckpointStore
+from hpctrain.checkpoint.store import CheckpointStore
 
 def save():
     print(os.getpid(), flush=True)

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.elastic.connections import connections, shut_down
-from hpctrain.elastic.driver import MOST_VAIN, Driver, Rank, by_host, listen, places
-from hpctrain.elastic.launch import way_for
-from hpctrain.elastic.listener import Strangers
+from hpctrain.elastic.driver_protocol import challenge, new_key, pack, proof, proves, unpack
 from hpctrain.elastic.membership import Member
-from hpctrain.elastic.seats import MOST_FAILURES, Seats, place_variables
-from hpctrain.elastic.ways import Here, Ssh, Task
-from hpctrain.elastic.wire import challenge, new_key, pack, proof, proves, unpack
 from hpctrain.errors import Error
+from hpctrain.launch.driver import MOST_VAIN, Driver, Rank, by_host, listen, places
+from hpctrain.launch.launch import way_for
+from hpctrain.launch.listener import Strangers
+from hpctrain.launch.starters import Here, RankProcess, Ssh
+from hpctrain.launch.worker_slots import MOST_FAILURES, WorkerSlots, place_variables
 from tests.processes import ended
 from tests.waiting import SECONDS, wait_until_async
 
@@ -248,12 +248,14 @@ class Fails:
 @pytest.mark.parametrize(("code", "starts"), [(2, 1), (1, MOST_FAILURES)])
 def test_ranks_that_do_not_start(monkeypatch, code, starts):
     """What the user can put right ends the run at once; else it is tried again."""
-    monkeypatch.setattr("hpctrain.elastic.seats.PAUSE_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("hpctrain.launch.worker_slots.PAUSE_SECONDS", (0.01, 0.05))
 
     async def play():
         async with driven(2) as (driver, _):
             way = Fails(code)
-            seats = Seats(driver, way, lambda seat: Task(["x"], {}, "."), lambda text: None)
+            seats = WorkerSlots(
+                driver, way, lambda seat: RankProcess(["x"], {}, "."), lambda text: None
+            )
             keeping = asyncio.ensure_future(seats.keep())
             await wait_until_async(lambda: driver.code is not None, "the driver to give up")
             keeping.cancel()
@@ -284,12 +286,12 @@ def test_by_ssh(tmp_path, monkeypatch):
     )
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("hpctrain.elastic.ways.SSH", [str(ssh), "-T"])
+    monkeypatch.setattr("hpctrain.launch.starters.SSH", [str(ssh), "-T"])
     secret, pid = tmp_path / "secret", tmp_path / "pid"
     script = f"echo $THE_KEY > {secret}; echo $$ > {pid}; exec sleep 1000"
 
     async def play():
-        task = Task(["sh", "-c", script], {"THE_KEY": "hidden"}, str(tmp_path))
+        task = RankProcess(["sh", "-c", script], {"THE_KEY": "hidden"}, str(tmp_path))
         running = asyncio.ensure_future(Ssh(["far"]).run(0, task))
         await wait_until_async(lambda: pid.exists() and pid.read_text(), "the rank to start")
         running.cancel()

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from hpctrain.data.batch import Batch
 from hpctrain.data.order import EpochOrder, share
-from hpctrain.elastic import faults, ledger
 from hpctrain.elastic.choose import choose
 from hpctrain.elastic.membership import Meeting, Progress, Regroup
-from hpctrain.elastic.outlive import outlive
 from hpctrain.errors import Error, PeerLost
-from hpctrain.fence import Fence, identity
+from hpctrain.launch import faults
+from hpctrain.train import sample_trace
+from hpctrain.train.recovery import outlive
+from hpctrain.world.process_reaper import ProcessReaper, identity
 from tests.waiting import SECONDS
 
 SAMPLES, BATCH = 23, 5
@@ -39,7 +40,7 @@ def train(out, ranks, losses, steps):
     Args:
         losses: Step -> who is lost in it, and whether the step still ended for one that is left.
     """
-    files = {rank: ledger.Ledger(out, rank, 0) for rank in range(ranks)}
+    files = {rank: sample_trace.SampleTrace(out, rank, 0) for rank in range(ranks)}
     members, generation = list(range(ranks)), 0
     for step in range(1, steps + 1):
         epoch, number = divmod(step - 1, STEPS)
@@ -71,13 +72,13 @@ LOSSES = st.dictionaries(
 def test_a_trace_that_is_right_and_one_that_is_not(tmp_path_factory, ranks, losses, steps, random_):
     out = tmp_path_factory.mktemp("run")
     train(out, ranks, dict(losses), steps)
-    verdict = ledger.check(out)
+    verdict = sample_trace.check(out)
     assert verdict.wrong == []
     assert verdict.steps == steps
     # One sample more, or one less, of a step that counts.
     ended = [
         (path, number, line)
-        for path in sorted((out / ledger.FOLDER).glob("*"))
+        for path in sorted((out / sample_trace.FOLDER).glob("*"))
         for number, line in enumerate(path.read_text().splitlines())
         if '"begun"' in line and counts(out, json.loads(line), path)
     ]
@@ -88,13 +89,13 @@ def test_a_trace_that_is_right_and_one_that_is_not(tmp_path_factory, ranks, loss
         lines = path.read_text().splitlines()
         lines[number] = json.dumps(line)
         path.write_text("\n".join(lines) + "\n")
-        assert ledger.check(out).wrong
+        assert sample_trace.check(out).wrong
 
 
 def counts(out, begun, path):
     """Whether a begun step is of the last world in which it ended."""
     worlds = []
-    for other in (out / ledger.FOLDER).glob("*"):
+    for other in (out / sample_trace.FOLDER).glob("*"):
         for text in other.read_text().splitlines():
             line = json.loads(text)
             if line.get("ended") == begun["begun"]:
@@ -105,14 +106,14 @@ def counts(out, begun, path):
 
 def test_a_trace_that_is_not_there(tmp_path):
     with pytest.raises(Error, match="no trace"):
-        ledger.check(tmp_path)
+        sample_trace.check(tmp_path)
 
 
 def test_a_line_cut_off_by_a_kill(tmp_path):
     train(tmp_path, 2, {}, 3)
-    path = tmp_path / ledger.FOLDER / "0-1.jsonl"
+    path = tmp_path / sample_trace.FOLDER / "0-1.jsonl"
     path.write_text(path.read_text() + '{"begun": 4, "wor')
-    assert ledger.check(tmp_path).wrong == []
+    assert sample_trace.check(tmp_path).wrong == []
 
 
 def test_plans():
@@ -208,7 +209,7 @@ def child():
 
 
 def test_a_stopped_process_is_cut_off(child):
-    fence = Fence({7: identity(child.pid), 8: identity()})
+    fence = ProcessReaper({7: identity(child.pid), 8: identity()})
     child.send_signal(signal.SIGSTOP)
     with fence.watch(0.2):
         assert child.wait(SECONDS) == -signal.SIGKILL
@@ -217,7 +218,7 @@ def test_a_stopped_process_is_cut_off(child):
 def test_another_process_is_not(child):
     """One that runs, and one whose number belongs to another by now."""
     pid, began, *rest = identity(child.pid)
-    fence = Fence({7: [pid, began + 1, *rest], 8: identity(child.pid)})
+    fence = ProcessReaper({7: [pid, began + 1, *rest], 8: identity(child.pid)})
     fence.cut_off(7)
     with fence.watch(0.1):
         time.sleep(0.4)

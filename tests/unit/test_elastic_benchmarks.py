@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from benchmarks import elastic_hosts, elastic_overhead
 from benchmarks.elastic_engines import ENGINES, LISTED, PROBED, Work
 from benchmarks.elastic_tasks import Process
-from hpctrain.elastic import ledger
+from hpctrain.train import sample_trace
 from tests.unit.test_elastic import train
 
 
 def test_samples_that_were_taken_twice_and_never(tmp_path):
     train(tmp_path, 3, {4: (1, False), 6: (0, True)}, 8)
     assert elastic_hosts.samples(tmp_path) == (0, 0, 0)
-    path = tmp_path / ledger.FOLDER / "0-2.jsonl"
+    path = tmp_path / sample_trace.FOLDER / "0-2.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     step = next(line for line in lines if line.get("begun") == 7 and line["samples"])
     other = next(line for line in lines if line.get("begun") == 8)
@@ -29,7 +29,7 @@ def test_samples_that_were_taken_twice_and_never(tmp_path):
 
 def test_steps_that_were_done_again(tmp_path):
     train(tmp_path, 2, {}, 4)
-    for path in (tmp_path / ledger.FOLDER).glob("*"):
+    for path in (tmp_path / sample_trace.FOLDER).glob("*"):
         # As after a loss: back to a state that had been kept before steps 3 and 4.
         text = path.read_text().split('{"begun": 3', 1)[1]
         again = ('{"begun": 3' + text).replace('"world": [0, 0]', '"world": [0, 1]')

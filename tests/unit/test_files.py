@@ -5,18 +5,18 @@ import os
 
 import pytest
 
-from hpctrain.checkpoint import CheckpointStore
-from hpctrain.compare import records_of
+from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import read_toml, value_of
 from hpctrain.data.shards import ShardSet
-from hpctrain.elastic import ledger
 from hpctrain.errors import Error
-from hpctrain.failure import read_notes
 from hpctrain.files import is_own, json_lines, open_regular, read_json, read_regular
 from hpctrain.report.benchmarks import read_benchmark
+from hpctrain.report.compare import records_of
 from hpctrain.report.figures import Plot, file_name
 from hpctrain.report.page import _distinct
 from hpctrain.report.runs import read_run
+from hpctrain.train import sample_trace
+from hpctrain.world.failure_record import read_notes
 
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
@@ -101,14 +101,14 @@ def test_notes_and_traces_of_wrong_types(tmp_path):
     ):
         (tmp_path / f"rank-{number}.json").write_text(json.dumps(note))
     assert [note.time for note in read_notes(tmp_path)] == [2.0]
-    folder = tmp_path / ledger.FOLDER
+    folder = tmp_path / sample_trace.FOLDER
     folder.mkdir()
     ended = {"ended": 10**15, "world": [0], "members": [0]}
     (folder / "0-0.jsonl").write_text(json.dumps(ended) + "\n")
-    assert ledger.check(tmp_path).wrong[0] == "step 1 never ended"
+    assert sample_trace.check(tmp_path).wrong[0] == "step 1 never ended"
     (folder / "0-0.jsonl").write_text(json.dumps({**ended, "members": "x", "ended": "y"}) + "\n")
     with pytest.raises(Error, match="cannot be read"):
-        ledger.check(tmp_path)
+        sample_trace.check(tmp_path)
 
 
 def test_whose_a_file_is(tmp_path):

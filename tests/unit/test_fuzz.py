@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpctrain.checkpoint import REST, TENSORS, CheckpointStore, _digest
+from hpctrain.checkpoint.store import REST, TENSORS, CheckpointStore, _digest
 from hpctrain.config import read_toml, resolve
 from hpctrain.data.adopt import adopt
 from hpctrain.data.importers import ImportOptions, import_data
@@ -36,10 +36,10 @@ from hpctrain.data.index import INDEX, _last_line
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.writer import ShardWriter
 from hpctrain.errors import Error
-from hpctrain.failure import read_notes
-from hpctrain.launcher import ALONE
 from hpctrain.report.page import read, sections_of
 from hpctrain.slurm.jobs import find, outcome, progress
+from hpctrain.world.failure_record import read_notes
+from hpctrain.world.launcher import ALONE
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
 SECONDS = 60

@@ -16,7 +16,7 @@ from PIL import Image
 from hpctrain.data.adopt import look as look_at_files
 from hpctrain.data.importers import ImportOptions, import_data, look
 from hpctrain.errors import Error
-from hpctrain.launcher import ALONE
+from hpctrain.world.launcher import ALONE
 
 OPTIONS = ImportOptions(validation_fraction=0)
 

@@ -11,16 +11,16 @@ from PIL import Image
 
 import hpctrain.data.importers
 from hpctrain.data.importers import ImportOptions, images, ranks
+from hpctrain.data.importers.import_plan import Shard, Survey
 from hpctrain.data.importers.jpeg import decode_jpeg
 from hpctrain.data.importers.pixels import decode
-from hpctrain.data.importers.plan import Shard, Survey
 from hpctrain.data.importers.tar import contents, members
 from hpctrain.data.importers.work import share
 from hpctrain.data.index import INDEX
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.writer import Ragged, spec_of
 from hpctrain.errors import Error
-from hpctrain.launcher import ALONE, Launch
+from hpctrain.world.launcher import ALONE, Launch
 from tests.waiting import SECONDS
 
 

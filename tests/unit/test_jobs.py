@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpctrain.compare import compare
 from hpctrain.errors import Error
+from hpctrain.report.compare import compare
 from hpctrain.run_folder import INTERRUPTED, RESULT
 from hpctrain.slurm import cli, commands, jobs
 from hpctrain.slurm.examine import examine

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain import laps
-from hpctrain.laps import PARTS, Laps
+from hpctrain.train import step_timer
+from hpctrain.train.step_timer import PARTS, StepTimer
 
 
 class Clock:
@@ -23,9 +23,9 @@ class Clock:
 @given(st.lists(st.tuples(st.sampled_from(PARTS), st.integers(0, 1000), st.booleans())))
 def test_each_stretch_belongs_to_the_part_that_ended_with_it(stretches):
     clock, before = Clock(), time.perf_counter
-    laps.time.perf_counter = clock
+    step_timer.time.perf_counter = clock
     try:
-        watch = Laps(torch.device("cpu"))
+        watch = StepTimer(torch.device("cpu"))
         expected = dict.fromkeys(PARTS, 0.0)
         for part, passed, read in stretches:
             clock.now += passed
@@ -36,12 +36,12 @@ def test_each_stretch_belongs_to_the_part_that_ended_with_it(stretches):
         clock.now += 7  # belongs to nothing yet
         assert watch.read() == expected
     finally:
-        laps.time.perf_counter = before
+        step_timer.time.perf_counter = before
 
 
 def test_marks_do_not_pile_up():
-    watch = Laps(torch.device("cpu"))
-    for _ in range(3 * laps.MOST_MARKS):
+    watch = StepTimer(torch.device("cpu"))
+    for _ in range(3 * step_timer.MOST_MARKS):
         watch.lap("compute")
-    assert len(watch._marks) <= laps.MOST_MARKS + 1
+    assert len(watch._marks) <= step_timer.MOST_MARKS + 1
     assert watch.read()["compute"] > 0

@@ -1,7 +1,7 @@
 import pytest
 
-from hpctrain.launcher import ALONE, Launch, detect, tasks_per_node
-from hpctrain.world import threads_per_rank
+from hpctrain.world.launcher import ALONE, Launch, detect, tasks_per_node
+from hpctrain.world.world import threads_per_rank
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",

@@ -15,14 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hpctrain.elastic.listener import (
-    DESCRIPTORS_PART,
-    Strangers,
-    admit,
-    listening,
-    read_until,
-)
-from hpctrain.elastic.rendezvous import Store
+from hpctrain.launch.listener import DESCRIPTORS_PART, Strangers, admit, listening, read_until
+from hpctrain.launch.rendezvous import Store
 from hpctrain.slurm import orphan
 
 SECRET = b"the secret\n"

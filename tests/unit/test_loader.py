@@ -20,8 +20,8 @@ from hpctrain.data.shards import ShardSet
 from hpctrain.data.source import ArraySource
 from hpctrain.data.writer import Ragged, ShardWriter
 from hpctrain.errors import Error
-from hpctrain.launcher import Launch
-from hpctrain.world import Unconnected, World, part_of
+from hpctrain.world.launcher import Launch
+from hpctrain.world.world import Unconnected, World, part_of
 from tests.processes import ended
 from tests.waiting import wait_until
 

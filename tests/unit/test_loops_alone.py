@@ -10,13 +10,13 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from hpctrain.elastic.committed import Committed
 from hpctrain.errors import Error
-from hpctrain.launcher import ALONE
 from hpctrain.ps import sharing
-from hpctrain.state import Counters
 from hpctrain.strategies.single import Single
-from hpctrain.world import World
+from hpctrain.train.state import Counters
+from hpctrain.train.step_rollback import StepRollback
+from hpctrain.world.launcher import ALONE
+from hpctrain.world.world import World
 
 
 def test_a_closure_works_on_one_rank():
@@ -74,7 +74,7 @@ def test_buffers_that_forward_replaces_are_taken_back():
     model = Running()
     loader = types.SimpleNamespace(place=(0, 0, 0))
     state = types.SimpleNamespace(model=model, loader=loader, counters=Counters())
-    committed = Committed(state)
+    committed = StepRollback(state)
     for step in range(3):
         committed.keep()
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}

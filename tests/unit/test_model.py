@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpctrain.errors import Error
-from hpctrain.model.collectives import (
+from hpctrain.costmodel.collectives import (
     ALGORITHMS,
     Placement,
     binomial,
@@ -19,9 +18,10 @@ from hpctrain.model.collectives import (
     place,
     ring,
 )
-from hpctrain.model.inputs import Job, Machine, Network, even_buckets, network_of
-from hpctrain.model.step import lengthened, predict, queued, timeline, waiting
-from hpctrain.model.strategies import Compression, Strategy, strategy_of
+from hpctrain.costmodel.inputs import Job, Machine, Network, even_buckets, network_of
+from hpctrain.costmodel.step import lengthened, predict, queued, timeline, waiting
+from hpctrain.costmodel.strategies import Compression, StrategyCost, strategy_of
+from hpctrain.errors import Error
 
 NETWORK = Network(1e9, 1.0, 1e-4, 1e10, 1e-5)
 MACHINE = Machine(1e-10, 2e-10)
@@ -189,7 +189,7 @@ def test_compression_pays_where_the_link_is_slow_and_gradients_fill_it():
 def test_waiting_is_near_the_mean_of_the_largest():
     # Harter, "Expected values of normal order statistics", 1961, table 1.
     for n, expected in ((10, 1.53875), (100, 2.50759), (400, 2.96818)):
-        assert waiting(n, Strategy(kind="horovod")) == pytest.approx(expected, rel=0.01)
+        assert waiting(n, StrategyCost(kind="horovod")) == pytest.approx(expected, rel=0.01)
 
 
 def test_bounds_are_named():

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from benchmarks import model
+from hpctrain.costmodel.inputs import Machine, Network
+from hpctrain.costmodel.step import predict
+from hpctrain.costmodel.strategies import Compression, strategy_of
 from hpctrain.errors import Error
-from hpctrain.model.inputs import Machine, Network
-from hpctrain.model.step import predict
-from hpctrain.model.strategies import Compression, strategy_of
 
 PLACES = [(hosts, mbits) for hosts in (2, 4, 8) for mbits in (100.0, 250.0, 1000.0)]
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from hpctrain.costmodel.fit import Record, fit, held_out, read_records
+from hpctrain.costmodel.inputs import Machine, Network
+from hpctrain.costmodel.step import predict
 from hpctrain.errors import Error
-from hpctrain.model.fit import Record, fit, held_out, read_records
-from hpctrain.model.inputs import Machine, Network
-from hpctrain.model.step import predict
 
 NOISE = 0.03
 KNOWN = {"lag_bytes": 0.0}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hpctrain.data.order import EpochOrder, portion, share
 from hpctrain.data.quality import amplification, shuffle_quality
 from hpctrain.data.random import key, permute
-from hpctrain.world import equal_part, part_of
+from hpctrain.world.world import equal_part, part_of
 
 ORDERS = st.builds(
     EpochOrder,

@@ -12,7 +12,7 @@ from PIL import Image
 from hpctrain.data.importers import ImportOptions, import_data
 from hpctrain.data.importers.pixels import decode
 from hpctrain.errors import Error
-from hpctrain.launcher import ALONE
+from hpctrain.world.launcher import ALONE
 
 
 def saved(image, kind="PNG", **options):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from hpctrain.ps.coordinator import AGAIN, SHIFT, Coordinator
 from hpctrain.strategies.parameter_server import PsCommunicator
 
@@ -30,7 +30,7 @@ class Asking:
 
     def ask(self, worker, what, value=None, data=b""):
         self.asked += 1
-        self.coordinator.ask(worker, wire.Ask(self.asked, what, value, data))
+        self.coordinator.ask(worker, messages.Ask(self.asked, what, value, data))
         return None if self.keep else self.take(worker)
 
     def take(self, worker):
@@ -190,7 +190,7 @@ def test_a_successor_goes_on_with_the_shares():
     asking, successor = Asking(), Asking()
     for round_ in range(3):
         division = asking.round(round_, {0: 1.0, 1: 0.25, 2: 1.0, 5: 1.0})
-        message = wire.Decided(0, round_, list(division), list(division.values()))
+        message = messages.Decided(0, round_, list(division), list(division.values()))
         successor.coordinator.decided(message)
     assert successor.division(5, 2) == division
     assert successor.division(5, 3) == division  # it knows no speeds yet

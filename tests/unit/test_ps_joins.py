@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.errors import Dismissed
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from hpctrain.ps.client import Client
 from hpctrain.ps.link import LocalLink
 from hpctrain.strategies.parameter_server import PsCommunicator
@@ -132,7 +132,7 @@ class Meeting(Simulation):
             self.comms[NEWCOMER]._ends.roles.workers = client.take_part()
         except Dismissed:
             self.dismissed = True
-            client._do(lambda: client._tell(wire.Leave(1)))
+            client._do(lambda: client._tell(messages.Leave(1)))
         else:
             self._work(NEWCOMER, STEPS - client.clock)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hpctrain.ps import wire
+from hpctrain.ps import messages
 from tests.unit.ps_simulation import Simulation
 from tests.unit.test_ps import OPTIMIZERS, PHASES, slow_choice
 
@@ -77,7 +77,7 @@ class Lossy(Simulation):
                 yield from self._add_up(worker, client)
             if self._leads(worker, client):
                 yield from self._take_whole_snapshot(client)
-        client._do(lambda: client._tell(wire.Rest()))
+        client._do(lambda: client._tell(messages.Rest()))
         yield from self._add_up(worker, client)
         client.pull()
         while not client.settled():
@@ -103,7 +103,7 @@ class Lossy(Simulation):
     def _ask(self, client, what, value=None, data=b""):
         event = threading.Event()
         client._asked += 1
-        question = wire.Ask(client._asked, what, value, data)
+        question = messages.Ask(client._asked, what, value, data)
         client._do(lambda: client._questions.ask(question, event))
         while not event.is_set():
             yield

@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from hpctrain.lamb import Lamb
-from hpctrain.ps import held as holding
+from hpctrain.optim.lamb import Lamb
+from hpctrain.ps import slice_state as holding
 from hpctrain.ps.consistency import Rounds
 from hpctrain.ps.layout import Layout, Parameter
 from hpctrain.ps.rules import rule_of
@@ -38,7 +38,7 @@ def test_parts_without_a_gradient(kind, sizes, used, seed):
     )
     (piece,) = layout.slices
     weights = torch.cat([p.detach() for p in plain])
-    held = holding.Held(piece, 0, 0, weights, rule.new_state(weights), Rounds([0]))
+    held = holding.SliceState(piece, 0, 0, weights, rule.new_state(weights), Rounds([0]))
     for version, uses in enumerate(used):
         gradients = [
             torch.randn(n, generator=generator, dtype=torch.float64) if use else None
@@ -76,7 +76,7 @@ def test_weights_that_workers_have_changed(who):
     """All of them have to, and alike; then the next update starts from theirs."""
     layout, _ = Layout.of([Parameter(torch.float64, 0, 3)], 2**20)
     weights = torch.zeros(3, dtype=torch.float64)
-    held = holding.Held(layout.slices[0], 0, 0, weights, {}, Rounds([0, 1]))
+    held = holding.SliceState(layout.slices[0], 0, 0, weights, {}, Rounds([0, 1]))
     changed = torch.arange(3.0, dtype=torch.float64)
     for worker in who:
         held.put[worker] = changed.clone().view(torch.uint8)

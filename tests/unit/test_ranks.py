@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hpctrain.buffer_averaging import average_buffers
-from hpctrain.checkpoint import CheckpointStore
+from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import resolve
 from hpctrain.errors import Error
-from hpctrain.launcher import ALONE
-from hpctrain.recorder import Silent
 from hpctrain.strategies.single import Single
-from hpctrain.task import Task
-from hpctrain.trainer import Trainer
-from hpctrain.world import World
+from hpctrain.tasks.task import Task
+from hpctrain.train.buffer_averaging import average_buffers
+from hpctrain.train.recorder import Silent
+from hpctrain.train.trainer import Trainer
+from hpctrain.world.launcher import ALONE
+from hpctrain.world.world import World
 from tests.unit.threads import on_ranks, train_on_ranks
 
 RNG = np.random.default_rng(0)

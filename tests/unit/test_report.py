@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.compare import compare
 from hpctrain.errors import Error
 from hpctrain.report import cases, curves, scaling, variables
 from hpctrain.report.benchmarks import read_benchmark
+from hpctrain.report.compare import compare
 from hpctrain.report.figures import Bars, Plot, Series, number, spread, thin, words
 from hpctrain.report.page import read, render, report, sections_of
 from hpctrain.report.runs import continued, name_runs, read_run

@@ -9,7 +9,7 @@ import pytest
 
 from hpctrain.errors import Error
 from hpctrain.slurm import commands, owner, probe, requeue, supervise
-from hpctrain.slurm.cause import root_cause
+from hpctrain.slurm.diagnosis import root_cause
 from hpctrain.slurm.hosts import Node
 from hpctrain.slurm.owner import Claim, Elsewhere, claim, claims, hand_over
 

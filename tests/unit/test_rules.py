@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.optim import SGD, Adam, AdamW, SparseAdam
 
 from hpctrain.errors import Error
-from hpctrain.lamb import Lamb
+from hpctrain.optim.lamb import Lamb
 from hpctrain.ps.rules import GRAIN, rule_named, rule_of
 
 SETTINGS = [

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hpctrain import tree
-from hpctrain.checkpoint import load_verified, save
+from hpctrain.checkpoint import state_tree
+from hpctrain.checkpoint.store import load_verified, save
 from hpctrain.data.batch import Batch
 from hpctrain.data.buffers import Buffers
 from hpctrain.data.loader import Loader
 from hpctrain.errors import Error
 from hpctrain.run_folder import LOCK, claim, new_folder
-from hpctrain.strategies.broadcast import broadcast_tree
+from hpctrain.world.broadcast import broadcast_tree
 from tests.unit.threads import on_ranks
 
 
@@ -135,8 +135,8 @@ def test_a_layers_version_reaches_it_when_it_is_loaded(tmp_path):
 
 @given(st.dictionaries(st.text("$ab", max_size=8) | st.integers() | st.booleans(), st.integers()))
 def test_any_keys_are_kept(values):
-    parts, rest = tree.split({"tree": values})
-    assert tree.join(parts, json.loads(json.dumps(rest)))["tree"] == values
+    parts, rest = state_tree.split({"tree": values})
+    assert state_tree.join(parts, json.loads(json.dumps(rest)))["tree"] == values
 
 
 @settings(deadline=None, max_examples=20)

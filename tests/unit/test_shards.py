@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from hpctrain.data.index import INDEX, FieldSpec, Index, ShardEntry, SplitEntry, read_index
 from hpctrain.data.loader import Loader
-from hpctrain.data.plan import Plan, Span
+from hpctrain.data.read_plan import Plan, Span
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.writer import Ragged, ShardWriter
 from hpctrain.errors import Error
-from hpctrain.world import equal_part
+from hpctrain.world.world import equal_part
 from tests.waiting import SECONDS
 
 TYPES = ["u1", "i1", "<i2", "<u2", "<i8", ">i4", "<f2", "<f4", "<f8", "?", "<c8"]

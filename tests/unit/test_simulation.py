@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from benchmarks.simulate import expected_slowest
+from hpctrain.costmodel import failures, stragglers
+from hpctrain.costmodel.strategies import StrategyCost
 from hpctrain.errors import Error
-from hpctrain.model import failures, stragglers
-from hpctrain.model.strategies import Strategy
 
-SYNC = Strategy(kind="horovod")
+SYNC = StrategyCost(kind="horovod")
 MINUTE, DAY = 60.0, 86400.0
 
 
 def ps(**how):
-    return Strategy(kind="ps", servers=1, **how)
+    return StrategyCost(kind="ps", servers=1, **how)
 
 
 @pytest.mark.parametrize("count", [2, 10, 1000])
@@ -63,7 +63,7 @@ def test_a_slow_rank_holds_back_those_that_wait_for_it():
 
     assert step(SYNC) == pytest.approx(3, rel=0.02)
     assert step(ps(ahead=3)) == pytest.approx(3, rel=0.05)
-    assert step(Strategy(kind="averaging", every=8)) == pytest.approx(3, rel=0.02)
+    assert step(StrategyCost(kind="averaging", every=8)) == pytest.approx(3, rel=0.02)
     assert step(ps(backups=1)) == pytest.approx(1.02, rel=0.02)
     assert step(ps(ahead=math.inf)) == pytest.approx(20 / (19 + 1 / 3), rel=0.02)
 
@@ -73,7 +73,7 @@ def test_what_cannot_be_simulated():
     with pytest.raises(Error, match="backups"):
         stragglers.simulate(ranks, ps(backups=2), 10, 0.0)
     with pytest.raises(Error, match="spread"):
-        stragglers.simulate(ranks, Strategy(kind="averaging", every=8), 10, 0.0)
+        stragglers.simulate(ranks, StrategyCost(kind="averaging", every=8), 10, 0.0)
 
 
 CLUSTER = failures.Cluster(nodes=8, node_mtbf_seconds=8 * 5 * 3600.0, checkpoint_seconds=60.0)

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.errors import Error
-from hpctrain.failure import Failure
-from hpctrain.slurm.cause import root_cause, said
+from hpctrain.slurm.diagnosis import root_cause, said
 from hpctrain.slurm.hosts import Node, expand, nodes
 from hpctrain.slurm.options import directive, parse, seconds
 from hpctrain.slurm.render import HERE, render
@@ -19,6 +18,7 @@ from hpctrain.slurm.schedulers import directives
 from hpctrain.slurm.site import Container, Site, load, quote
 from hpctrain.slurm.ssh import split
 from hpctrain.slurm.submit import Request, Warn, command_line, environment
+from hpctrain.world.failure_record import Failure
 
 TEMPLATES = sorted(path.name for path in HERE.glob("*.sbatch")) + ["unattended.sh"]
 

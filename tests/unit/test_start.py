@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from hpctrain import garbage
 from hpctrain.config import DataConfig
 from hpctrain.errors import Error
 from hpctrain.tasks import digits
 from hpctrain.tasks.digits import Digits
+from hpctrain.train import gc_control
 
 
 @pytest.fixture(autouse=True)
@@ -20,15 +20,15 @@ def thawed():
 
 
 def test_garbage_is_collected_from_training_on():
-    with garbage.none_before_training():
+    with gc_control.none_before_training():
         assert not gc.isenabled()
-        garbage.leave_alone()
+        gc_control.leave_alone()
         assert gc.isenabled() and gc.get_freeze_count() > 0
     assert gc.isenabled()
 
 
 def test_garbage_is_collected_after_an_error_at_the_start():
-    with pytest.raises(ZeroDivisionError), garbage.none_before_training():
+    with pytest.raises(ZeroDivisionError), gc_control.none_before_training():
         _ = 1 / 0
     assert gc.isenabled()
 

@@ -14,7 +14,7 @@ pa = pytest.importorskip("pyarrow")
 
 from hpctrain.data.importers import ImportOptions, import_data, look  # noqa: E402
 from hpctrain.errors import Error  # noqa: E402
-from hpctrain.launcher import ALONE  # noqa: E402
+from hpctrain.world.launcher import ALONE  # noqa: E402
 
 
 def values(folder, text, name="t.csv", **options):

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from hpctrain.checkpoint import CheckpointStore
+from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import resolve
 from hpctrain.errors import Error
-from hpctrain.launcher import ALONE
-from hpctrain.model_setup import averaged, begin_training, evaluating, prepared
-from hpctrain.recorder import Silent
 from hpctrain.strategies.single import Single
-from hpctrain.task import Task, load_task, make_task
-from hpctrain.task_checks import model_of, no_means, warnings_of
-from hpctrain.trainer import Trainer
-from hpctrain.world import World
+from hpctrain.tasks.checks import model_of, no_means, warnings_of
+from hpctrain.tasks.task import Task, load_task, make_task
+from hpctrain.train.model_setup import averaged, begin_training, evaluating, prepared
+from hpctrain.train.recorder import Silent
+from hpctrain.train.trainer import Trainer
+from hpctrain.world.launcher import ALONE
+from hpctrain.world.world import World
 
 X = np.random.default_rng(0).normal(size=(20, 3))
 

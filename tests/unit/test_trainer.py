@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import nn
 
-from hpctrain.checkpoint import CheckpointStore
+from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import OptimizerConfig, ScheduleConfig, resolve
 from hpctrain.data.order import EpochOrder
 from hpctrain.data.source import ArraySource
 from hpctrain.errors import Error
-from hpctrain.launcher import ALONE
-from hpctrain.recorder import Silent
-from hpctrain.schedule import factor, peak_scale
+from hpctrain.optim.schedule import factor, peak_scale
 from hpctrain.strategies.single import Single
-from hpctrain.task import Task, load_task, make_task
-from hpctrain.trainer import Trainer
-from hpctrain.world import World
+from hpctrain.tasks.task import Task, load_task, make_task
+from hpctrain.train.recorder import Silent
+from hpctrain.train.trainer import Trainer
+from hpctrain.world.launcher import ALONE
+from hpctrain.world.world import World
 
 N = 22
 RNG = np.random.default_rng(0)

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from hpctrain.launcher import ALONE
-from hpctrain.recorder import Silent
 from hpctrain.strategies.base import DistributedOptimizer
-from hpctrain.trainer import Trainer
-from hpctrain.world import Alone, World
+from hpctrain.train.recorder import Silent
+from hpctrain.train.trainer import Trainer
+from hpctrain.world.launcher import ALONE
+from hpctrain.world.world import Alone, World
 from tests.waiting import SECONDS
 
 T = TypeVar("T")

@@ -7,12 +7,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpctrain.data.importers.plan import Importer, ImportOptions
+from hpctrain.data.folder_tree import Tree, walk
+from hpctrain.data.importers.import_plan import Importer, ImportOptions
 from hpctrain.data.importers.tar import TARS, is_tar, reading
 from hpctrain.data.importers.work import make
-from hpctrain.data.tree import Tree, walk
 from hpctrain.errors import Error
-from hpctrain.launcher import Launch, detect
+from hpctrain.world.launcher import Launch, detect
 
 if TYPE_CHECKING:
     from hpctrain.data.shards import ShardSet

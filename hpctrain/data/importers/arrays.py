@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpctrain.data.importers.plan import (
+from hpctrain.data.importers.import_plan import (
     BLOCK_BYTES,
     Columns,
     Importer,

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from hpctrain.data.importers.plan import ImportOptions
+from hpctrain.data.importers.import_plan import ImportOptions
 from hpctrain.data.importers.tar import reading
 from hpctrain.errors import Error
 

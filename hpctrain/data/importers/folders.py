@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hpctrain.data.importers.plan import Classes
+from hpctrain.data.importers.import_plan import Classes
 from hpctrain.data.splits import refuse_twins, split_of_word
 from hpctrain.errors import Error
 

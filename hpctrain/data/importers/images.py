@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpctrain.data.folder_tree import HIDDEN, NOWHERE, is_hidden
 from hpctrain.data.importers.folders import NO_CLASS, Place, folders_of, places
-from hpctrain.data.importers.pixels import SAID, SUFFIXES, bits, decode, open_image, unreadable
-from hpctrain.data.importers.plan import (
+from hpctrain.data.importers.import_plan import (
     BLOCK_BYTES,
     Columns,
     Importer,
@@ -24,10 +24,10 @@ from hpctrain.data.importers.plan import (
     runs_of,
     stamp,
 )
+from hpctrain.data.importers.pixels import SAID, SUFFIXES, bits, decode, open_image, unreadable
 from hpctrain.data.importers.tar import contents, files_in, is_plain
 from hpctrain.data.index import FieldSpec
 from hpctrain.data.summary import Found
-from hpctrain.data.tree import HIDDEN, NOWHERE, is_hidden
 from hpctrain.data.writer import Column, Ragged
 from hpctrain.errors import Error
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from hpctrain.data.importers.import_plan import Pixels
 from hpctrain.data.importers.jpeg import decode_jpeg
-from hpctrain.data.importers.plan import Pixels
 from hpctrain.errors import Error
 
 SUFFIXES = frozenset(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from hpctrain.data.writer import writing
 from hpctrain.errors import Error
 from hpctrain.files import write_text
-from hpctrain.launcher import Launch
+from hpctrain.world.launcher import Launch
 
 POLL_SECONDS = 0.02
 BEAT_SECONDS = 2.0

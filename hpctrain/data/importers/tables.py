@@ -26,14 +26,7 @@ from hpctrain.data.importers.columns import (
     lengths_of,
     spec_of_field,
 )
-from hpctrain.data.importers.plan import (
-    BLOCK_BYTES,
-    Columns,
-    Importer,
-    Items,
-    Survey,
-    stamp,
-)
+from hpctrain.data.importers.import_plan import BLOCK_BYTES, Columns, Importer, Items, Survey, stamp
 from hpctrain.data.importers.tar import reading
 from hpctrain.data.splits import splits_of_files
 from hpctrain.data.summary import MOST_COUNTED, Found

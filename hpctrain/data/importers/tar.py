@@ -18,8 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple, cast
 
+from hpctrain.data.folder_tree import MOST_LEVELS, SPECIAL
 from hpctrain.data.summary import Found
-from hpctrain.data.tree import MOST_LEVELS, SPECIAL
 from hpctrain.errors import Error
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hpctrain.data.importers.plan import (
+from hpctrain.data.importers.import_plan import (
     BLOCK_BYTES,
     Columns,
     Importer,

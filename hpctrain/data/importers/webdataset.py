@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hpctrain.data.folder_tree import HIDDEN, is_hidden
 from hpctrain.data.importers.arrays import check_type, in_order, npy_head
 from hpctrain.data.importers.folders import folders_of
 from hpctrain.data.importers.images import (
@@ -24,20 +25,12 @@ from hpctrain.data.importers.images import (
     image_spec,
     is_image,
 )
+from hpctrain.data.importers.import_plan import Columns, Importer, Items, Survey, runs_of, stamp
 from hpctrain.data.importers.pixels import SUFFIXES
-from hpctrain.data.importers.plan import (
-    Columns,
-    Importer,
-    Items,
-    Survey,
-    runs_of,
-    stamp,
-)
 from hpctrain.data.importers.tar import TARS, Member, contents, files_in, members
 from hpctrain.data.index import FieldSpec
 from hpctrain.data.splits import splits_of_files
 from hpctrain.data.summary import Found
-from hpctrain.data.tree import HIDDEN, is_hidden
 from hpctrain.data.writer import Column, Ragged
 from hpctrain.errors import Error
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hpctrain.data.importers.plan import (
+from hpctrain.data.importers.import_plan import (
     Columns,
     Importer,
     ImportOptions,
@@ -30,6 +30,7 @@ from hpctrain.data.importers.plan import (
 from hpctrain.data.importers.ranks import Ranks, put
 from hpctrain.data.importers.tar import reading
 from hpctrain.data.index import INDEX, Index, ShardEntry, SplitEntry
+from hpctrain.data.progress import progress
 from hpctrain.data.writer import (
     Ragged,
     check_columns,
@@ -42,8 +43,7 @@ from hpctrain.data.writer import (
     writing,
 )
 from hpctrain.errors import Error
-from hpctrain.launcher import Launch
-from hpctrain.progress import progress
+from hpctrain.world.launcher import Launch
 
 FOLDER = ".import"
 VERSION = 2

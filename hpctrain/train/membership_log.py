@@ -1,0 +1,82 @@
+"""Who was lost and who joined: noted by every rank, and told by the first, whoever that is then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from hpctrain.strategies.base import Change
+from hpctrain.train.recorder import Recorder
+from hpctrain.train.state import Counters
+from hpctrain.world.world import World
+
+TELLING_SECONDS = 30.0
+"""So long after a loss was noticed it is told again, if rank 0 is lost, which may have told it."""
+
+
+class _Note(NamedTuple):
+    """A change that is still to be told: when it was noticed, after which step, and what it is."""
+
+    seconds: float
+    step: int
+    values: dict[str, Any]
+
+
+class MembershipLog:
+    """The changes of a world during a run.
+
+    Args:
+        world: That world.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._stepped = 0.0  # when the last step, and what followed it, was over
+        self._noted: list[Change] = []
+        self._untold: list[_Note] = []
+
+    def begin(self) -> None:
+        """Training begins; what a step takes is counted from now on."""
+        self._stepped = time.monotonic()
+
+    def note(self, counters: Counters, changes: Iterable[Change]) -> None:
+        """Take note of changes, to be told after the step that is under way.
+
+        Args:
+            counters: Of the run; they keep the world's sizes.
+            changes: Which.
+        """
+        for change in changes:
+            self._noted.append(change)
+            size = {"size": self._world.size, "reason": str(change)}
+            counters.world.append({"step": counters.step, **size})
+
+    def tell(self, counters: Counters, recorder: Recorder) -> None:
+        """Record what is new, on rank 0, with how long the step took in which it was noticed."""
+        now = time.monotonic()
+        step_ms = round(1e3 * (now - self._stepped), 3)
+        self._stepped = now
+        noted, self._noted = self._noted, []
+        for change in noted:
+            what = "joined" if change.lost is None else "lost"
+            values = {
+                "size": self._world.size,
+                "reason": str(change),
+                what: change.rank,
+                "role": change.role,
+                "host": change.host,
+                "step_ms": step_ms,
+            }
+            self._untold.append(_Note(now, counters.step, values))
+        if self._world.rank == 0:
+            for each in self._untold:
+                recorder.write("event", each.step, each.values, each.values["reason"])
+            self._untold.clear()
+        elif self._untold:  # in case rank 0 is lost, too, and has not told
+            self._untold = [each for each in self._untold if now - each.seconds < TELLING_SECONDS]
+
+    def told(self) -> None:
+        """All ranks have come to another step, so rank 0 has told what it knew."""
+        if self._world.rank != 0:
+            self._untold.clear()

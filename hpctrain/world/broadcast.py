@@ -1,0 +1,124 @@
+"""Giving every rank one rank's state, or each rank's, as bytes that cannot carry code."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hpctrain.checkpoint import state_tree
+from hpctrain.errors import Error
+from hpctrain.world.world import Communicator
+
+PIECE_BYTES = 2**28
+"""MPI counts in 32-bit integers, so a large state goes in several pieces."""
+
+
+def broadcast_bytes(comm: Communicator, data: bytes, root: int = 0) -> bytes:
+    """The root's bytes on every rank; what the others pass is ignored."""
+    if comm.size == 1:
+        return data
+    length = torch.tensor([len(data)], dtype=torch.int64)
+    comm.broadcast(length, root)
+    if not length:
+        return b""
+    buffer = torch.empty(int(length), dtype=torch.uint8)
+    if comm.rank == root:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    for piece in buffer.split(PIECE_BYTES):
+        comm.broadcast(piece, root)
+    return buffer.numpy().tobytes()
+
+
+def broadcast_json(comm: Communicator, value: Any, root: int = 0) -> Any:
+    """The root's JSON-able value on every rank."""
+    return json.loads(broadcast_bytes(comm, json.dumps(value).encode(), root))
+
+
+def gather_numbers(comm: Communicator, numbers: Sequence[float]) -> list[list[float]]:
+    """Every rank's numbers, by rank; each rank gives as many.
+
+    A sum of vectors in which each rank has its own place: one small all-reduce.
+    """
+    rank, size = comm.rank, comm.size
+    table = torch.zeros(size, len(numbers), dtype=torch.float64)
+    table[rank] = torch.tensor(numbers, dtype=torch.float64)
+    comm.all_reduce(table)
+    rows: list[list[float]] = table.tolist()
+    return rows
+
+
+def gather_json(comm: Communicator, value: Any) -> list[Any]:
+    """Every rank's JSON-able value, by rank."""
+    data = json.dumps(value).encode()
+    sizes = [int(row[0]) for row in gather_numbers(comm, [len(data)])]
+    ends = list(itertools.accumulate(sizes))
+    flat = torch.zeros(max(ends[-1], 1), dtype=torch.float32)  # holds a byte exactly
+    start = ends[comm.rank] - len(data)
+    flat[start : start + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    comm.all_reduce(flat)
+    whole = flat.to(torch.uint8).numpy().tobytes()
+    return [json.loads(whole[end - size : end]) for end, size in zip(ends, sizes, strict=True)]
+
+
+def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
+    """The root's tree of tensors and plain values on every rank, tensors on the CPU.
+
+    What the others pass is ignored: they may hold nothing yet. Tensors travel as the bytes of their
+    elements in C's order, with shapes and types, and nothing that a peer sends is executed.
+
+    Args:
+        comm: Of the world.
+        state: As ``state_dict()`` methods return it.
+        root: Whose.
+
+    Raises:
+        Error: The root's holds what cannot be sent; all ranks raise it.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    told: dict[str, Any] = {}
+    if comm.rank == root:
+        try:
+            kept, rest = state_tree.split(state)
+            told = {"rest": rest, "tensors": {name: _kind(name, t) for name, t in kept.items()}}
+        except Error as error:
+            told = {"error": [error.message, error.hint]}
+    told = broadcast_json(comm, told, root)
+    if "error" in told:
+        raise Error(told["error"][0], hint=told["error"][1])
+    data = broadcast_bytes(comm, b"".join(_data(tensor) for tensor in kept.values()), root)
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
+    tensors, start = {}, 0
+    for name, (dtype, shape, size) in told["tensors"].items():
+        piece = buffer[start : start + size]
+        tensors[name] = _tensor(piece, getattr(torch, dtype), shape)
+        start += size
+    return state_tree.join(tensors, told["rest"])
+
+
+def _kind(name: str, tensor: torch.Tensor) -> tuple[str, list[int], int]:
+    """A tensor's type, shape and bytes."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        what = "quantized" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        raise Error(
+            f"'{name}' is a {what} tensor, which cannot be sent to other ranks or saved.",
+            hint="keep it as dense tensors, such as indices and values, and build it in forward().",
+        )
+    size = tensor.numel() * tensor.element_size()
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size
+
+
+def _data(tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    data: bytes = flat.contiguous().view(torch.uint8).numpy().tobytes()
+    return data
+
+
+def _tensor(data: torch.Tensor, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.numel():
+        tensor.view(-1).view(torch.uint8).copy_(data)
+    return tensor
