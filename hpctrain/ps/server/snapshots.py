@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hpctrain.ps import messages
+from hpctrain.ps.protocol import messages
 
 if TYPE_CHECKING:
-    from hpctrain.ps.link import Link
-    from hpctrain.ps.server import Server
-    from hpctrain.ps.slice_state import SliceState
+    from hpctrain.ps.protocol.link import Link
+    from hpctrain.ps.server.server import Server
+    from hpctrain.ps.server.slice_state import SliceState
 
 Copied = tuple[list[torch.Tensor], int, dict[int, int]]
 Copies = dict[int, Copied]

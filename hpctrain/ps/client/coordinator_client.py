@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from hpctrain.ps import messages
-from hpctrain.ps.link import Link
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import Link
 
 
 class CoordinatorClient:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 
 from hpctrain.config import PsConfig
-from hpctrain.ps import messages
+from hpctrain.ps.client.push_encoder import PushEncoder
 from hpctrain.ps.codec import decode_rows, make_codec
-from hpctrain.ps.layout import Layout
-from hpctrain.ps.link import Link
-from hpctrain.ps.placement import Placement, place, without
-from hpctrain.ps.push_encoder import PushEncoder
+from hpctrain.ps.partition.layout import Layout
+from hpctrain.ps.partition.placement import Placement, place, without
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import Link
 
 WINDOW_BYTES = 2**20
 """While more than so much is on its way to a server, nothing is added: what becomes ready later but

@@ -10,20 +10,20 @@ import torch
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps import messages
 from hpctrain.ps.codec import make_codec
 from hpctrain.ps.consistency import consistency_of
-from hpctrain.ps.coordinator import Coordinator
-from hpctrain.ps.evicted import Forgotten
-from hpctrain.ps.gradients import Gradients
-from hpctrain.ps.link import STARTING_SECONDS, Link
-from hpctrain.ps.order_log import OrderLog
-from hpctrain.ps.replicas import Replicas
-from hpctrain.ps.replies import Replies
-from hpctrain.ps.shared import Regions
-from hpctrain.ps.snapshot import Recalled, Snapshots
-from hpctrain.ps.store import Store
-from hpctrain.ps.updates import Updates
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import STARTING_SECONDS, Link
+from hpctrain.ps.protocol.regions import Regions
+from hpctrain.ps.server.coordinator import Coordinator
+from hpctrain.ps.server.evicted import Forgotten
+from hpctrain.ps.server.gradients import Gradients
+from hpctrain.ps.server.order_log import OrderLog
+from hpctrain.ps.server.replicas import Replicas
+from hpctrain.ps.server.replies import Replies
+from hpctrain.ps.server.snapshots import Recalled, Snapshots
+from hpctrain.ps.server.store import Store
+from hpctrain.ps.server.updates import Updates
 
 HOUSEKEEPING_SECONDS = 0.02
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 
-from hpctrain.ps import messages
-from hpctrain.ps.link import Link
-from hpctrain.ps.slice_state import Pushed, SliceState
-from hpctrain.ps.store import Store
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.slice_state import Pushed, SliceState
+from hpctrain.ps.server.store import Store
 
 
 class Clipping:

@@ -7,16 +7,16 @@ from collections import Counter
 import torch
 
 from hpctrain.config import PsConfig
-from hpctrain.ps import messages
-from hpctrain.ps.clipping import Clipping
 from hpctrain.ps.consistency import Apply
-from hpctrain.ps.gradients import Gradients
-from hpctrain.ps.link import Link
-from hpctrain.ps.replicas import Replicas
-from hpctrain.ps.replies import Replies
-from hpctrain.ps.slice_state import Pushed, SliceState
-from hpctrain.ps.snapshot import Snapshots
-from hpctrain.ps.store import Store
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.clipping import Clipping
+from hpctrain.ps.server.gradients import Gradients
+from hpctrain.ps.server.replicas import Replicas
+from hpctrain.ps.server.replies import Replies
+from hpctrain.ps.server.slice_state import Pushed, SliceState
+from hpctrain.ps.server.snapshots import Snapshots
+from hpctrain.ps.server.store import Store
 
 
 class Updates:

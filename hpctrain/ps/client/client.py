@@ -12,15 +12,15 @@ import torch
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import Dismissed, Error, PeerLost
-from hpctrain.ps import messages
+from hpctrain.ps.client.coordinator_client import CoordinatorClient
+from hpctrain.ps.client.exchange import Exchange, Step
+from hpctrain.ps.client.init_message import InitMessage
+from hpctrain.ps.client.snapshot_fetch import ServerSnapshot, SnapshotFetch
 from hpctrain.ps.consistency import consistency_of
-from hpctrain.ps.coordinator_client import CoordinatorClient
-from hpctrain.ps.exchange import Exchange, Step
-from hpctrain.ps.init_message import InitMessage
-from hpctrain.ps.layout import DTYPES, Layout
-from hpctrain.ps.link import STARTING_SECONDS, Link
-from hpctrain.ps.rules import Rule
-from hpctrain.ps.snapshot_fetch import ServerSnapshot, SnapshotFetch
+from hpctrain.ps.partition.layout import DTYPES, Layout
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import STARTING_SECONDS, Link
+from hpctrain.ps.update_rules import Rule
 
 FIRST_WORDS_SECONDS = 1.0
 """Where another rank has failed, that one speaks before this one does."""
@@ -49,7 +49,7 @@ class Client:
     """One worker of a parameter server.
 
     The caller's thread says what is to be done; ``poll``, on a thread of its own
-    (:class:`hpctrain.ps.loop.Loop`), does it. Only that thread uses MPI.
+    (:class:`hpctrain.ps.protocol.polling.Loop`), does it. Only that thread uses MPI.
 
     Args:
         me: This worker's number.

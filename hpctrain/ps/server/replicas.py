@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from hpctrain.ps import messages
-from hpctrain.ps.gradients import Gradients
-from hpctrain.ps.link import Link
-from hpctrain.ps.placement import Placement
-from hpctrain.ps.slice_state import Pushed, SliceState, encoded_rows
-from hpctrain.ps.store import Store
+from hpctrain.ps.partition.placement import Placement
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.gradients import Gradients
+from hpctrain.ps.server.slice_state import Pushed, SliceState, encoded_rows
+from hpctrain.ps.server.store import Store
 
 
 class Replicas:

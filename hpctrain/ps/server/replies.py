@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 
 from hpctrain.config import PsConfig
-from hpctrain.ps import messages
-from hpctrain.ps.link import Link
-from hpctrain.ps.slice_state import SliceState
-from hpctrain.ps.store import Store
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.slice_state import SliceState
+from hpctrain.ps.server.store import Store
 
 ANSWER_BYTES = 2**21
 """Answers are sent as soon as so many bytes of weights are ready for a worker."""

@@ -18,8 +18,8 @@ import torch
 from mpi4py import MPI
 
 from hpctrain.errors import Error
-from hpctrain.ps import messages
-from hpctrain.ps.cipher import Cipher
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.cipher import Cipher
 
 HEADER_BYTES = 4096
 """A header is received into so much memory; a longer one follows as a payload."""

@@ -7,8 +7,8 @@ from collections import defaultdict
 import torch
 
 from hpctrain.ps.codec import Codec, sum_rows
-from hpctrain.ps.memory import zeros
-from hpctrain.ps.slice_state import Pushed, SliceState
+from hpctrain.ps.huge_pages import zeros
+from hpctrain.ps.server.slice_state import Pushed, SliceState
 
 
 class Gradients:

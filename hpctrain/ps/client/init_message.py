@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from hpctrain.ps import messages
-from hpctrain.ps.layout import Layout
-from hpctrain.ps.link import Link
-from hpctrain.ps.placement import Placement
-from hpctrain.ps.rules import Rule
+from hpctrain.ps.partition.layout import Layout
+from hpctrain.ps.partition.placement import Placement
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.update_rules import Rule
 
 
 @dataclass(frozen=True)

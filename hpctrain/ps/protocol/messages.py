@@ -10,7 +10,10 @@ from typing import Any
 import msgspec
 
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.layout import Flat
+from hpctrain.ps.partition.layout import Flat
+
+AGAIN = "again"
+"""The answer to a broadcast whose root is lost: when that is known everywhere, ask anew."""
 
 
 class Message(msgspec.Struct, array_like=True, tag=True):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hpctrain.ps import messages
-from hpctrain.ps.link import Link
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import Link
 
 
 class Forgotten:

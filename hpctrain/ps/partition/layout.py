@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from hpctrain.errors import Error
-from hpctrain.ps.rules import GRAIN
+from hpctrain.ps.update_rules import GRAIN
 
 DTYPES = {
     "float16": torch.float16,

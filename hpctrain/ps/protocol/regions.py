@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hpctrain.ps.layout import Layout, Slice
+from hpctrain.ps.partition.layout import Layout, Slice
 
 ALIGNMENT = 64
 

@@ -8,15 +8,15 @@ import torch
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import PeerLost
-from hpctrain.ps import messages
 from hpctrain.ps.consistency import Replayed, Schedule, consistency_of
-from hpctrain.ps.layout import Layout
-from hpctrain.ps.memory import zeros
-from hpctrain.ps.order_log import OrderLog
-from hpctrain.ps.placement import Placement, place, without
-from hpctrain.ps.rules import Rule, rule_named
-from hpctrain.ps.shared import Regions
-from hpctrain.ps.slice_state import SliceState
+from hpctrain.ps.huge_pages import zeros
+from hpctrain.ps.partition.layout import Layout
+from hpctrain.ps.partition.placement import Placement, place, without
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.regions import Regions
+from hpctrain.ps.server.order_log import OrderLog
+from hpctrain.ps.server.slice_state import SliceState
+from hpctrain.ps.update_rules import Rule, rule_named
 
 
 class Store:

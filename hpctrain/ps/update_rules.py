@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpctrain.errors import Error, nearest
 from hpctrain.optim.lamb import Lamb, lamb_update
-from hpctrain.ps.memory import zeros
+from hpctrain.ps.huge_pages import zeros
 
 State = dict[str, Tensor]
 Numbers = Sequence[float]

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hpctrain.errors import Error
-from hpctrain.ps.layout import Layout
+from hpctrain.ps.partition.layout import Layout
 
 Entry = tuple[int, int, int, int]
 """A push that was applied: version before, worker, clock, and version the worker had read."""

@@ -13,16 +13,13 @@ from typing import Any
 
 import torch
 
-from hpctrain.ps import messages
-from hpctrain.ps.layout import DTYPES
+from hpctrain.ps.partition.layout import DTYPES
+from hpctrain.ps.protocol import messages
 
 Reply = Callable[[int, messages.Answer], None]
 
 FINENESS = 1024
 """Shares by speed are multiples of this part of an equal share: rounded, they hardly change."""
-
-AGAIN = "again"
-"""The answer to a broadcast whose root is lost: when that is known everywhere, ask anew."""
 
 SHIFT = 0.15
 """A division by speed is kept while no worker's share is off by more than this part."""
@@ -242,7 +239,7 @@ class Coordinator:
         del self._broadcasts[number], self._began[number]
         if _giver(asked) is None:  # the root was lost before it gave
             for worker, question in asked.items():
-                self._answer(worker, question, AGAIN)
+                self._answer(worker, question, messages.AGAIN)
 
     def _answer(self, worker: int, question: messages.Ask, value: Any, data: bytes = b"") -> None:
         self._reply(worker, messages.Answer(question.number, value, data))

@@ -1,4 +1,4 @@
-"""How ranks of a host come to share memory (shared.py), by an MPI window."""
+"""How ranks of a host come to share memory (regions.py), by an MPI window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from hpctrain.ps.shared import Regions
+from hpctrain.ps.protocol.regions import Regions
 
 PAGE = 4096
 
