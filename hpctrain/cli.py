@@ -49,7 +49,11 @@ def cli() -> None:
     help="How replicas agree: single, horovod, ps, or auto (horovod on several ranks).",
 )
 @click.option("--servers", metavar="N", help="With ps: ranks that hold parameters.")
-@click.option("--consistency", metavar="MODE", help="With ps: sync, async, ssp:S, or backup:B.")
+@click.option(
+    "--consistency",
+    metavar="MODE",
+    help="With ps: sync, async, ssp:S, backup:B, or package.module:Class.",
+)
 @click.option("--replicas", metavar="N", help="With ps: copies of each slice on other servers.")
 @click.option(
     "--elastic",

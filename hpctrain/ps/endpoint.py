@@ -151,7 +151,6 @@ class Endpoint:
         return self._names[rank] if rank < len(self._names) else ""
 
     def _check(self) -> None:
-        consistency = consistency_of(self.config)
         works, serves = len(self.roles.workers), len(self.roles.servers)
         if self.config.replicas >= serves:
             raise Error(
@@ -167,11 +166,7 @@ class Endpoint:
             self.record.check(works, self.config.consistency)
         if self.config.record_order is not None:
             check_unused(self.config.record_order)
-        if consistency.mode == "backup" and consistency.number >= works:
-            raise Error(
-                f"{works} workers cannot go on without {consistency.number} of them.",
-                hint=f"use backup:{works - 1} at most, or async.",
-            )
+        consistency_of(self.config).check(works)
         shares = self.config.shares
         if isinstance(shares, list) and (len(shares) != works or not any(shares)):
             raise Error(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from hpctrain.optim.lamb import Lamb
-from hpctrain.ps.consistency import Rounds
+from hpctrain.ps.consistency.schedules import Rounds
 from hpctrain.ps.partition.layout import Layout, Parameter
 from hpctrain.ps.server import slice_state as holding
 from hpctrain.ps.update_rules import rule_of

@@ -80,6 +80,7 @@ class Server:
         self.order = OrderLog(
             config.record_order, config.replay, me, initial_workers, config.consistency
         )
+        self.consistency = consistency_of(config)
         self.coordinator = Coordinator(workers, self._shares(), self._reply, timeout_seconds)
         for epoch, round_, shares in self.order.divisions():
             self.coordinator.divisions[epoch, round_] = (initial_workers, shares)
@@ -87,7 +88,6 @@ class Server:
             me, workers, self.initial_servers, config, self.order, regions or Regions()
         )
         self.held = self.store.held
-        self.consistency = self.store.consistency
         self.snapshots = Snapshots(self) if self.order.replayed is None else Recalled(self)
         self._gradients = Gradients(make_codec(config.compression))
         self._replicas = Replicas(self.store, servers, self._gradients)
@@ -113,8 +113,7 @@ class Server:
         shares = self.config.shares
         if isinstance(shares, list):
             return shares
-        if shares is None:
-            shares = "speed" if consistency_of(self.config).mode == "ssp" else "equal"
+        shares = shares or self.consistency.shares
         return None if shares == "speed" else [1] * len(self.workers)
 
     # What moves it on.

@@ -10,7 +10,7 @@ import torch
 
 from hpctrain.errors import Error
 from hpctrain.ps.codec import decode_rows, encode_rows, rows_capacity
-from hpctrain.ps.consistency import Schedule
+from hpctrain.ps.consistency.base import Schedule
 from hpctrain.ps.partition.layout import Slice
 from hpctrain.ps.server.order_log import Entry
 from hpctrain.ps.update_rules import Rule

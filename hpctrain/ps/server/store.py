@@ -8,7 +8,9 @@ import torch
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import PeerLost
-from hpctrain.ps.consistency import Replayed, Schedule, consistency_of
+from hpctrain.ps.consistency import consistency_of
+from hpctrain.ps.consistency.base import Schedule
+from hpctrain.ps.consistency.replayed import Replayed
 from hpctrain.ps.huge_pages import zeros
 from hpctrain.ps.partition.layout import Layout
 from hpctrain.ps.partition.placement import Placement, place, without

@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from hpctrain.config import PsConfig
-from hpctrain.ps.consistency import Apply
+from hpctrain.ps.consistency.base import Apply
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import Link
 from hpctrain.ps.server.clipping import Clipping
@@ -61,7 +61,7 @@ class Updates:
         self._answers = answers
         self._delay_compensation = config.delay_compensation
         self._lr_by_delay = (
-            config.lr_by_delay if config.lr_by_delay is not None else not self._rounds
+            store.consistency.lr_by_delay if config.lr_by_delay is None else config.lr_by_delay
         )
 
     def push(
@@ -140,10 +140,10 @@ class Updates:
         absent = frozenset.intersection(*(push.absent for push in pushes))
         if held.replicas:
             self._gradients.own(held, pushes[0])
-        if self._rounds:
+        if self._rounds or len(pushes) > 1:
             self._gradients.aggregate(held, pushes)
             pushes[0].absent = absent
-            if self._store.clip_norm is not None:
+            if self._rounds and self._store.clip_norm is not None:
                 self.clipping.wait(held, pushes)
                 return
         self._update(held, pushes)
