@@ -49,7 +49,11 @@ def cli() -> None:
     help="How replicas agree: auto, one that `hpctrain strategies` lists, or package.mod:Name.",
 )
 @click.option("--servers", metavar="N", help="With ps: ranks that hold parameters.")
-@click.option("--consistency", metavar="MODE", help="With ps: sync, async, ssp:S, or backup:B.")
+@click.option(
+    "--consistency",
+    metavar="MODE",
+    help="With ps: sync, async, ssp:S, backup:B, or package.module:Class.",
+)
 @click.option("--replicas", metavar="N", help="With ps: copies of each slice on other servers.")
 @click.option(
     "--elastic",

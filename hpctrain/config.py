@@ -253,7 +253,8 @@ class PsConfig(Section):
     consistency: str = Field(
         "sync",
         description="`sync`; `async`; `ssp:S`: workers at most S clocks ahead of the slowest; "
-        "`backup:B`: sync without waiting for the B slowest.",
+        "`backup:B`: sync without waiting for the B slowest; or `package.module:Class`, a mode of "
+        "your own.",
     )
     slice_bytes: int | None = Field(
         None,
@@ -280,7 +281,8 @@ class PsConfig(Section):
     shares: Literal["equal", "speed"] | list[NonNegativeInt] | None = Field(
         None,
         description="Parts of each global batch by worker: `equal`, by measured `speed`, or a "
-        "list. Unset: `speed` with ssp, which else goes at the slowest one's pace; else `equal`.",
+        "list. Unset: as the consistency has it: `speed` with ssp, which else goes at the slowest "
+        "one's pace; `equal` with sync, async and backup.",
     )
     share_steps: int = Field(
         32, ge=1, description="Steps between looks at who takes part and, by speed, at shares."
@@ -288,7 +290,7 @@ class PsConfig(Section):
     lr_by_delay: bool | None = Field(
         None,
         description="Divide the rate by the updates a push missed (Zhang et al., 2016). Unset: "
-        "with async and ssp.",
+        "as the consistency has it: with async and ssp.",
     )
     delay_compensation: float = Field(
         0.0, ge=0, description="Lambda of DC-ASGD (Zheng et al., 2017); 0: none."

@@ -15,13 +15,13 @@ from torch import nn
 from hpctrain import process
 from hpctrain.config import ElasticConfig, PsConfig, Section
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.client import Client, dtype_name
+from hpctrain.ps.client.client import Client, dtype_name
+from hpctrain.ps.client.snapshot_fetch import ServerSnapshot
 from hpctrain.ps.consistency import consistency_of
-from hpctrain.ps.coordinator import AGAIN
 from hpctrain.ps.endpoint import Endpoint
-from hpctrain.ps.layout import Layout, Parameter, Slice, slice_bytes_for
-from hpctrain.ps.rules import rule_of
-from hpctrain.ps.snapshot_fetch import ServerSnapshot
+from hpctrain.ps.partition.layout import Layout, Parameter, Slice, slice_bytes_for
+from hpctrain.ps.protocol.messages import AGAIN
+from hpctrain.ps.update_rules import rule_of
 from hpctrain.strategies.base import (
     Agreement,
     Change,
