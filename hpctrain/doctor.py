@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from hpctrain.check_result import CheckResult, Level
+from hpctrain.world.check_result import CheckResult, Level
 from hpctrain.elastic import selftest
 from hpctrain.errors import Error
 from hpctrain.horovod_build import mpi, toolchain

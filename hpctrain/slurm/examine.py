@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping
 
-from hpctrain.check_result import CheckResult
+from hpctrain.world.check_result import CheckResult
 from hpctrain.errors import Error, nearest
 from hpctrain.process import run, which
 from hpctrain.slurm import commands, options
