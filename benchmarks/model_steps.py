@@ -171,7 +171,7 @@ def measure(world: World, name: str, job: Job) -> dict[str, Any]:
     world.comm.all_reduce(mean)
     mean /= world.comm.size
     count = max(job.least_steps, round(job.window_seconds / float(mean)))
-    if not how.lockstep:  # nor do they begin together
+    if not how.agreement.in_step:  # nor do they begin together
         time.sleep(random.Random(world.rank).random() * float(mean))
         steps(WARM_UP)
     optimizer.statistics()
