@@ -112,7 +112,7 @@ class Client:
         self._begun = False
         self._asked = 0
         self._collective = (0, 0)
-        self._beaten = 0.0
+        self._last_heartbeat = 0.0
         self._lead = 0
         self.counted = 0
         self.joined: dict[int, int] = {}
@@ -387,11 +387,11 @@ class Client:
 
     def _keep_house(self) -> None:
         now = time.monotonic()
-        if now - self._beaten < self.config.silence_seconds / 5:
+        if now - self._last_heartbeat < self.config.silence_seconds / 5:
             return
-        paused = now - self._beaten > self.config.silence_seconds / 2 and self._beaten > 0
-        self._beaten = now
-        self._tell(messages.Beat())
+        before, self._last_heartbeat = self._last_heartbeat, now
+        paused = now - before > self.config.silence_seconds / 2 and before > 0
+        self._tell(messages.Heartbeat())
         silence = self.config.silence_seconds
         limit = silence if self._begun else max(silence, STARTING_SECONDS)
         for link in list(self.servers.values()):
@@ -450,13 +450,13 @@ class Client:
                 self._questions.answered(message)
             case messages.Part():
                 self._fetching.part(link.peer, message)
-            case messages.Beat():
+            case messages.Heartbeat():
                 self.stopped |= message.stop
             case messages.Lost():
                 self._lose(message.peer, message.reason)
             case messages.Joined():
                 self.joined[message.worker] = message.since
-            case messages.Forgotten():
+            case messages.Evicted():
                 raise PeerLost(
                     f"the servers went on without worker {self.me}: {message.reason}.",
                     hint="was this process stopped, or its host? A longer ps.silence_seconds "

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 
 from hpctrain.ps.protocol import messages
-from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.peers import Peers
 from hpctrain.ps.server.slice_state import Pushed, SliceState
 from hpctrain.ps.server.store import Store
 
@@ -16,18 +16,18 @@ class Clipping:
 
     Args:
         store: What this server holds.
-        servers: Links with the others.
+        peers: Whose servers are told.
         go_on: Called with a slice and its pushes, clipped.
     """
 
     def __init__(
         self,
         store: Store,
-        servers: dict[int, Link],
+        peers: Peers,
         go_on: Callable[[SliceState, list[Pushed]], None],
     ) -> None:
         self._store = store
-        self._servers = servers
+        self._peers = peers
         self._go_on = go_on
         self._squares: defaultdict[int, dict[int, float]] = defaultdict(dict)
         self._waiting: dict[int, list[Pushed]] = {}
@@ -42,7 +42,7 @@ class Clipping:
         """This is the square of a slice's norm."""
         index, round_ = held.piece.number, held.schedule.version - 1
         self._squares[round_][index] = square
-        for link in self._servers.values():
+        for link in self._peers.servers.values():
             link.send(messages.Norms(round_, [index], [square]))
         self._clip(round_)
 
@@ -54,7 +54,7 @@ class Clipping:
     def tell_again(self) -> None:
         """Pass on what is known: others may wait for what a lost server did not tell them."""
         for round_, squares in self._squares.items():
-            for link in self._servers.values():
+            for link in self._peers.servers.values():
                 link.send(messages.Norms(round_, list(squares), list(squares.values())))
 
     def orphans(self, workers: Container[int]) -> Iterator[tuple[SliceState, list[Pushed]]]:

@@ -10,7 +10,7 @@ from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import Link
 
 
-class Forgotten:
+class Evicted:
     """The links with workers that a server went on without."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Forgotten:
         """Tell whoever was heard again."""
         for peer, (link, reason) in list(self._links.items()):
             if link.poll(_Deaf()):
-                link.send(messages.Forgotten(reason))
+                link.send(messages.Evicted(reason))
             if link.failed is not None:
                 del self._links[peer]
 

@@ -10,6 +10,7 @@ from hpctrain.ps.partition.placement import Placement
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import Link
 from hpctrain.ps.server.gradients import Gradients
+from hpctrain.ps.server.peers import Peers
 from hpctrain.ps.server.slice_state import Pushed, SliceState, encoded_rows
 from hpctrain.ps.server.store import Store
 
@@ -19,13 +20,13 @@ class Replicas:
 
     Args:
         store: What this server holds.
-        servers: Links with the others.
+        peers: Whose servers have them.
         gradients: Whose memory is used again.
     """
 
-    def __init__(self, store: Store, servers: dict[int, Link], gradients: Gradients) -> None:
+    def __init__(self, store: Store, peers: Peers, gradients: Gradients) -> None:
         self._store = store
-        self._servers = servers
+        self._peers = peers
         self._gradients = gradients
 
     # A primary's part.
@@ -46,7 +47,7 @@ class Replicas:
             payloads[0].nbytes if payloads else None, sorted(push.absent),
         )  # fmt: skip
         for replica in held.replicas:
-            self._servers[replica].send(message, payloads)
+            self._peers.servers[replica].send(message, payloads)
 
     def pass_over(self, held: SliceState) -> None:
         """A round goes by without an update of this slice."""
@@ -54,7 +55,7 @@ class Replicas:
             held.piece.number, held.schedule.version - 1, [], 1.0, [], None
         )
         for replica in held.replicas:
-            self._servers[replica].send(message)
+            self._peers.servers[replica].send(message)
 
     def promote(self, held: SliceState, before: Placement) -> None:
         """Be the primary of a slice, and send copies to new replicas."""
@@ -68,10 +69,10 @@ class Replicas:
         for replica in held.replicas:
             if replica in before[index] and replica in known:
                 held.acknowledged[replica] = known[replica]
-            elif replica in self._servers:
+            elif replica in self._peers.servers:
                 held.acknowledged[replica] = 0
                 copies = [tensor.clone() for tensor in (held.weights, *held.state.values())]
-                self._servers[replica].send(
+                self._peers.servers[replica].send(
                     messages.Copy(
                         index, held.schedule.version, held.steps, dict(held.schedule.applied),
                         held.log, [tensor.nbytes for tensor in copies], held.missed,

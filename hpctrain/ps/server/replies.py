@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 from hpctrain.config import PsConfig
 from hpctrain.ps.protocol import messages
-from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.peers import Peers
 from hpctrain.ps.server.slice_state import SliceState
 from hpctrain.ps.server.store import Store
 
@@ -19,13 +19,13 @@ class Replies:
 
     Args:
         store: What the server holds.
-        workers: Links with those who take part, also later when that has changed.
+        peers: Who takes part.
         config: The same on every rank.
     """
 
-    def __init__(self, store: Store, workers: dict[int, Link], config: PsConfig) -> None:
+    def __init__(self, store: Store, peers: Peers, config: PsConfig) -> None:
         self._store = store
-        self._workers = workers
+        self._peers = peers
         self._compensates = bool(config.delay_compensation)
         self._ready: defaultdict[int, list[tuple[SliceState, int, bool]]] = defaultdict(list)
         self._ready_bytes: Counter[int] = Counter()
@@ -49,7 +49,7 @@ class Replies:
 
     def answer(self, held: SliceState, worker: int) -> None:
         """Answer a worker, soon."""
-        if worker not in self._workers:
+        if worker not in self._peers.workers:
             return
         pull = held.wants[worker]
         # The version of now: there may be updates before the answer is sent.
@@ -96,7 +96,7 @@ class Replies:
             payloads = []
             if pull and not self._store.regions.has(worker):
                 payloads = [held.sent[worker] for held, _ in some]
-            self._workers[worker].send(
+            self._peers.workers[worker].send(
                 messages.Weights(
                     [held.piece.number for held, _ in some],
                     [version for _, version in some],

@@ -127,6 +127,12 @@ class SliceState:
             if steps is not None and edges[-1] > edges[0]:
                 yield edges[0], edges[-1], steps, tuple(edge - edges[0] for edge in edges)
 
+    def forget(self, worker: int) -> None:
+        """Wait no longer for a worker that is done, or lost."""
+        self.schedule.leave(worker)
+        self.pushes.pop(worker, None)
+        self.delayed = [other for other in self.delayed if other != worker]
+
     def take_put(self, workers: Iterable[int]) -> None:
         """Start the next update from the weights that all of its workers have changed alike.
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from hpctrain.ps.protocol import messages
-
-if TYPE_CHECKING:
-    from hpctrain.ps.protocol.link import Link
-    from hpctrain.ps.server.server import Server
-    from hpctrain.ps.server.slice_state import SliceState
+from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.peers import Peers
+from hpctrain.ps.server.slice_state import SliceState
+from hpctrain.ps.server.store import Store
 
 Copied = tuple[list[torch.Tensor], int, dict[int, int]]
 Copies = dict[int, Copied]
@@ -26,10 +24,18 @@ Copies = dict[int, Copied]
 
 
 class Snapshots:
-    """One server's part in snapshots, and the coordinator's."""
+    """One server's part in snapshots, and the coordinator's.
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    Args:
+        store: What the server holds.
+        peers: The other servers, and who asks.
+        resume: Called when what was held back may go on.
+    """
+
+    def __init__(self, store: Store, peers: Peers, resume: Callable[[], None]) -> None:
+        self._store = store
+        self._peers = peers
+        self._resume = resume
         self._begun: dict[int, int] = {}
         self._number: int | None = None
         self._cut = False
@@ -55,13 +61,13 @@ class Snapshots:
         self._question = (worker, question)
         self._last += 1  # of all coordinators' snapshots that this server has heard of
         self._frozen, self._kept = {}, set()
-        for link in self._server.servers.values():
+        for link in self._peers.servers.values():
             link.send(messages.Freeze(self._last))
-        self._gather(self._server.me, self._freeze(self._last))
+        self._gather(self._peers.me, self._freeze(self._last))
 
     def server_lost(self) -> None:
         """Begin again without it, if a snapshot is being made: what it had, others have now."""
-        if self._question is not None and self._server.coordinates:
+        if self._question is not None and self._peers.coordinates:
             self.ask(*self._question)
         elif self._number is not None:
             self._release()  # the coordinator begins again, or its successor is asked again
@@ -83,7 +89,7 @@ class Snapshots:
 
     def _gather(self, server: int, frozen: messages.Frozen) -> None:
         self._frozen[server] = frozen
-        everyone = {self._server.me, *self._server.servers}
+        everyone = {self._peers.me, *self._peers.servers}
         if everyone - set(self._frozen):
             return
         parts = [self._frozen[server] for server in everyone]
@@ -92,24 +98,24 @@ class Snapshots:
             for worker, clock in part.clocks.items():
                 clocks[worker] = max(clock, clocks.get(worker, 0))
         cut = messages.Cut(self._last, clocks, max(part.version for part in parts))
-        for link in self._server.servers.values():
+        for link in self._peers.servers.values():
             link.send(cut)
         self._cut_at(cut)
 
     def _count_kept(self, server: int) -> None:
         self._kept.add(server)
-        if self._question is not None and self._kept >= {self._server.me, *self._server.servers}:
+        if self._question is not None and self._kept >= {self._peers.me, *self._peers.servers}:
             worker, question = self._question
             self._question = None
-            if worker in self._server.workers:
-                self._server.workers[worker].send(messages.Answer(question.number, self._last))
+            if worker in self._peers.workers:
+                self._peers.workers[worker].send(messages.Answer(question.number, self._last))
 
     # Every server's part.
 
     def holds_back(self, held: SliceState, worker: int, clock: int) -> bool:
         """Whether a push must wait because it lies beyond the snapshot being made."""
         within = self._clocks.get(worker, 0)
-        if self._number is not None and not self._server.consistency.rounds and clock >= within:
+        if self._number is not None and not self._store.consistency.rounds and clock >= within:
             return True
         self._begun[worker] = max(clock + 1, self._begun.get(worker, 0))
         return False
@@ -121,7 +127,7 @@ class Snapshots:
     def keeps_still(self, held: SliceState) -> bool:
         """Whether a slice may not be updated now: where updates go by rounds."""
         return (
-            self._server.consistency.rounds
+            self._store.consistency.rounds
             and held.piece.number not in self._copies
             and held.schedule.version >= self._version
         )
@@ -133,22 +139,22 @@ class Snapshots:
         if self._number is None or not self._cut or (held.blocked and not alone):
             return
         index = held.piece.number
-        if index in self._copies or not self._server.primary(index):
+        if index in self._copies or not self._store.primary(index):
             return
-        if self._server.consistency.rounds:
+        if self._store.consistency.rounds:
             there = alone or held.schedule.version >= self._version
         else:
             applied = held.schedule.applied
             there = all(applied[worker] >= self._clocks.get(worker, 0) for worker in applied)
         if there:
-            self._copies[index] = _copy(self._server, held, self._number)
+            self._copies[index] = _copy(self._store, held, self._number)
             self._finish()
 
     def left(self, worker: int) -> None:
         """A worker is done or lost; nothing more will come of it."""
         self._begun.pop(worker, None)
         if self.active:
-            for held in list(self._server.held.values()):
+            for held in list(self._store.held.values()):
                 self.moved(held)
 
     def _freeze(self, number: int) -> messages.Frozen:
@@ -158,8 +164,8 @@ class Snapshots:
         self._clocks = dict(self._begun)
         versions = [
             held.schedule.version
-            for held in self._server.held.values()
-            if self._server.primary(held.piece.number)
+            for held in self._store.held.values()
+            if self._store.primary(held.piece.number)
         ]
         self._version = max(versions, default=0)
         return messages.Frozen(number, self._clocks, self._version)
@@ -169,23 +175,20 @@ class Snapshots:
         allowed, self._later = self._later, []
         for action in allowed:  # some of it may lie within the cut
             action()
-        for held in list(self._server.held.values()):
-            if self._server.primary(held.piece.number):
-                self._server.updates.run(held)
+        self._resume()
         self._finish()
 
     def _finish(self) -> None:
-        server = self._server
+        store, peers = self._store, self._peers
         if self._number is None or not self._cut:
             return
-        if any(server.primary(index) and index not in self._copies for index in server.held):
+        if any(store.primary(index) and index not in self._copies for index in store.held):
             return
         number, self._number = self._number, None
-        coordinator = min([server.me, *server.servers])
-        if coordinator == server.me:
-            self._count_kept(server.me)
+        if peers.coordinates:
+            self._count_kept(peers.me)
         else:
-            server.servers[coordinator].send(messages.Kept(number))
+            peers.servers[peers.coordinator].send(messages.Kept(number))
         self._release()
 
     def _release(self) -> None:
@@ -193,20 +196,18 @@ class Snapshots:
         later, self._later = self._later, []
         for action in later:
             action()
-        for held in list(self._server.held.values()):
-            if self._server.primary(held.piece.number):
-                self._server.updates.run(held)
+        self._resume()
 
 
-class Recalled(Snapshots):
+class ReplayedSnapshots(Snapshots):
     """Snapshots in a replay: each slice is copied as it passes the version recorded for it.
 
     Nothing is held back and nothing stands still, and servers need not agree on anything: where the
     snapshot lies is known. It is sent when the last slice has passed.
     """
 
-    def __init__(self, server: Server) -> None:
-        super().__init__(server)
+    def __init__(self, store: Store, peers: Peers, resume: Callable[[], None]) -> None:
+        super().__init__(store, peers, resume)
         self._passed: defaultdict[int, Copies] = defaultdict(dict)
         # Of each slice, by version the numbers of the snapshots that hold it.
         self._coming: dict[int, defaultdict[int, list[int]]] = {}
@@ -221,15 +222,14 @@ class Recalled(Snapshots):
     def ask(self, worker: int, question: messages.Ask) -> None:
         """A worker wants the next snapshot."""
         self._last += 1
-        self._server.workers[worker].send(messages.Answer(question.number, self._last))
+        self._peers.workers[worker].send(messages.Answer(question.number, self._last))
 
     def message(self, link: Link, message: messages.Message) -> None:
         """A worker fetches."""
         assert isinstance(message, messages.Fetch)
         self._fetches.append((link, message.snapshot))
-        server = self._server
-        self._mine = sum(server.primary(index) for index in server.held)
-        for held in server.held.values():
+        self._mine = sum(self._store.primary(index) for index in self._store.held)
+        for held in self._store.held.values():
             self.moved(held)
         self._send_ready()
 
@@ -244,17 +244,17 @@ class Recalled(Snapshots):
     def moved(self, held: SliceState) -> None:
         """A slice was updated: is it to be copied?"""
         index = held.piece.number
-        if held.blocked or not self._server.primary(index):
+        if held.blocked or not self._store.primary(index):
             return
         if index not in self._coming:
-            recorded = self._server.order.recorded(index)
+            recorded = self._store.order.recorded(index)
             assert recorded is not None
             coming = self._coming[index] = defaultdict(list)
             for number, (version, _) in recorded.copies.items():
                 coming[version].append(number)
         numbers = self._coming[index].pop(held.schedule.version, [])
         for number in numbers:
-            self._passed[number][index] = _copy(self._server, held, number)
+            self._passed[number][index] = _copy(self._store, held, number)
         if numbers:
             self._send_ready()
 
@@ -268,9 +268,9 @@ class Recalled(Snapshots):
                 _send(link, number, self._passed.pop(number))
 
 
-def _copy(server: Server, held: SliceState, number: int) -> Copied:
+def _copy(store: Store, held: SliceState, number: int) -> Copied:
     tensors = [held.weights.clone(), *(tensor.clone() for tensor in held.state.values())]
-    server.order.copied(held.piece.number, number, held.schedule.version, tensors)
+    store.order.copied(held.piece.number, number, held.schedule.version, tensors)
     return tensors, held.steps, dict(held.missed)
 
 
