@@ -31,7 +31,9 @@ def imports():
             names = []
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hpctrain."):
                 base = node.module.removeprefix("hpctrain.")
-                names = [n if (n := f"{base}.{each.name}") in there else base for each in node.names]
+                names = [
+                    n if (n := f"{base}.{each.name}") in there else base for each in node.names
+                ]
             elif isinstance(node, ast.ImportFrom) and node.module == "hpctrain":
                 names = [each.name for each in node.names if each.name in there]
             elif isinstance(node, ast.Import):
