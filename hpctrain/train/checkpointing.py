@@ -9,7 +9,7 @@ import torch
 
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
-from hpctrain.train.buffer_averaging import average_buffers
+from hpctrain.strategies.buffer_averaging import average_buffers
 from hpctrain.train.evaluation import check_agreed
 from hpctrain.train.nonfinite import Health, all_finite
 from hpctrain.train.run_metrics import RunMetrics

@@ -80,7 +80,7 @@ class TrainStep:
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
         optimizer.zero_grad()
-        optimizer.weight = batch.weight
+        optimizer.weight, optimizer.samples = batch.weight, batch.samples
         self.computed = []
         if self.trace is not None:
             self.trace.begin(counters.step + 1, self._world()[0], self._state.loader.epoch, batch)

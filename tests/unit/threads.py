@@ -45,14 +45,44 @@ class ThreadCommunicator(Alone):
         self._exchange(None)
 
 
-def on_ranks(size: int, action: Callable[[ThreadCommunicator], T]) -> list[T | BaseException]:
-    """What each rank's call returned, or raised."""
+class ThreadExchange(ThreadCommunicator):
+    """One that sums as Horovod does: begun, and waited for later."""
+
+    def start_sum(self, tensor: torch.Tensor, name: str) -> None:
+        """The sum is there at once."""
+        self.all_reduce(tensor)
+
+    def start_average(self, tensor: torch.Tensor, name: str) -> None:
+        """The mean is there at once."""
+        self.all_reduce(tensor)
+        tensor /= self.size
+
+    def wait(self, handle: None) -> None:
+        """Nothing is under way."""
+
+    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """All ranks' rows."""
+        return torch.cat(self._exchange(tensor.clone()))
+
+
+def on_ranks(
+    size: int,
+    action: Callable[[Any], T],
+    kind: type[ThreadCommunicator] = ThreadCommunicator,
+) -> list[T | BaseException]:
+    """What each rank's call returned, or raised.
+
+    Args:
+        size: Of the world.
+        action: Given a rank's communicator.
+        kind: Of the communicator.
+    """
     meet, given = threading.Barrier(size), [None] * size
     results: list[Any] = [None] * size
 
     def work(rank: int) -> None:
         try:
-            results[rank] = action(ThreadCommunicator(rank, size, meet, given))
+            results[rank] = action(kind(rank, size, meet, given))
         except BaseException as error:
             results[rank] = error
 
