@@ -17,6 +17,7 @@ STRATEGIES = Registry(
         "single": "hpctrain.strategies.single:Single",
         "horovod": "hpctrain.strategies.horovod:Horovod",
         "ps": "hpctrain.strategies.parameter_server:ParameterServer",
+        "sharded": "hpctrain.strategies.sharded:Sharded",
         "averaging": "hpctrain.strategies.averaging:Averaging",
     },
 )

@@ -188,6 +188,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Return what a checkpoint holds; called like :meth:`world_parameters`."""
         return Snapshot(self.world_parameters(), self.world_state(), self.strategy_state())
 
+    def on_all_ranks(self, holds: bool) -> bool:
+        """Whether something holds of the agreed gradient, as far as any rank knows it.
+
+        Every rank asks this at the same step, where ranks agree on gradients.
+
+        Args:
+            holds: Whether it does of what this rank knows: here, all of it.
+        """
+        return holds
+
     def finish(self) -> None:
         """Wait for the other ranks' last steps, and take the world's parameters.
 

@@ -151,6 +151,11 @@ class AveragedGradients:
         self._owed = False  # whether there are gradients of this rank that have not been averaged
         self._left: dict[nn.Parameter, tuple[torch.Tensor | None, int]] = {}  # as they were then
 
+    @property
+    def buckets(self) -> list[list[nn.Parameter]]:
+        """Parameters by bucket, in the order in which they lie in it."""
+        return [bucket.parameters for bucket in self._buckets]
+
     def restart(self) -> None:
         """Forget the step, and the exchanges that were under way: the world was formed anew."""
         for bucket in self._buckets:
@@ -352,7 +357,7 @@ class AveragedGradients:
     def _start(self, bucket: _Bucket) -> None:
         flat = bucket.fill()
         if flat.dtype.is_complex:
-            bucket.wire = torch.view_as_real(flat).view(-1)
+            bucket.wire = torch.view_as_real(flat)
         elif flat.dtype in (torch.float16, torch.float32, torch.float64):
             bucket.wire = flat
         else:  # Horovod cannot reduce bfloat16 (horovod issue 4047)

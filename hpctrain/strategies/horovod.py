@@ -27,7 +27,7 @@ from hpctrain.strategies.base import (
     ordered,
     sparse_tables,
 )
-from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_ready
+from hpctrain.strategies.gradient_averaging import AveragedGradients, Exchange, call_when_ready
 from hpctrain.strategies.horovod_communicator import HorovodCommunicator
 from hpctrain.strategies.start import check_alike, share
 from hpctrain.world import pmix
@@ -71,7 +71,7 @@ class HorovodOptimizer(ElasticOptimizer):
         self,
         model: nn.Module,
         inner: torch.optim.Optimizer,
-        comm: HorovodCommunicator,
+        exchange: Exchange,
         bucket_bytes: int,
         clip_norm: float | None,
     ) -> None:
@@ -80,7 +80,7 @@ class HorovodOptimizer(ElasticOptimizer):
         parameters = ordered(model, inner)[::-1]
         self._gradients = AveragedGradients(
             parameters,
-            comm,
+            exchange,
             bucket_bytes,
             sparse_tables(model),
             lambda part: this.mark(part),

@@ -87,16 +87,35 @@ class HorovodCommunicator:
         with peers(self):
             return int(self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Average))
 
-    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Return all ranks' rows, in the order of the ranks.
+    def start_scatter(self, tensor: torch.Tensor, name: str) -> int:
+        """Begin to sum a tensor, of which each rank gets its part of the rows, by :meth:`wait`.
+
+        Args:
+            tensor: Contiguous, of shape (rows, ...). Where ranks' parts cannot be equal, the first
+                ranks have a row more.
+            name: As in :meth:`start_sum`.
+        """
+        with peers(self):
+            return int(self._hvd.reducescatter_async(tensor, name=name, op=self._hvd.Sum))
+
+    def start_gather(self, tensor: torch.Tensor, name: str) -> int:
+        """Begin to gather all ranks' rows, in the order of the ranks, which :meth:`wait` returns.
 
         Args:
             tensor: Contiguous, of shape (rows, ...); ranks may have other numbers of rows.
             name: As in :meth:`start_sum`.
         """
         with peers(self):
-            handle = self._hvd.allgather_async(tensor, name=name)
-        return self.wait(handle)
+            return int(self._hvd.allgather_async(tensor, name=name))
+
+    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Return all ranks' rows, in the order of the ranks.
+
+        Args:
+            tensor: As in :meth:`start_gather`.
+            name: As in :meth:`start_sum`.
+        """
+        return self.wait(self.start_gather(tensor, name))
 
     def wait(self, handle: int) -> torch.Tensor:
         """Wait for a collective, for ``timeout_seconds`` at most, and return what came of it.

@@ -161,7 +161,8 @@ class TrainStep:
         """Whether the world's gradient is: the same on every rank; waits for the device."""
         optimizer.synchronize()
         parameters = self._state.model.parameters()
-        return all_finite(p.grad for p in parameters if p.requires_grad and p.grad is not None)
+        gradients = (p.grad for p in parameters if p.requires_grad and p.grad is not None)
+        return optimizer.on_all_ranks(all_finite(gradients))
 
     def _leave_out(self, optimizer: DistributedOptimizer) -> None:
         """Let a step change nothing.

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from hpctrain.strategies.base import DistributedOptimizer, Strategy
+from hpctrain.strategies.sharded import part_of
 from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import Silent
 from hpctrain.world.launcher import ALONE
@@ -57,12 +58,24 @@ class ThreadExchange(ThreadCommunicator):
         self.all_reduce(tensor)
         tensor /= self.size
 
-    def wait(self, handle: None) -> None:
+    def start_scatter(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """This rank's part of the sum."""
+        whole = tensor.clone()
+        self.all_reduce(whole)
+        start, stop = part_of(len(whole), self.rank, self.size)
+        return whole[start:stop]
+
+    def start_gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """All ranks' rows."""
+        return torch.cat(self._exchange(tensor.clone()))
+
+    def wait(self, handle: Any) -> Any:
         """Nothing is under way."""
+        return handle
 
     def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """All ranks' rows."""
-        return torch.cat(self._exchange(tensor.clone()))
+        return self.start_gather(tensor, name)
 
 
 def on_ranks(
