@@ -1,17 +1,12 @@
-"""The parameter server's files import each other one way, for types too."""
+"""The rooms of the parameter server import each other one way, as docs/architecture.md says."""
 
-import ast
-from graphlib import TopologicalSorter
-from pathlib import Path
+from tests.unit.test_architecture import imports
 
-import hpctrain
-
-PACKAGE = Path(hpctrain.__file__).parent
-ROOMS = {  # as docs/architecture.md has them: each imports those named, and itself
+ARROWS = {  # what each room may import of ps/ besides itself
     "huge_pages": set(),
+    "consistency": set(),
     "update_rules": {"huge_pages"},
     "codec": {"huge_pages"},
-    "consistency": set(),
     "partition": {"update_rules"},
     "protocol": {"partition", "huge_pages"},
     "client": {"protocol", "partition", "consistency", "update_rules", "codec"},
@@ -21,35 +16,12 @@ ROOMS = {  # as docs/architecture.md has them: each imports those named, and its
 }  # fmt: skip
 
 
-def imports():
-    """By module of ps/, those of ps/ that it imports, anywhere in it."""
-    paths = {}
-    for path in (PACKAGE / "ps").rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        paths[".".join(parts).removesuffix(".__init__")] = path
-    found = {}
-    for module, path in paths.items():
-        names = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                within = {f"{node.module}.{alias.name}" for alias in node.names}
-                names |= {name if name[9:] in paths else node.module for name in within}
-        found[module] = {name[9:] for name in names if name[9:] in paths and name[9:] != "ps"}
-    return found
-
-
-def test_there_is_no_circle():
-    found = imports()
-    assert len(found) > 30 and found["ps.endpoint"]
-    list(TopologicalSorter(found).static_order())  # which refuses circles
-
-
-def test_rooms_import_each_other_one_way():
-    for module, others in imports().items():
-        if module == "ps":
-            continue
-        room = module.split(".")[1]
-        reached = {other.split(".")[1] for other in others} - {room}
-        assert reached <= ROOMS[room], f"{module} imports {reached - ROOMS[room]}"
+def test_arrows_between_the_rooms():
+    seen = set()
+    for module, used in imports().items():
+        if module.startswith("ps."):
+            room = module.split(".")[1]
+            others = {name.split(".")[1] for name in used if name.startswith("ps.")} - {room}
+            assert others <= ARROWS[room], f"{module} imports {others - ARROWS[room]}"
+            seen.add(room)
+    assert {"client", "server", "protocol", "partition", "consistency"} <= seen
