@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from hpctrain.compression.codec import decode_rows, make_codec
 from hpctrain.config import PsConfig
 from hpctrain.ps import messages
-from hpctrain.ps.codec import decode_rows, make_codec
 from hpctrain.ps.layout import Layout
 from hpctrain.ps.link import Link
 from hpctrain.ps.placement import Placement, place, without

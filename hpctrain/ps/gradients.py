@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import torch
 
-from hpctrain.ps.codec import Codec, sum_rows
+from hpctrain.compression.codec import Codec, sum_rows
 from hpctrain.ps.memory import zeros
 from hpctrain.ps.slice_state import Pushed, SliceState
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from hpctrain.compression.codec import make_codec
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps import messages
-from hpctrain.ps.codec import make_codec
 from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.coordinator import Coordinator
 from hpctrain.ps.evicted import Forgotten
