@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -306,6 +306,17 @@ def ordered(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Param
     """
     given = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
     return list(dict.fromkeys([*(p for p in model.parameters() if p in given), *given]))
+
+
+def names_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
+    """Return the parameters' names in the model; those of others are numbered.
+
+    Args:
+        model: The model.
+        parameters: Of it, and maybe others; all ranks give them in the same order.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names.get(p, f"parameter {n} of no module") for n, p in enumerate(parameters)]
 
 
 def sparse_tables(model: nn.Module) -> dict[nn.Parameter, int]:

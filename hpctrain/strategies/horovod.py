@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpctrain.compression.compressor import Compressor, Options
+from hpctrain.compression.registry import make_compressor
 from hpctrain.config import ElasticConfig, HorovodConfig
 from hpctrain.elastic.choose import choose, set_parameters
 from hpctrain.elastic.gloo import Gloo
@@ -23,6 +25,7 @@ from hpctrain.strategies.base import (
     ElasticOptimizer,
     check_shareable,
     check_trainable,
+    names_of,
     ordered,
     sparse_tables,
 )
@@ -64,6 +67,9 @@ class HorovodOptimizer(ElasticOptimizer):
 
     Each bucket is all-reduced in place in one piece, which leaves nothing for Horovod to fuse and
     makes the sums independent of timing.
+
+    Attributes:
+        compressor: How they are sent, with what it has not sent yet.
     """
 
     def __init__(
@@ -71,15 +77,19 @@ class HorovodOptimizer(ElasticOptimizer):
         model: nn.Module,
         inner: torch.optim.Optimizer,
         comm: HorovodCommunicator,
+        compressor: Compressor,
         bucket_bytes: int,
         clip_norm: float | None,
     ) -> None:
         super().__init__(inner, clip_norm)
         this = weakref.proxy(self)
         parameters = ordered(model, inner)[::-1]
+        self.compressor = compressor
         self._gradients = AveragedGradients(
             parameters,
+            names_of(model, parameters),
             comm,
+            compressor,
             bucket_bytes,
             sparse_tables(model),
             lambda part: this.mark(part),
@@ -112,6 +122,18 @@ class HorovodOptimizer(ElasticOptimizer):
         """Forget the step that failed, and the exchanges that were under way."""
         self._gradients.restart()
         self.zero_grad()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the bytes that all ranks have sent since the last time, beside dense ones."""
+        compressor = self.compressor
+        sent, dense = compressor.sent_bytes, compressor.dense_bytes
+        compressor.sent_bytes = compressor.dense_bytes = 0
+        if not sent:
+            return {}
+        found = {"moved_bytes": sent, "dense_bytes": dense, "compression": dense / sent}
+        if compressor.lost:
+            found["residuals_lost"] = compressor.lost
+        return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the next ones are put into their buckets as they come."""
@@ -147,6 +169,7 @@ class Horovod:
         elastic: ElasticConfig | None = None,
     ) -> None:
         self.config = config or HorovodConfig()
+        compressor_of(self.config)  # what makes no sense is said before anything starts
         self.world = world
         self._membership: Membership | None = None
         elastic = elastic or ElasticConfig()
@@ -239,8 +262,44 @@ class Horovod:
         check_trainable(optimizer)
         check_shareable(model, optimizer)
         check_alike(self.world.comm, model, optimizer)
+        compressor = compressor_of(self.config)
+        check_momentum(self.config, optimizer)
         self.share(model, optimizer)
-        return HorovodOptimizer(model, optimizer, self._comm, self.config.bucket_bytes, clip_norm)
+        return HorovodOptimizer(
+            model, optimizer, self._comm, compressor, self.config.bucket_bytes, clip_norm
+        )
+
+
+def compressor_of(config: HorovodConfig) -> Compressor:
+    """Make the compressor that a configuration asks for.
+
+    Raises:
+        Error: There is none such.
+    """
+    options = Options(
+        feedback=config.compression_feedback,
+        warmup_steps=config.compression_warmup_steps,
+        momentum=config.compression_momentum,
+        warm_start=config.compression_warm_start,
+        min_rate=config.compression_min_rate,
+    )
+    return make_compressor(config.compression, options)
+
+
+def check_momentum(config: HorovodConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse momentum correction for an optimizer with momentum of its own.
+
+    Raises:
+        Error: There would be momentum twice.
+    """
+    if config.compression_momentum and any(
+        group.get("momentum") or "betas" in group for group in optimizer.param_groups
+    ):
+        raise Error(
+            f"horovod.compression_momentum takes the place of the optimizer's, and "
+            f"{type(optimizer).__name__} has momentum.",
+            hint="use plain SGD (optimizer.name=sgd, optimizer.momentum=0), or leave it at 0.",
+        )
 
 
 def _bounded(seconds: float, world: World) -> contextlib.AbstractContextManager[None]:
