@@ -234,7 +234,7 @@ class AveragedGradients:
         if not self._compressor.staged:
             return
         for bucket in self._buckets:
-            if bucket.exchange is not None and self._world.ready(bucket.handle):
+            if bucket.handle is not None and self._world.ready(bucket.handle):
                 self._advance(bucket)
 
     @torch.no_grad()
