@@ -14,20 +14,20 @@ from mpi4py import MPI
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.cipher import Cipher, read_key
-from hpctrain.ps.client import Client, Future
+from hpctrain.ps.client.client import Client, Future
 from hpctrain.ps.consistency import consistency_of
+from hpctrain.ps.huge_pages import zeros
 from hpctrain.ps.late_workers import Recruit, Recruiter
-from hpctrain.ps.layout import Layout
-from hpctrain.ps.link import Link, LocalLink, MPILink
-from hpctrain.ps.loop import Loop, Waiter
-from hpctrain.ps.memory import zeros
-from hpctrain.ps.order_log import Record, check_unused
-from hpctrain.ps.roles import Roles, assign
-from hpctrain.ps.rules import Rule
-from hpctrain.ps.server import Server
-from hpctrain.ps.shared import Regions, region_bytes
-from hpctrain.ps.sharing import Sharing
+from hpctrain.ps.partition.layout import Layout
+from hpctrain.ps.partition.roles import Roles, assign
+from hpctrain.ps.protocol.cipher import Cipher, read_key
+from hpctrain.ps.protocol.link import Link, LocalLink, MPILink
+from hpctrain.ps.protocol.polling import Loop, Waiter
+from hpctrain.ps.protocol.regions import Regions, region_bytes
+from hpctrain.ps.protocol.shared_memory import Sharing
+from hpctrain.ps.server.order_log import Record, check_unused
+from hpctrain.ps.server.server import Server
+from hpctrain.ps.update_rules import Rule
 from hpctrain.world import pmix
 from hpctrain.world.process_reaper import IDENTITY_WORDS, ProcessReaper, identity
 from hpctrain.world.spawn import fault_tolerant, spawned
@@ -151,7 +151,6 @@ class Endpoint:
         return self._names[rank] if rank < len(self._names) else ""
 
     def _check(self) -> None:
-        consistency = consistency_of(self.config)
         works, serves = len(self.roles.workers), len(self.roles.servers)
         if self.config.replicas >= serves:
             raise Error(
@@ -167,11 +166,7 @@ class Endpoint:
             self.record.check(works, self.config.consistency)
         if self.config.record_order is not None:
             check_unused(self.config.record_order)
-        if consistency.mode == "backup" and consistency.number >= works:
-            raise Error(
-                f"{works} workers cannot go on without {consistency.number} of them.",
-                hint=f"use backup:{works - 1} at most, or async.",
-            )
+        consistency_of(self.config).check(works)
         shares = self.config.shares
         if isinstance(shares, list) and (len(shares) != works or not any(shares)):
             raise Error(

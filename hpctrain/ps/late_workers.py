@@ -20,8 +20,8 @@ import numpy as np
 from mpi4py import MPI
 
 from hpctrain.errors import PeerLost
-from hpctrain.ps import messages
-from hpctrain.ps.server import Server
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.server.server import Server
 from hpctrain.world import pmix
 from hpctrain.world.spawn import START_SECONDS, disconnect, fault_tolerant, receive_json, send_json
 
