@@ -111,7 +111,8 @@ def test_parameters_are_short_of_plain_sgd_by_what_is_left(strategy, world, comp
     optimizer = wrapped(strategy, model, compression, momentum=0)
     start, total = copy.deepcopy(model), {}
     for step in range(6):
-        before = copy.deepcopy(model)
+        before = plain()
+        before.load_state_dict(model.state_dict())
         train(world, model, optimizer, [step])
         torch.manual_seed(1000 + step)
         x, y = torch.randn(BATCH, 6).double(), torch.randn(BATCH, 3).double()
