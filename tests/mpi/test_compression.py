@@ -115,7 +115,7 @@ def test_parameters_are_short_of_plain_sgd_by_what_is_left(strategy, world, comp
         before.load_state_dict(model.state_dict())
         train(world, model, optimizer, [step])
         torch.manual_seed(1000 + step)
-        x, y = torch.randn(BATCH, 6).double(), torch.randn(BATCH, 3).double()
+        x, y = (torch.randn(BATCH, n, dtype=torch.float64) for n in (6, 3))
         nn.functional.mse_loss(before(x), y).backward()
         for name, p in before.named_parameters():
             total[name] = total.get(name, 0) + p.grad
