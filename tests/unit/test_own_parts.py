@@ -101,7 +101,5 @@ def test_a_starter():
 def test_a_task_of_a_package(monkeypatch):
     declare(monkeypatch, "hpctrain.tasks", "numbers", "hpctrain.tasks.digits:Digits")
     assert load_task("numbers").__name__ == "Digits"
-    with pytest.raises(
-        Error, match="did you mean 'numbers'"
-    ):
+    with pytest.raises(Error, match="did you mean 'numbers'"):
         load_task("numbres")

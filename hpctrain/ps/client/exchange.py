@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from hpctrain.compression.codec import decode_rows, make_codec
 from hpctrain.config import PsConfig
 from hpctrain.ps.client.push_encoder import PushEncoder
-from hpctrain.ps.codec import decode_rows, make_codec
 from hpctrain.ps.partition.layout import Layout
 from hpctrain.ps.partition.placement import Placement, place, without
 from hpctrain.ps.protocol import messages

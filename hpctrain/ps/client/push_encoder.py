@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from hpctrain.ps.codec import Codec, ErrorFeedback, encode_rows, rows_capacity
+from hpctrain.compression.codec import Codec, ErrorFeedback, encode_rows, rows_capacity
 from hpctrain.ps.partition.layout import Flat, Layout, Slice
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import torch
 
-from hpctrain.ps.codec import Codec
+from hpctrain.compression.codec import Codec
 from hpctrain.ps.huge_pages import zeros
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.server.slice_state import Pushed, SliceState

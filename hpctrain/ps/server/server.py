@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from hpctrain.compression.codec import make_codec
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.codec import make_codec
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import STARTING_SECONDS, Link
 from hpctrain.ps.protocol.regions import Regions

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hpctrain.compression.codec import decode_rows, encode_rows, rows_capacity
 from hpctrain.errors import Error
-from hpctrain.ps.codec import decode_rows, encode_rows, rows_capacity
 from hpctrain.ps.consistency.base import Schedule
 from hpctrain.ps.partition.layout import Slice
 from hpctrain.ps.server.order_log import Entry
