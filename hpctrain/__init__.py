@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hpctrain.errors import PeerLost as PeerLost
     from hpctrain.strategies import strategy as strategy
     from hpctrain.tasks.task import Task as Task
+    from hpctrain.trained_model import load as load
     from hpctrain.world.world import World as World
     from hpctrain.world.world import init as init
 
@@ -27,6 +28,7 @@ _PLACES = {
     "Task": "hpctrain.tasks.task",
     "World": "hpctrain.world.world",
     "init": "hpctrain.world.world",
+    "load": "hpctrain.trained_model",
     "strategy": "hpctrain.strategies",
 }
 __all__ = ["__version__", *_PLACES]

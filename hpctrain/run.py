@@ -47,7 +47,7 @@ from hpctrain.train.fingerprint import of_start, of_training
 from hpctrain.train.interruption import Interruption
 from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder, plain
 from hpctrain.train.recovery import outlive
-from hpctrain.train.state import parameters_sha256
+from hpctrain.train.state import TrainState, parameters_sha256
 from hpctrain.train.trainer import Trainer
 from hpctrain.world.agreement import compare
 from hpctrain.world.broadcast import broadcast_json
@@ -199,14 +199,15 @@ class _Run:
         mine = os.fsencode(self._out).decode("utf-8", "surrogateescape") if prepares else ""
         out = Path(broadcast_json(world.comm, mine))
         store = CheckpointStore(out / CHECKPOINTS, config.checkpoint.keep)
-        snapshot = _prepare(out, config, store, self._say) if prepares else None
         trainer = self._make(out)
         state = trainer.state
+        snapshot = _prepare(out, config, store, self._say, state) if prepares else None
         compare(world.comm, of_training(state.model, state.optimizer, trainer.splits))
         while not trainer.restore(snapshot, prepared=prepares):
             # Rank 0 was lost; it is another now.
             if world.rank == 0 and not prepares:
-                snapshot, prepares = _prepare(out, config, store, self._say), True
+                snapshot = _prepare(out, config, store, self._say, state)
+                prepares = True
         if meeting is not None:
             trainer.note(meeting)
 
@@ -316,10 +317,17 @@ def _ranks(world: World) -> str:
 
 
 def _prepare(
-    out: Path, config: RunConfig, store: CheckpointStore, say: Callable[[str], None]
+    out: Path,
+    config: RunConfig,
+    store: CheckpointStore,
+    say: Callable[[str], None],
+    state: TrainState,
 ) -> Any | None:
-    """Read the checkpoint to start from, and make the run folder; on rank 0 alone."""
-    snapshot = _snapshot(out, config, store, say)
+    """Read the checkpoint to start from, and make the run folder; on rank 0 alone.
+
+    What is found is read into the state's own tensors as far as it fits, which spares a copy.
+    """
+    snapshot = _snapshot(out, config, store, say, state)
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
         # Who looks after a job has removed an old `stop`; a new one may be there already.
@@ -333,7 +341,11 @@ def _prepare(
 
 
 def _snapshot(
-    out: Path, config: RunConfig, store: CheckpointStore, say: Callable[[str], None]
+    out: Path,
+    config: RunConfig,
+    store: CheckpointStore,
+    say: Callable[[str], None],
+    state: TrainState,
 ) -> Any | None:
     if config.resume is None:
         if store.steps():
@@ -343,9 +355,11 @@ def _snapshot(
             )
         return None
     if config.resume == "auto":
-        return store.newest(lambda damage: say(f"{damage} Going back to the one before."))
+        return store.newest(
+            lambda damage: say(f"{damage} Going back to the one before."), state.tensors()
+        )
     try:
-        return load_verified(Path(config.resume))
+        return load_verified(Path(config.resume), state.tensors())
     except Error as error:
         raise Error(error.message, hint="name another checkpoint, or use --resume auto.") from error
 
