@@ -171,15 +171,17 @@ def copy_piece(
     parts: list[Part] = []
     for name, tensor in tensors.items():
         share = (shares or {}).get(name)
-        if isinstance(share, Range):
+        if isinstance(share, Range) and all(share.shape):
             stop, done = share.start + tensor.numel(), 0
             for offsets, sizes in boxes_of_range(share.shape, share.start, stop):
                 values = tensor[done : done + math.prod(sizes)].view(sizes)
                 parts.append(Part(name, Box(share.shape, offsets), values))
                 done += values.numel()
         else:
-            whole = Box(tuple(tensor.shape), (0,) * tensor.dim())
-            parts.append(Part(name, share or whole, tensor))
+            shape = tuple(tensor.shape if share is None else share.shape)
+            offsets = share.offsets if isinstance(share, Box) else (0,) * len(shape)
+            empty = tensor.view(shape) if isinstance(share, Range) else tensor
+            parts.append(Part(name, Box(shape, offsets), empty))
     laid = layout([Entry(_key(p), p.values.dtype, tuple(p.values.shape)) for p in parts])
     devices = {part.values.device for part in parts if part.values.is_cuda}
     image = memory.take(laid.size, pinned=bool(devices))
@@ -536,11 +538,12 @@ class Checkpoint:
         with _damage_told(self.folder):
             for number in range(len(self._index.files)):
                 self._descriptor(number)
+            places: set[tuple[int, int]] = set()
             in_threads(
                 job
                 for kind in self._index.tensors.values()
                 for box in kind.boxes
-                for job in self._checks(kind, box, 0, size_of(kind.dtype, box.sizes))
+                for job in self._checks(kind, box, 0, size_of(kind.dtype, box.sizes), places)
             )
 
     def _kind(self, name: str) -> _Tensor:
@@ -579,7 +582,7 @@ class Checkpoint:
             first = sum(map(operator.mul, (each.start for each in inner), steps))
             last = sum(map(operator.mul, (each.stop - 1 for each in inner), steps))
             size = kind.dtype.itemsize
-            plan.checks += self._checks(kind, box, first * size, (last + 1) * size)
+            plan.checks += self._checks(kind, box, first * size, (last + 1) * size, plan.places)
             whole = torch.frombuffer(
                 self._map(box.file), dtype=kind.dtype, count=math.prod(box.sizes), offset=box.start
             ).view(box.sizes)
@@ -587,8 +590,10 @@ class Checkpoint:
                 (target.numel() * kind.dtype.itemsize, partial(target.copy_, whole[inner]))
             )
 
-    def _checks(self, kind: _Tensor, box: _Stored, begin: int, end: int) -> list[Job]:
-        """Check the blocks that some bytes of a box are in, once."""
+    def _checks(
+        self, kind: _Tensor, box: _Stored, begin: int, end: int, places: set[tuple[int, int]]
+    ) -> list[Job]:
+        """Check the blocks that some bytes of a box are in, if they were not, or are not to be."""
         if box.digests is None:
             return []
         size = size_of(kind.dtype, box.sizes)
@@ -596,8 +601,8 @@ class Checkpoint:
         for start in range(begin // BLOCK * BLOCK, end, BLOCK):
             length = min(BLOCK, size - start)
             place = (box.file, box.start + start)
-            if place not in self._checked:
-                self._checked.add(place)
+            if place not in self._checked and place not in places:
+                places.add(place)
                 digest = box.digests[start // BLOCK]
                 jobs.append((length, partial(self._check, *place, length, digest)))
         return jobs
@@ -617,6 +622,7 @@ class Checkpoint:
 
     def _check(self, file: int, start: int, size: int, digest: str) -> None:
         self._fill(file, start, memoryview(bytearray(size)), digest)
+        self._checked.add((file, start))
 
     def _descriptor(self, number: int) -> int:
         """Open a file, if it is not open, and check its size and what precedes its tensors."""
@@ -646,6 +652,7 @@ class _Plan:
     def __init__(self) -> None:
         self.checks: list[Job] = []
         self.copies: list[Job] = []
+        self.places: set[tuple[int, int]] = set()  # blocks that are checked
 
     def run(self) -> None:
         in_threads(self.checks)

@@ -140,8 +140,8 @@ def _allocate(size: int, pinned: bool) -> torch.Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     if pinned:
         runtime = torch.cuda.cudart()
-        torch.cuda.check_error(runtime.cudaHostRegister(whole.data_ptr(), size, 0))
-        weakref.finalize(memory, runtime.cudaHostUnregister, whole.data_ptr())
+        if int(runtime.cudaHostRegister(whole.data_ptr(), size, 0)) == 0:  # else slower, and right
+            weakref.finalize(memory, runtime.cudaHostUnregister, whole.data_ptr()).atexit = False
     return whole
 
 
