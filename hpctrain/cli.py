@@ -192,8 +192,8 @@ def strategies(as_json: bool) -> None:
 @cli.command()
 def doctor() -> None:
     """Check this machine: MPI, Horovod, cores, GPUs, HDF5, Slurm; and say what to do."""
-    from hpctrain.check_result import report
     from hpctrain.doctor import examine
+    from hpctrain.world.check_result import report
 
     sys.exit(report(examine()))
 

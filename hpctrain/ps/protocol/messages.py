@@ -245,8 +245,8 @@ class Decided(Message):
     shares: list[int]
 
 
-class Beat(Message):
-    """I live. From the coordinator also: whether training is to stop."""
+class Heartbeat(Message):
+    """I live; from the coordinator also: whether training is to stop."""
 
     stop: bool = False
 
@@ -258,7 +258,7 @@ class Lost(Message):
     reason: str
 
 
-class Recruited(Message):
+class NewWorker(Message):
     """A new worker waits to be connected with; from the coordinator to the other servers."""
 
     worker: int
@@ -295,7 +295,7 @@ class Leave(Message):
     threads: int = 1
 
 
-class Forgotten(Message):
+class Evicted(Message):
     """To a worker that was silent for too long: the others went on without it."""
 
     reason: str
@@ -315,7 +315,7 @@ class Abort(Message):
     hint: str | None = None
 
     def error(self) -> Error:
-        """The same, to be raised here."""
+        """Return the peer's error, to be raised here."""
         if self.hint is None:
             return PeerLost(self.reason, hint="the log of that process says more.")
         return Error(self.reason, hint=self.hint)
@@ -329,8 +329,8 @@ class Long(Message):
 
 Known = (
     Open | Push | Put | Pull | Weights | Norms | Replicate | Copy | Replicated | Freeze | Frozen
-    | Cut | Kept | Fetch | Part | Ask | Answer | Decided | Beat | Lost | Joined | Rest | Leave
-    | Forgotten | Abort | Long | Recruited | Over | Join
+    | Cut | Kept | Fetch | Part | Ask | Answer | Decided | Heartbeat | Lost | Joined | Rest | Leave
+    | Evicted | Abort | Long | NewWorker | Over | Join
 )  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Container, Iterator
 
 from hpctrain.ps.protocol import messages
-from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.peers import Peers
 from hpctrain.ps.server.slice_state import Pushed, SliceState
 from hpctrain.ps.server.store import Store
 
@@ -16,49 +16,59 @@ class Clipping:
 
     Args:
         store: What this server holds.
-        servers: Links with the others.
+        peers: Whose servers are told.
         go_on: Called with a slice and its pushes, clipped.
     """
 
     def __init__(
         self,
         store: Store,
-        servers: dict[int, Link],
+        peers: Peers,
         go_on: Callable[[SliceState, list[Pushed]], None],
     ) -> None:
         self._store = store
-        self._servers = servers
+        self._peers = peers
         self._go_on = go_on
         self._squares: defaultdict[int, dict[int, float]] = defaultdict(dict)
         self._waiting: dict[int, list[Pushed]] = {}
 
     def wait(self, held: SliceState, pushes: list[Pushed]) -> None:
-        """Clip pushes, of which the first is their mean, when the norm of their round is known."""
+        """Clip pushes, of which the first is their mean, when the norm of their round is known.
+
+        Args:
+            held: The slice, which is blocked until then.
+            pushes: What its update is made of.
+        """
         held.blocked = True
         self._waiting[held.piece.number] = pushes
         self.tell(held, float(pushes[0].gradient.double().square().sum()))
 
     def tell(self, held: SliceState, square: float) -> None:
-        """This is the square of a slice's norm."""
+        """Tell all servers the square of a slice's norm in this round.
+
+        Args:
+            held: The slice.
+            square: The squared norm; 0 where nobody has a gradient.
+        """
         index, round_ = held.piece.number, held.schedule.version - 1
         self._squares[round_][index] = square
-        for link in self._servers.values():
+        for link in self._peers.servers.values():
             link.send(messages.Norms(round_, [index], [square]))
         self._clip(round_)
 
     def told(self, message: messages.Norms) -> None:
-        """Another server has told."""
+        """Take in what another server has told of its slices."""
         self._squares[message.round].update(zip(message.slices, message.squares, strict=True))
         self._clip(message.round)
 
     def tell_again(self) -> None:
-        """Pass on what is known: others may wait for what a lost server did not tell them."""
+        """Pass on known norms after a failover: a lost server may not have told all."""
         for round_, squares in self._squares.items():
-            for link in self._servers.values():
+            for link in self._peers.servers.values():
                 link.send(messages.Norms(round_, list(squares), list(squares.values())))
 
     def orphans(self, workers: Container[int]) -> Iterator[tuple[SliceState, list[Pushed]]]:
-        """Lost workers' pushes that wait for the norms of a round nobody else takes part in.
+        """Yield lost workers' pushes that wait for norms of a round nobody else takes part in.
 
         Its other slices will not be pushed. These wait no longer.
         """

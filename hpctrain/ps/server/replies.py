@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 
 from hpctrain.config import PsConfig
 from hpctrain.ps.protocol import messages
-from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.peers import Peers
 from hpctrain.ps.server.slice_state import SliceState
 from hpctrain.ps.server.store import Store
 
@@ -19,19 +19,24 @@ class Replies:
 
     Args:
         store: What the server holds.
-        workers: Links with those who take part, also later when that has changed.
+        peers: Who takes part.
         config: The same on every rank.
     """
 
-    def __init__(self, store: Store, workers: dict[int, Link], config: PsConfig) -> None:
+    def __init__(self, store: Store, peers: Peers, config: PsConfig) -> None:
         self._store = store
-        self._workers = workers
+        self._peers = peers
         self._compensates = bool(config.delay_compensation)
         self._ready: defaultdict[int, list[tuple[SliceState, int, bool]]] = defaultdict(list)
         self._ready_bytes: Counter[int] = Counter()
 
     def grant(self, held: SliceState, worker: int) -> None:
-        """Answer a worker as soon as no loss of a server can take back what it reads."""
+        """Answer a worker as soon as no failover can take back what it reads.
+
+        Args:
+            held: The slice.
+            worker: Who is answered.
+        """
         newest = held.schedule.version
         if not held.replicas or all(done >= newest for done in held.acknowledged.values()):
             if worker in held.schedule.applied:
@@ -42,14 +47,19 @@ class Replies:
             held.delayed.append(worker)
 
     def grant_delayed(self, held: SliceState) -> None:
-        """Replicas have acknowledged: try again."""
+        """Try again to answer workers: a replica has acknowledged an update."""
         delayed, held.delayed = held.delayed, []
         for worker in delayed:
             self.grant(held, worker)
 
     def answer(self, held: SliceState, worker: int) -> None:
-        """Answer a worker, soon."""
-        if worker not in self._workers:
+        """Answer a worker soon, together with other slices.
+
+        Args:
+            held: The slice.
+            worker: Who is answered.
+        """
+        if worker not in self._peers.workers:
             return
         pull = held.wants[worker]
         # The version of now: there may be updates before the answer is sent.
@@ -65,12 +75,12 @@ class Replies:
             self._send(worker)
 
     def send_all(self) -> None:
-        """Send what is ready."""
+        """Send all answers that are ready."""
         for worker in [worker for worker, answers in self._ready.items() if answers]:
             self._send(worker)
 
     def forget(self, worker: int) -> None:
-        """Drop what is ready for a worker that is done or lost."""
+        """Drop the answers for a worker that is done or lost."""
         self._ready.pop(worker, None)
 
     def _keep_for(self, held: SliceState, worker: int) -> None:
@@ -96,7 +106,7 @@ class Replies:
             payloads = []
             if pull and not self._store.regions.has(worker):
                 payloads = [held.sent[worker] for held, _ in some]
-            self._workers[worker].send(
+            self._peers.workers[worker].send(
                 messages.Weights(
                     [held.piece.number for held, _ in some],
                     [version for _, version in some],

@@ -11,17 +11,17 @@ import torch
 from hpctrain.compression.codec import make_codec
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import STARTING_SECONDS, Link
 from hpctrain.ps.protocol.regions import Regions
 from hpctrain.ps.server.coordinator import Coordinator
-from hpctrain.ps.server.evicted import Forgotten
+from hpctrain.ps.server.evicted import Evicted
 from hpctrain.ps.server.gradients import Gradients
 from hpctrain.ps.server.order_log import OrderLog
+from hpctrain.ps.server.peers import Peers
 from hpctrain.ps.server.replicas import Replicas
 from hpctrain.ps.server.replies import Replies
-from hpctrain.ps.server.snapshots import Recalled, Snapshots
+from hpctrain.ps.server.scheduler import Scheduler
 from hpctrain.ps.server.store import Store
 from hpctrain.ps.server.updates import Updates
 
@@ -43,14 +43,16 @@ class Server:
         on_lost: Called with the number of each peer that is lost.
 
     Attributes:
+        peers: Links with all others, and who of them is left.
         done: Whether every worker has left.
-        newcomers: Links with workers that are getting ready to join.
         ports: New workers to connect with, and where.
         over: Whether no other new workers will come.
         lost: Whether any worker or server was lost.
         aborted: Whether another rank has said that it failed.
+        order: The order of updates, where it is recorded or replayed.
         store: What it holds.
-        updates: What it does with that.
+        held: The slices of it, by number.
+        coordinator: Answers workers' questions, where this server coordinates.
     """
 
     def __init__(
@@ -65,42 +67,36 @@ class Server:
         on_lost: Callable[[int], None] = lambda peer: None,
     ) -> None:
         self.me = me
-        self.workers = workers
-        self.servers = servers
+        self.peers = Peers(me, workers, servers)
         self.config = config
         self.done = False
         self.over = False
         self.lost = False
         self.aborted = False
-        self.newcomers: dict[int, Link] = {}
         self.ports: list[tuple[int, str]] = []
-        self.initial_servers = sorted([me, *servers])
-        self.lost_servers: list[int] = []
         initial_workers = sorted(workers)
         self.order = OrderLog(
             config.record_order, config.replay, me, initial_workers, config.consistency
         )
-        self.consistency = consistency_of(config)
+        self.store = Store(self.peers, config, self.order, regions or Regions())
+        self.held = self.store.held
         self.coordinator = Coordinator(workers, self._shares(), self._reply, timeout_seconds)
         for epoch, round_, shares in self.order.divisions():
             self.coordinator.divisions[epoch, round_] = (initial_workers, shares)
-        self.store = Store(
-            me, workers, self.initial_servers, config, self.order, regions or Regions()
+        self._gradients = Gradients(self.store, make_codec(config.compression))
+        self._replicas = Replicas(self.store, self.peers, self._gradients)
+        self._replies = Replies(self.store, self.peers, config)
+        self._updates = Updates(self.store, config, self._gradients, self._replicas)
+        self._scheduler = Scheduler(
+            self.store, self.peers, self._gradients, self._updates, self._replies
         )
-        self.held = self.store.held
-        self.snapshots = Snapshots(self) if self.order.replayed is None else Recalled(self)
-        self._gradients = Gradients(make_codec(config.compression))
-        self._replicas = Replicas(self.store, servers, self._gradients)
-        self._answers = Replies(self.store, workers, config)
-        self.updates = Updates(
-            self.store, workers, servers, config, self.snapshots, self._gradients, self._replicas,
-            self._answers,
-        )  # fmt: skip
-        self._forgotten = Forgotten()
+        self._snapshots = self._scheduler.snapshots
+        self._clipping = self._scheduler.aggregation.clipping
+        self._evicted = Evicted()
         self._copies: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._deferred: list[Callable[[], None]] = []
         self._housekept = 0.0
-        self._beaten = 0.0
+        self._last_heartbeat = 0.0
         self._on_lost = on_lost
         self._begun: set[int] = set()  # workers that have asked for weights
         self._resting: set[int] = set()  # workers that push nothing more, lost ones too
@@ -110,16 +106,15 @@ class Server:
         self._completed = False  # whether a worker has done all of its steps
 
     def _shares(self) -> list[int] | None:
-        shares = self.config.shares
+        shares = self.config.shares or self.store.consistency.shares
         if isinstance(shares, list):
             return shares
-        shares = shares or self.consistency.shares
-        return None if shares == "speed" else [1] * len(self.workers)
+        return None if shares == "speed" else [1] * len(self.peers.workers)
 
     # What moves it on.
 
     def poll(self) -> bool:
-        """Move on; True where something happened.
+        """Move on without blocking; return whether something happened.
 
         Raises:
             PeerLost: A slice is lost with all of its replicas, or a worker ended the run.
@@ -129,7 +124,7 @@ class Server:
             return self._poll()
         except Error as error:
             hint = None if isinstance(error, PeerLost) else error.hint
-            self._tell(messages.Abort(self.me, error.message, hint))
+            self.peers.tell(messages.Abort(self.me, error.message, hint))
             raise
 
     def share(self, regions: Regions) -> None:
@@ -142,14 +137,14 @@ class Server:
         if self._regions is not None and (self._opened or self.store.layout is None):
             self.store.share(self._regions)
             self._regions = None
-        for peers in (self.workers, self.servers, self.newcomers):
+        for peers in (self.peers.workers, self.peers.servers, self.peers.newcomers):
             for peer, link in list(peers.items()):
                 if peers.get(peer) is not link:
                     continue  # lost or moved just now: what a lost one sent counts no more
                 moved |= link.poll(self)
                 if link.failed is not None:
                     self._lose(peer, link.failed)
-        self._answers.send_all()
+        self._replies.send_all()
         now = time.monotonic()
         if now - self._housekept > HOUSEKEEPING_SECONDS:
             self._housekept = now
@@ -157,27 +152,32 @@ class Server:
         return moved
 
     def idle(self) -> bool:
-        """Whether everything sent is on its way."""
-        return all(link.idle() for link in [*self.workers.values(), *self.servers.values()])
+        """Return whether everything sent is on its way."""
+        return self.peers.idle()
 
     def _keep_house(self, now: float) -> None:
+        """Send heartbeats, and give up whoever has been silent for too long."""
         silence = self.config.silence_seconds
-        if now - self._beaten > silence / 5:
-            self._beaten = now
-            beat = messages.Beat(self.coordinator.stop)
-            self._tell(beat)
-        for link in [*self.workers.values(), *self.servers.values(), *self.newcomers.values()]:
-            begun = link.peer in self._begun or (link.peer in self.servers and self._opened)
+        if now - self._last_heartbeat > silence / 5:
+            self._last_heartbeat = now
+            self.peers.tell(messages.Heartbeat(self.coordinator.stop))
+        for link in self.peers.links():
+            begun = link.peer in self._begun or (link.peer in self.peers.servers and self._opened)
             if now - link.heard > (silence if begun else max(silence, STARTING_SECONDS)):
                 self._lose(link.peer, f"it was silent for {now - link.heard:.1f} s")
-        self._forgotten.poll()
+        self._evicted.poll()
         if overdue := self.coordinator.overdue():
             self.abort(f"the other workers waited too long for worker {overdue}")
 
     # What comes.
 
     def buffers(self, link: Link, message: messages.Message) -> Sequence[torch.Tensor]:
-        """Memory for a message's payloads."""
+        """Return memory for a message's payloads.
+
+        Args:
+            link: Where it comes from.
+            message: What is announced.
+        """
         if isinstance(message, messages.Push):
             return [self._gradients.buffer(size) for size in message.sizes]
         if isinstance(message, messages.Replicate):
@@ -191,7 +191,14 @@ class Server:
     def payload(
         self, link: Link, message: messages.Message, number: int, buffer: torch.Tensor
     ) -> None:
-        """A payload has come: a push's are worked on one by one."""
+        """Take in a payload; gradients are worked on as they come, one by one.
+
+        Args:
+            link: Where it comes from.
+            message: Whose payload it is.
+            number: Its place among the message's payloads.
+            buffer: What has come.
+        """
         if isinstance(message, messages.Push):
             self._pushed(link.peer, message, number, buffer)
         elif isinstance(message, messages.Replicate):
@@ -202,7 +209,12 @@ class Server:
             self.held[message.slices[number]].put[link.peer] = buffer
 
     def message(self, link: Link, message: messages.Message) -> None:
-        """A message has come whole."""
+        """Take in a message that has come whole.
+
+        Args:
+            link: Where it comes from.
+            message: What has come.
+        """
         match message:
             case messages.Push():
                 if not message.sizes:
@@ -215,18 +227,18 @@ class Server:
             case messages.Ask():
                 self._asked(link.peer, message)
             case messages.Norms():
-                self.updates.clipping.told(message)
+                self._clipping.told(message)
             case messages.Replicate():
                 self._replicas.updated(link, message)
             case messages.Replicated():
                 held = self.held[message.slice]
                 held.acknowledged[link.peer] = message.version
-                self._answers.grant_delayed(held)
+                self._replies.grant_delayed(held)
             case messages.Copy():
                 self._copied(link, message, self._copies.pop(message.slice))
             case messages.Open() if not self._opened:
                 self._opened = True
-                for lost in self.lost_servers:
+                for lost in self.peers.lost_servers:
                     self._inherit(lost)
                 self._do_deferred()
             case messages.Open():
@@ -240,7 +252,7 @@ class Server:
                 self._rest(link.peer)
             case messages.Leave():
                 self._leave(link.peer, message.threads)
-            case messages.Recruited():
+            case messages.NewWorker():
                 self.ports.append((message.worker, message.port))
             case messages.Over():
                 self.over = True
@@ -258,8 +270,8 @@ class Server:
                 | messages.Kept()
                 | messages.Fetch()
             ):
-                self.snapshots.message(link, message)
-            case messages.Beat():
+                self._snapshots.message(link, message)
+            case messages.Heartbeat():
                 self.coordinator.stop |= message.stop
             case _:
                 raise Error(f"server {self.me} got a {type(message).__name__} by mistake.")
@@ -276,14 +288,14 @@ class Server:
         self._replicas.copied(link, message, buffers)
 
     def primary(self, index: int) -> bool:
-        """Whether this server is the one that updates a slice."""
+        """Return whether this server is the one that updates a slice."""
         return self.store.primary(index)
 
     def _pulled(self, worker: int, message: messages.Pull) -> None:
         if not self._opened:
             self._deferred.append(lambda: self._pulled(worker, message))
             return
-        if worker not in self.workers:
+        if worker not in self.peers.workers:
             return
         self._begun.add(worker)
         for index in message.slices:
@@ -292,37 +304,33 @@ class Server:
                 part = messages.Pull([index])
                 self._deferred.append(lambda part=part: self._pulled(worker, part))  # type: ignore[misc]
                 continue
-            held = self.held[index]
-            held.wants[worker] = True
-            held.reads.pop(worker, None)
-            held.schedule.pull(worker)
-            self.updates.run(held)
+            self._scheduler.pull(self.held[index], worker)
 
     def _asked(self, worker: int, question: messages.Ask) -> None:
-        if not self.coordinates:
+        if not self.peers.coordinates:
             # The worker found out before this server that the coordinator is gone.
             self._deferred.append(lambda: self._asked(worker, question))
-        elif worker not in self.workers and worker not in self.newcomers:
+        elif worker not in self.peers.workers and worker not in self.peers.newcomers:
             return
         elif question.what == "known":
             self.coordinator.known(question)
         elif question.what == "snapshot":
             self.order.asked(worker, question.clock)
-            self.snapshots.ask(worker, question)
+            self._snapshots.ask(worker, question)
         else:
             if question.what == "give":
-                counts = {f"delay.{delay}": count for delay, count in self.updates.delays.items()}
+                counts = {f"delay.{delay}": count for delay, count in self._updates.delays.items()}
                 self.coordinator.add("statistics", counts)
-                self.updates.delays.clear()
+                self._updates.delays.clear()
             before = len(self.coordinator.divisions)
             self.coordinator.ask(worker, question)
             if len(self.coordinator.divisions) > before:
                 (epoch, round_), (workers, shares) = list(self.coordinator.divisions.items())[-1]
-                for link in self.servers.values():
+                for link in self.peers.servers.values():
                     link.send(messages.Decided(epoch, round_, workers, shares))
 
     def _reply(self, worker: int, answer: messages.Answer) -> None:
-        link = self.workers.get(worker) or self.newcomers.get(worker)
+        link = self.peers.link(worker)
         if link is not None:
             link.send(answer)
 
@@ -330,61 +338,52 @@ class Server:
         self, worker: int, push: messages.Push, number: int, buffer: torch.Tensor | None
     ) -> None:
         index = push.slices[number]
-        if worker not in self.workers:
+        if worker not in self.peers.workers:
             return
         if not self.primary(index):
             # The worker found out before this server that the slice's primary is gone.
             self._deferred.append(lambda: self._pushed(worker, push, number, buffer))
             return
         self.coordinator.postpone(worker)
-        self.updates.push(self.held[index], worker, push, number, buffer)
+        self._scheduler.push(self.held[index], worker, push, number, buffer)
 
     # Who comes and goes.
 
     @property
-    def coordinates(self) -> bool:
-        """Whether this server is the coordinator."""
-        return self.me == min([self.me, *self.servers])
-
-    @property
     def growable(self) -> bool:
         """Whether a new worker would find something to do."""
-        return bool(self.store.layout and self.workers and not self._closing)
+        return bool(self.store.layout and self.peers.workers and not self._closing)
 
     def greet(self, link: Link) -> None:
-        """A new worker can be talked with; it will ask to join when it is ready."""
-        self.newcomers[link.peer] = link
+        """Add a new worker that can be talked with; it asks to join when it is ready."""
+        self.peers.newcomers[link.peer] = link
 
     def _join(self, link: Link) -> None:
         worker = link.peer
         if self._closing:
             link.send(messages.Over())
             return
-        self.newcomers.pop(worker, None)
-        self.workers[worker] = link
+        self.peers.newcomers.pop(worker, None)
+        self.peers.workers[worker] = link
         self._begun.add(worker)
-        for index, held in self.held.items():
-            held.schedule.join(worker)
-            if self.primary(index):
-                held.wants[worker] = True
-                self._answers.answer(held, worker)
-        if not self.consistency.lockstep:
+        self._scheduler.join(worker)
+        if not self.store.consistency.lockstep:
             self.coordinator.expect(worker)
 
     def _joined(self, worker: int, message: messages.Joined) -> None:
-        if worker in self.workers:
+        if worker in self.peers.workers:
             self.coordinator.join(worker, message.since)
-            for other in self.workers:
+            for other in self.peers.workers:
                 if other != worker:
-                    self.workers[other].send(message)
+                    self.peers.workers[other].send(message)
 
     def _leave(self, worker: int, threads: int) -> None:
-        if self.newcomers.pop(worker, None) is not None:
+        if self.peers.newcomers.pop(worker, None) is not None:
             return
         self._closing = self._completed = True
         self.order.left(worker, threads)
         self._forget_worker(worker)
-        if not self.workers:
+        if not self.peers.workers:
             self._end()
 
     def _end(self) -> None:
@@ -394,8 +393,8 @@ class Server:
         self.done = True
 
     def _forget_worker(self, worker: int) -> Link:
-        self._answers.forget(worker)
-        link = self.workers.pop(worker)
+        self._replies.forget(worker)
+        link = self.peers.workers.pop(worker)
         self.coordinator.leave(worker)
         self._rest(worker)
         return link
@@ -405,45 +404,38 @@ class Server:
         self._resting.add(worker)
         clocks = [held.schedule.applied.get(worker, 0) for held in self.held.values()]
         self.order.rested(worker, max(clocks, default=0))
-        for held in self.held.values():
-            held.schedule.leave(worker)
-            held.pushes.pop(worker, None)
-            held.delayed = [other for other in held.delayed if other != worker]
-        self.updates.drop_orphans()
-        self.snapshots.left(worker)
-        for held in list(self.held.values()):
-            if self.primary(held.piece.number):
-                self.updates.run(held)
+        self._scheduler.leave(worker)
 
     def _lose(self, peer: int, reason: str) -> None:
-        """A peer is gone: tell everybody, and go on without it."""
-        if self.order.replayed is not None and (peer in self.workers or peer in self.servers):
+        """Go on without a lost peer, and tell everybody."""
+        known = peer in self.peers.workers or peer in self.peers.servers
+        if self.order.replayed is not None and known:
             self.abort(f"rank {peer} is lost, and a replay needs all of them: {reason}")
         self.lost = True
         self._on_lost(peer)
-        self.newcomers.pop(peer, None)
-        if peer in self.workers:
+        self.peers.newcomers.pop(peer, None)
+        if peer in self.peers.workers:
             link = self._forget_worker(peer)
             if link.failed is None:
-                self._forgotten.add(link, reason)
-            self._tell(messages.Lost(peer, reason))
-            if not self.workers and self._completed:
+                self._evicted.add(link, reason)
+            self.peers.tell(messages.Lost(peer, reason))
+            if not self.peers.workers and self._completed:
                 self._end()
-            elif not self.workers:
+            elif not self.peers.workers:
                 raise PeerLost(
                     f"server {self.me}: the last worker is gone: worker {peer}: {reason}.",
                     hint="its own log says more; `--resume auto` goes on from the last checkpoint.",
                 )
-        if peer in self.servers:
+        if peer in self.peers.servers:
             self._lose_server(peer, reason)
 
     def _lose_server(self, peer: int, reason: str) -> None:
-        del self.servers[peer]
-        self.lost_servers.append(peer)
-        self._tell(messages.Lost(peer, reason))
+        del self.peers.servers[peer]
+        self.peers.lost_servers.append(peer)
+        self.peers.tell(messages.Lost(peer, reason))
         if self._opened:
             self._inherit(peer)
-        self.snapshots.server_lost()
+        self._snapshots.server_lost()
         self._do_deferred()
 
     def _do_deferred(self) -> None:
@@ -452,14 +444,14 @@ class Server:
             action()
 
     def _inherit(self, lost: int) -> None:
-        """Take over those of a lost server's slices that fall to this one.
+        """Take over those of a lost server's slices that fail over to this one.
 
         Raises:
             PeerLost: The slices, or one of them, are lost.
         """
         before = self.store.placement
-        gone = self.lost_servers[: self.lost_servers.index(lost) + 1]
-        survivors = [server for server in self.initial_servers if server not in gone]
+        gone = self.peers.lost_servers[: self.peers.lost_servers.index(lost) + 1]
+        survivors = [server for server in self.peers.initial_servers if server not in gone]
         self.store.inherit(lost, survivors)
         for index, held in self.held.items():
             if self.primary(index):
@@ -467,15 +459,10 @@ class Server:
                     if worker in self._resting:
                         held.schedule.leave(worker)
                 self._replicas.promote(held, before)
-                self._answers.grant_delayed(held)
-                self.updates.run(held)
+                self._replies.grant_delayed(held)
+                self._scheduler.run(held)
         # Who has made an update has all norms of its round; others may wait for lost ones.
-        self.updates.clipping.tell_again()
-
-    def _tell(self, message: messages.Message) -> None:
-        for peers in (self.workers, self.servers, self.newcomers):
-            for link in peers.values():
-                link.send(message)
+        self._clipping.tell_again()
 
     def abort(self, reason: str) -> None:
         """End the run for everybody.

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
 from hpctrain.ps.protocol import messages
-
-if TYPE_CHECKING:
-    from hpctrain.ps.protocol.link import Link
-    from hpctrain.ps.server.server import Server
-    from hpctrain.ps.server.slice_state import SliceState
+from hpctrain.ps.protocol.link import Link
+from hpctrain.ps.server.peers import Peers
+from hpctrain.ps.server.slice_state import SliceState
+from hpctrain.ps.server.store import Store
 
 Copied = tuple[list[torch.Tensor], int, dict[int, int]]
 Copies = dict[int, Copied]
@@ -26,10 +24,18 @@ Copies = dict[int, Copied]
 
 
 class Snapshots:
-    """One server's part in snapshots, and the coordinator's."""
+    """One server's part in snapshots, and the coordinator's.
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    Args:
+        store: What the server holds.
+        peers: The other servers, and who asks.
+        resume: Called when what was held back may go on.
+    """
+
+    def __init__(self, store: Store, peers: Peers, resume: Callable[[], None]) -> None:
+        self._store = store
+        self._peers = peers
+        self._resume = resume
         self._begun: dict[int, int] = {}
         self._number: int | None = None
         self._cut = False
@@ -51,23 +57,33 @@ class Snapshots:
     # The coordinator's part.
 
     def ask(self, worker: int, question: messages.Ask) -> None:
-        """A worker wants a snapshot."""
+        """Make a snapshot that a worker wants.
+
+        Args:
+            worker: Who wants it.
+            question: Answered when all servers have their parts.
+        """
         self._question = (worker, question)
         self._last += 1  # of all coordinators' snapshots that this server has heard of
         self._frozen, self._kept = {}, set()
-        for link in self._server.servers.values():
+        for link in self._peers.servers.values():
             link.send(messages.Freeze(self._last))
-        self._gather(self._server.me, self._freeze(self._last))
+        self._gather(self._peers.me, self._freeze(self._last))
 
     def server_lost(self) -> None:
-        """Begin again without it, if a snapshot is being made: what it had, others have now."""
-        if self._question is not None and self._server.coordinates:
+        """Begin again without a lost server; what it had, others have now."""
+        if self._question is not None and self._peers.coordinates:
             self.ask(*self._question)
         elif self._number is not None:
             self._release()  # the coordinator begins again, or its successor is asked again
 
     def message(self, link: Link, message: messages.Message) -> None:
-        """Of another server, or a worker that fetches."""
+        """Take in a message of another server, or of a worker that fetches.
+
+        Args:
+            link: Where it comes from.
+            message: What has come.
+        """
         match message:
             case messages.Freeze():
                 link.send(self._freeze(message.snapshot))
@@ -83,7 +99,7 @@ class Snapshots:
 
     def _gather(self, server: int, frozen: messages.Frozen) -> None:
         self._frozen[server] = frozen
-        everyone = {self._server.me, *self._server.servers}
+        everyone = {self._peers.me, *self._peers.servers}
         if everyone - set(self._frozen):
             return
         parts = [self._frozen[server] for server in everyone]
@@ -92,63 +108,69 @@ class Snapshots:
             for worker, clock in part.clocks.items():
                 clocks[worker] = max(clock, clocks.get(worker, 0))
         cut = messages.Cut(self._last, clocks, max(part.version for part in parts))
-        for link in self._server.servers.values():
+        for link in self._peers.servers.values():
             link.send(cut)
         self._cut_at(cut)
 
     def _count_kept(self, server: int) -> None:
         self._kept.add(server)
-        if self._question is not None and self._kept >= {self._server.me, *self._server.servers}:
+        if self._question is not None and self._kept >= {self._peers.me, *self._peers.servers}:
             worker, question = self._question
             self._question = None
-            if worker in self._server.workers:
-                self._server.workers[worker].send(messages.Answer(question.number, self._last))
+            if worker in self._peers.workers:
+                self._peers.workers[worker].send(messages.Answer(question.number, self._last))
 
     # Every server's part.
 
     def holds_back(self, held: SliceState, worker: int, clock: int) -> bool:
-        """Whether a push must wait because it lies beyond the snapshot being made."""
+        """Return whether a push must wait because it lies beyond the snapshot being made.
+
+        Args:
+            held: The slice.
+            worker: Who has pushed.
+            clock: The worker's step.
+        """
         within = self._clocks.get(worker, 0)
-        if self._number is not None and not self._server.consistency.rounds and clock >= within:
+        if self._number is not None and not self._store.consistency.rounds and clock >= within:
             return True
         self._begun[worker] = max(clock + 1, self._begun.get(worker, 0))
         return False
 
     def later(self, action: Callable[[], None]) -> None:
-        """Do it once the snapshot is kept."""
+        """Do something once the snapshot is kept."""
         self._later.append(action)
 
     def keeps_still(self, held: SliceState) -> bool:
-        """Whether a slice may not be updated now: where updates go by rounds."""
+        """Return whether a slice may not be updated now: where updates go by rounds."""
         return (
-            self._server.consistency.rounds
+            self._store.consistency.rounds
             and held.piece.number not in self._copies
             and held.schedule.version >= self._version
         )
 
     def moved(self, held: SliceState) -> None:
-        """A slice was updated: is it at the cut?"""
+        """Copy a slice that was updated if it is at the cut now."""
         # Who asks pushes nothing meanwhile. Where nobody else does, a round stays as it is.
         alone = len(held.schedule.applied) <= 1
         if self._number is None or not self._cut or (held.blocked and not alone):
             return
         index = held.piece.number
-        if index in self._copies or not self._server.primary(index):
+        if index in self._copies or not self._store.primary(index):
             return
-        if self._server.consistency.rounds:
+        if self._store.consistency.rounds:
             there = alone or held.schedule.version >= self._version
         else:
             applied = held.schedule.applied
             there = all(applied[worker] >= self._clocks.get(worker, 0) for worker in applied)
         if there:
-            self._copies[index] = _copy(self._server, held, self._number)
+            self._copies[index] = _copy(self._store, held, self._number)
             self._finish()
 
     def left(self, worker: int) -> None:
-        """A worker is done or lost; nothing more will come of it."""
+        """Expect nothing more of a worker that is done or lost."""
         self._begun.pop(worker, None)
         if self.active:
-            for held in list(self._server.held.values()):
+            for held in list(self._store.held.values()):
                 self.moved(held)
 
     def _freeze(self, number: int) -> messages.Frozen:
@@ -158,8 +180,8 @@ class Snapshots:
         self._clocks = dict(self._begun)
         versions = [
             held.schedule.version
-            for held in self._server.held.values()
-            if self._server.primary(held.piece.number)
+            for held in self._store.held.values()
+            if self._store.primary(held.piece.number)
         ]
         self._version = max(versions, default=0)
         return messages.Frozen(number, self._clocks, self._version)
@@ -169,23 +191,20 @@ class Snapshots:
         allowed, self._later = self._later, []
         for action in allowed:  # some of it may lie within the cut
             action()
-        for held in list(self._server.held.values()):
-            if self._server.primary(held.piece.number):
-                self._server.updates.run(held)
+        self._resume()
         self._finish()
 
     def _finish(self) -> None:
-        server = self._server
+        store, peers = self._store, self._peers
         if self._number is None or not self._cut:
             return
-        if any(server.primary(index) and index not in self._copies for index in server.held):
+        if any(store.primary(index) and index not in self._copies for index in store.held):
             return
         number, self._number = self._number, None
-        coordinator = min([server.me, *server.servers])
-        if coordinator == server.me:
-            self._count_kept(server.me)
+        if peers.coordinates:
+            self._count_kept(peers.me)
         else:
-            server.servers[coordinator].send(messages.Kept(number))
+            peers.servers[peers.coordinator].send(messages.Kept(number))
         self._release()
 
     def _release(self) -> None:
@@ -193,20 +212,18 @@ class Snapshots:
         later, self._later = self._later, []
         for action in later:
             action()
-        for held in list(self._server.held.values()):
-            if self._server.primary(held.piece.number):
-                self._server.updates.run(held)
+        self._resume()
 
 
-class Recalled(Snapshots):
+class ReplayedSnapshots(Snapshots):
     """Snapshots in a replay: each slice is copied as it passes the version recorded for it.
 
     Nothing is held back and nothing stands still, and servers need not agree on anything: where the
     snapshot lies is known. It is sent when the last slice has passed.
     """
 
-    def __init__(self, server: Server) -> None:
-        super().__init__(server)
+    def __init__(self, store: Store, peers: Peers, resume: Callable[[], None]) -> None:
+        super().__init__(store, peers, resume)
         self._passed: defaultdict[int, Copies] = defaultdict(dict)
         # Of each slice, by version the numbers of the snapshots that hold it.
         self._coming: dict[int, defaultdict[int, list[int]]] = {}
@@ -215,51 +232,66 @@ class Recalled(Snapshots):
 
     @property
     def active(self) -> bool:
-        """Always: no version may be missed."""
+        """Whether slices are to be looked at: always, no version may be missed."""
         return True
 
     def ask(self, worker: int, question: messages.Ask) -> None:
-        """A worker wants the next snapshot."""
+        """Answer a worker that wants the next snapshot.
+
+        Args:
+            worker: Who wants it.
+            question: What is answered.
+        """
         self._last += 1
-        self._server.workers[worker].send(messages.Answer(question.number, self._last))
+        self._peers.workers[worker].send(messages.Answer(question.number, self._last))
 
     def message(self, link: Link, message: messages.Message) -> None:
-        """A worker fetches."""
+        """Take in that a worker fetches a snapshot.
+
+        Args:
+            link: With the worker.
+            message: Which snapshot.
+        """
         assert isinstance(message, messages.Fetch)
         self._fetches.append((link, message.snapshot))
-        server = self._server
-        self._mine = sum(server.primary(index) for index in server.held)
-        for held in server.held.values():
+        self._mine = sum(self._store.primary(index) for index in self._store.held)
+        for held in self._store.held.values():
             self.moved(held)
         self._send_ready()
 
     def holds_back(self, held: SliceState, worker: int, clock: int) -> bool:
-        """Never."""
+        """Return False: no push has to wait.
+
+        Args:
+            held: The slice.
+            worker: Who has pushed.
+            clock: The worker's step.
+        """
         return False
 
     def keeps_still(self, held: SliceState) -> bool:
-        """Never."""
+        """Return False: no slice has to stand still."""
         return False
 
     def moved(self, held: SliceState) -> None:
-        """A slice was updated: is it to be copied?"""
+        """Copy a slice that was updated if a recorded snapshot holds this version."""
         index = held.piece.number
-        if held.blocked or not self._server.primary(index):
+        if held.blocked or not self._store.primary(index):
             return
         if index not in self._coming:
-            recorded = self._server.order.recorded(index)
+            recorded = self._store.order.recorded(index)
             assert recorded is not None
             coming = self._coming[index] = defaultdict(list)
             for number, (version, _) in recorded.copies.items():
                 coming[version].append(number)
         numbers = self._coming[index].pop(held.schedule.version, [])
         for number in numbers:
-            self._passed[number][index] = _copy(self._server, held, number)
+            self._passed[number][index] = _copy(self._store, held, number)
         if numbers:
             self._send_ready()
 
     def left(self, worker: int) -> None:
-        """Nothing depends on who is there."""
+        """Do nothing: no snapshot depends on who is there."""
 
     def _send_ready(self) -> None:
         for link, number in list(self._fetches):
@@ -268,9 +300,9 @@ class Recalled(Snapshots):
                 _send(link, number, self._passed.pop(number))
 
 
-def _copy(server: Server, held: SliceState, number: int) -> Copied:
+def _copy(store: Store, held: SliceState, number: int) -> Copied:
     tensors = [held.weights.clone(), *(tensor.clone() for tensor in held.state.values())]
-    server.order.copied(held.piece.number, number, held.schedule.version, tensors)
+    store.order.copied(held.piece.number, number, held.schedule.version, tensors)
     return tensors, held.steps, dict(held.missed)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from hpctrain.ps.partition.placement import Placement, place, without
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.regions import Regions
 from hpctrain.ps.server.order_log import OrderLog
+from hpctrain.ps.server.peers import Peers
 from hpctrain.ps.server.slice_state import SliceState
 from hpctrain.ps.update_rules import Rule, rule_named
 
@@ -25,9 +26,7 @@ class Store:
     """What one server holds.
 
     Args:
-        me: The server's number.
-        workers: Who takes part, also later when that has changed.
-        servers: Who served at the beginning.
+        peers: This server's number, who takes part, and who served at the beginning.
         config: The same on every rank.
         order: The order of updates, where it is recorded or replayed.
         regions: Memory shared with the workers of this host.
@@ -44,15 +43,7 @@ class Store:
     rule: Rule
     placement: Placement
 
-    def __init__(
-        self,
-        me: int,
-        workers: Iterable[int],
-        servers: Sequence[int],
-        config: PsConfig,
-        order: OrderLog,
-        regions: Regions,
-    ) -> None:
+    def __init__(self, peers: Peers, config: PsConfig, order: OrderLog, regions: Regions) -> None:
         self.consistency = consistency_of(config)
         self.order = order
         self.regions = regions
@@ -60,19 +51,17 @@ class Store:
         self.layout: Layout | None = None
         self.sizes: list[int] = []
         self.clip_norm: float | None = None
-        self._me = me
-        self._workers = workers
-        self._servers = servers
+        self._peers = peers
         self._config = config
 
     def open(self, message: messages.Open) -> list[torch.Tensor]:
-        """Learn what is trained; returns the memory for the slices that this server is sent."""
+        """Learn what is trained; return the memory for the slices that this server is sent."""
         self.layout = Layout(message.flats, message.slice_bytes, whole=message.whole)
         self.rule = rule_named(message.rule)
         self.clip_norm = message.clip_norm
         self.sizes = self.layout.sizes()
         self.placement = place(
-            self.sizes, self._servers, method=self._config.placement,
+            self.sizes, self._peers.initial_servers, method=self._config.placement,
             replicas=self._config.replicas,
         )  # fmt: skip
         self.order.open(self.layout)
@@ -81,7 +70,7 @@ class Store:
         for index, steps, missed in zip(message.slices, message.steps, message.missed, strict=True):
             held = self.hold(index, 0)
             held.steps, held.missed = steps, dict(missed)
-            if self.placement[index][0] == self._me:
+            if self.placement[index][0] == self._peers.me:
                 held.replicas = list(self.placement[index][1:])
                 held.acknowledged = dict.fromkeys(held.replicas, 0)
             buffers += [held.weights, *(held.state.values() if steps else ())]
@@ -102,7 +91,7 @@ class Store:
                 held.weights = common.copy_(held.weights)
 
     def open_again(self, message: messages.Open) -> list[torch.Tensor]:
-        """Memory for what is known already, and not needed."""
+        """Return memory for slices that are known already, and not needed."""
         sizes = [
             size
             for index, steps in zip(message.slices, message.steps, strict=True)
@@ -111,12 +100,17 @@ class Store:
         return [torch.empty(size, dtype=torch.uint8) for size in sizes]
 
     def hold(self, index: int, version: int) -> SliceState:
-        """Hold a slice; its weights and state are yet to be filled in."""
+        """Hold a slice; its weights and state are yet to be filled in.
+
+        Args:
+            index: Which.
+            version: Updates that it has had.
+        """
         assert self.layout is not None
         piece = self.layout.slices[index]
         flat = self.layout.flats[piece.flat]
         weights = None
-        if self.consistency.lockstep and self.placement[index][0] == self._me:
+        if self.consistency.lockstep and self.placement[index][0] == self._peers.me:
             weights = self.regions.common(piece)
         if weights is None:
             weights = zeros(self.sizes[index]).view(flat.torch_dtype)
@@ -124,9 +118,9 @@ class Store:
         schedule: Schedule
         recorded = self.order.recorded(index)
         if recorded is not None:
-            schedule = Replayed(self._workers, recorded.pushes, recorded.answers)
+            schedule = Replayed(self._peers.workers, recorded.pushes, recorded.answers)
         else:
-            schedule = self.consistency.schedule(self._workers)
+            schedule = self.consistency.schedule(self._peers.workers)
         schedule.version = version
         held = SliceState(piece, flat.group, flat.width, weights, state, schedule)
         if flat.width:
@@ -136,17 +130,21 @@ class Store:
         return held
 
     def primary(self, index: int) -> bool:
-        """Whether this server is the one that updates a slice."""
-        return index in self.held and self.placement[index][0] == self._me
+        """Return whether this server is the one that updates a slice."""
+        return index in self.held and self.placement[index][0] == self._peers.me
 
     def inherit(self, lost: int, survivors: Sequence[int]) -> None:
-        """Work out who holds what after the loss of a server.
+        """Work out who holds what after the loss of a server: the failover.
+
+        Args:
+            lost: The server that is gone.
+            survivors: The others.
 
         Raises:
             PeerLost: The slices, or one of them, are lost.
         """
         self.placement = without(self.placement, self.sizes, lost, survivors)
-        mine = {i for i, holders in enumerate(self.placement) if holders[0] == self._me}
+        mine = {i for i, holders in enumerate(self.placement) if holders[0] == self._peers.me}
         # Another server may have been lost just before, and some were yet to be copied.
         if missing := mine - set(self.held):
             raise PeerLost(
