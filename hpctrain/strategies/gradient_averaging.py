@@ -291,6 +291,7 @@ class AveragedGradients:
         """Average all gradients; or, in ``step()``, find that all have come there."""
         buckets = [bucket for bucket in self._buckets if bucket.trained]
         closing = in_step and self._waited_for
+        self._begin()
         if not closing:
             self._start_all(buckets)
         ranks, in_steps, lacking = self._agree(in_step)
@@ -314,6 +315,12 @@ class AveragedGradients:
         tasks = self._tasks
         self._forget()
         self._tasks = tasks
+
+    def _begin(self) -> None:
+        """Before the first exchange in a world."""
+        if not self._begun:
+            self._compressor.begin(self._world)
+            self._begun = True
 
     def _start_all(self, buckets: list[_Bucket]) -> None:
         self._complete.clear()
@@ -367,9 +374,7 @@ class AveragedGradients:
         return {p for p, n in zip(self._parameters, used.tolist(), strict=True) if not n}
 
     def _start(self, bucket: _Bucket) -> None:
-        if not self._begun:
-            self._compressor.begin(self._world)
-            self._begun = True
+        self._begin()
         values = bucket.fill()
         if values.dtype.is_complex:
             values = torch.view_as_real(values).view(-1)

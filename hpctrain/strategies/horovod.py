@@ -35,6 +35,7 @@ from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_
 from hpctrain.strategies.horovod_communicator import HorovodCommunicator
 from hpctrain.strategies.start import check_alike, share
 from hpctrain.world import pmix
+from hpctrain.world.agreement import compare
 from hpctrain.world.network import both_ways
 from hpctrain.world.world import Alone, World
 
@@ -309,6 +310,8 @@ class Horovod(HorovodEngine):
         check_trainable(optimizer)
         check_shareable(model, optimizer)
         check_alike(self.world.comm, model, optimizer)
+        knobs = {f"horovod.{name}": str(value) for name, value in self.config}
+        compare(self.world.comm, knobs, hint="give every rank the same ones.")
         compressor = compressor_of(self.config)
         check_momentum(self.config, optimizer)
         self.share(model, optimizer)

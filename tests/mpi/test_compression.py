@@ -204,3 +204,10 @@ def test_momentum_twice_is_refused(strategy, world, optimizer):
     strategy.config = HorovodConfig(compression="topk:0.1", compression_momentum=0.9)
     with pytest.raises(Error, match=f"{optimizer.__name__} has momentum"):
         strategy.wrap(model, optimizer(model.parameters(), lr=0.1, **more))
+
+
+def test_ranks_that_compress_otherwise_are_refused(strategy, world):
+    strategy.config = HorovodConfig(compression=["fp16", "bf16"][world.rank % 2])
+    model = plain()
+    with pytest.raises(Error, match=r"ranks differ in horovod\.compression"):
+        strategy.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))

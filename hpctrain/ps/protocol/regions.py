@@ -63,11 +63,13 @@ class Regions:
         """Find the flats in the memory.
 
         What servers work with counts its changes by itself (``.data``): a worker takes a change of
-        its gradients for one that the user made, and a server in its process averages in them.
+        its gradients for one that the user made, and a server in its process averages in them, and
+        updates weights in the memory that they are a part of.
         """
         size = region_bytes(layout)
         if self._owner is not None:
-            self._common = flats_in(self._memory[self._owner][size:], layout)
+            whole = self._memory[self._owner].data
+            self._common = [flat.data for flat in flats_in(whole[size:], layout)]
         for worker, memory in self._memory.items():
             self._gradients[worker] = flats_in(memory[:size], layout)
             self._weights[worker] = self._common or flats_in(memory[size:], layout)
