@@ -14,7 +14,7 @@ FAULT_TOLERANT = (*mpirun(1), "--with-ft", "ulfm")
 WORKS = run([*FAULT_TOLERANT, "true"], timeout_seconds=SECONDS).returncode == 0
 pytestmark = pytest.mark.skipif(not WORKS, reason="an MPI without --with-ft")
 # A busy machine may not let a rank give a sign of life for as long as is usual.
-EPOCHS = 5
+EPOCHS = 8
 LAUNCH = {"OMP_NUM_THREADS": "1", "HPCTRAIN__ELASTIC__HANG_SECONDS": "5"}
 
 
@@ -48,7 +48,7 @@ def test_losses(hpctrain, plan, left):
     result, outcome = trained(hpctrain, 4, plan, *slow_until("lost", losses, at=100))
     assert sizes(result)[-1] == left
     assert result["steps"] == EPOCHS * 23
-    assert result["metrics"]["final"]["val_accuracy"] > 0.95
+    assert result["metrics"]["final"]["val_accuracy"] > 0.97
     assert len(outcome["faults"]) == losses == len(outcome["recovery_ms"])
 
 
@@ -61,7 +61,7 @@ def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain):
 def test_ranks_keep_their_part_of_a_batch(hpctrain):
     keep = ("--set", "elastic.batch=keep-local")
     result, _ = trained(hpctrain, 2, "kill:rank=1@step=60", *keep, *slow_until("lost"))
-    assert result["steps"] > EPOCHS * 23 + 20
+    assert result["steps"] > EPOCHS * 23 + 50
     assert result["samples"] == EPOCHS * 1438
 
 

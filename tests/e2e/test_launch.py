@@ -41,7 +41,7 @@ def test_losses(hpctrain, plan, ranks):
         "chaos", "--out", "run", "--plan", plan, "--",
         "hpctrain", "launch", "-np", ranks, "--",
         "hpctrain", "train", TASK, *slow_until("joined", plan.count("rank")), *QUIET,
-        "--epochs", 5,
+        "--epochs", 8,
         env=ENVIRONMENT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -51,7 +51,7 @@ def test_losses(hpctrain, plan, ranks):
     sizes = [change["size"] for change in result["world"]]
     assert sizes[0] == ranks and min(sizes) < ranks
     assert sizes[-1] == ranks
-    assert result["metrics"]["final"]["val_accuracy"] > 0.95
+    assert result["metrics"]["final"]["val_accuracy"] > 0.97
 
 
 def test_a_world_formed_again_and_again(hpctrain):

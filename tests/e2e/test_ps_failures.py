@@ -12,7 +12,7 @@ FAULT_TOLERANT = (*mpirun(1), "--with-ft", "ulfm", "true")
 pytestmark = pytest.mark.skipif(
     run(FAULT_TOLERANT, timeout_seconds=SECONDS).returncode != 0, reason="an MPI without --with-ft"
 )
-EPOCHS = 5
+EPOCHS = 8
 STEPS = EPOCHS * 23
 HIT_AT = 30
 
