@@ -23,9 +23,9 @@ class Faulty(Digits):
         rank: Whose.
         at: After so many batches.
         pause: Seconds that each batch takes besides.
-        hold: A file; after ``at`` batches each takes half a second, and after 20 more two, until the
-            file is there and has ``key`` in it so many ``times``. So a run is not over before what is
-            to happen to it, be the machine ever so busy.
+        hold: A file; after ``at`` batches each takes half a second, and after 20 more two, until
+            the file is there and has ``key`` in it so many ``times``. So a run is not over before
+            what is to happen to it, be the machine ever so busy.
     """
 
     fault: str = ""
