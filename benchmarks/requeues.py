@@ -33,9 +33,10 @@ TASK = Path(__file__).parents[1] / "tests" / "slurm" / "faulty_task.py"
 TRAIN = (TASK, "--nodes", "1", "--epochs", "4", "--set", "checkpoint.every_steps=20")
 SILENCE = (5.0, 75.0)
 MOMENT = (0.0, 12.0)
-PAUSE_SECONDS = 0.5
+PAUSE_SECONDS = 1.0
 """Of each step, of 92: so a run is not over before its signals."""
 
+LOOK_SECONDS = 0.3
 RUN_SECONDS = 240.0
 SUBMITTED = "_slurm_rpc_submit_batch_job: JobId="
 
@@ -78,11 +79,22 @@ class Run:
         self._next: float | None = None
         self._deadline = time.monotonic() + RUN_SECONDS * (1 + signals)
 
-    def look(self, chance: random.Random) -> bool:
-        """Send the next signal if it is time to; whether one was sent."""
-        running = self._cluster.run("squeue", "--noheader", f"--jobs={self.job}", "--states=R",
-                                    "--format=%i").stdout.strip() == self.job  # fmt: skip
-        if not running or self._left == 0:
+    @property
+    def left(self) -> int:
+        """How many signals are still to come."""
+        return self._left
+
+    def look(self, running: set[str], chance: random.Random) -> bool:
+        """Send the next signal if it is time to.
+
+        Args:
+            running: The jobs that run now.
+            chance: Chooses the moment.
+
+        Returns:
+            Whether one was sent.
+        """
+        if self.job not in running or self._left == 0:
             self._next = None
             return False
         if self._next is None:
@@ -173,18 +185,24 @@ def campaign(
     records: list[dict[str, Any]] = []
     running: list[Run] = []
     begun = 0
-    while running or (begun * asked.each < asked.requeues):
-        if time.monotonic() - began > asked.seconds and not running:
-            break
-        time.sleep(0.2)
+
+    def more() -> bool:
+        """Whether the runs so far will not do: some are over before all their signals came."""
+        coming = sum(run.signals + run.left for run in running)
+        return (sum(record["requeues"] for record in records) + coming < asked.requeues
+                and time.monotonic() - began < asked.seconds)  # fmt: skip
+
+    while running or more():
+        time.sleep(LOOK_SECONDS)
         if not controller.look():
             continue
-        more = begun * asked.each < asked.requeues and time.monotonic() - began < asked.seconds
-        if more and len(running) < asked.at_once:
+        if len(running) < asked.at_once and more():
             running.append(Run(cluster, folder / f"run-{begun:03}", PAUSE_SECONDS, asked.each))
             begun += 1
+        said = cluster.run("squeue", "--noheader", "--states=R", "--format=%i").stdout
+        now = set(said.split())
         for run in list(running):
-            if run.look(chance) and chance.random() < asked.silent:
+            if run.look(now, chance) and chance.random() < asked.silent:
                 time.sleep(chance.uniform(0.0, 1.0))
                 controller.stop(chance.uniform(*SILENCE))
                 run.silences += 1
