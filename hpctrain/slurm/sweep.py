@@ -30,8 +30,12 @@ from hpctrain.errors import Error
 from hpctrain.files import write_text
 from hpctrain.process import search_path
 from hpctrain.run_folder import INTERRUPTED_CODE, RESULT, STOP
+from hpctrain.slurm.requeue import CONTINUES
 
 SPACE, JOURNAL = "space.toml", "journal.log"
+JOB = "job"
+"""The attribute of a trial that names its task of a job array."""
+
 LOOK_SECONDS = 0.5
 STOP_SECONDS = 60.0
 """So long a trial that is given up may take to save and end."""
@@ -168,11 +172,19 @@ def run_trial(
 
     space = prepare(folder, space_file)
     sweep = study(folder, space)
-    trial = _mine(sweep) or sweep.ask()
+    states = optuna.trial.TrialState
+    if (frozen := _mine(sweep)) is None:
+        trial = _begin(sweep)
+    elif frozen.state.is_finished():
+        # Its job was started again after the trial had ended, and before Slurm knew that.
+        print(f"trial {frozen.number}: {frozen.state.name.lower()} already", flush=True)
+        return 0
+    else:
+        trial = optuna.trial.Trial(sweep, frozen._trial_id)
+        if (job := _job()) is not None:
+            trial.set_user_attr(JOB, job)
     if space.seed is not None:  # other trials are chosen by processes of their own
         sweep.sampler = _sampler(space.seed + trial.number)
-    if (job := _job()) is not None:
-        trial.set_user_attr("job", job)
     chosen = {key: choice.suggest(trial, key) for key, choice in space.space.items()}
     run = folder / f"trial-{trial.number:04}"
     run.mkdir(exist_ok=True)
@@ -184,7 +196,6 @@ def run_trial(
     watcher = _Watcher(trial, space, run)
     code = (execute or _here)(words, run, watcher.look)
     result = run / RESULT
-    states = optuna.trial.TrialState
     if watcher.given_up and not result.exists():
         sweep.tell(trial, state=states.PRUNED)
         print(f"trial {trial.number}: ended early: worse than the median", flush=True)
@@ -211,14 +222,31 @@ def _job() -> str | None:
 
 
 def _mine(sweep: Any) -> Any:
-    """The trial that this task of a job array was at before it was started again."""
+    """The trial that this task of a job array had before it was started again, if it had one.
+
+    One that failed does not count: the task may be put back into the queue to try other values.
+    """
+    from optuna.trial import TrialState
+
+    jobs = {_job(), os.environ.get(CONTINUES)} - {None}
+    states = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+    for frozen in sweep.get_trials(deepcopy=False, states=states):
+        if frozen.user_attrs.get(JOB) in jobs:
+            return frozen
+    return None
+
+
+def _begin(sweep: Any) -> Any:
+    """A new trial, which names its job from the start: the job may be ended at any instant."""
     import optuna
 
-    jobs = {_job(), os.environ.get("HPCTRAIN_CONTINUES")} - {None}
-    for frozen in sweep.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        if frozen.user_attrs.get("job") in jobs:
-            return optuna.trial.Trial(sweep, frozen._trial_id)
-    return None
+    if (job := _job()) is None:
+        return sweep.ask()
+    named = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.RUNNING, user_attrs={JOB: job}
+    )  # fmt: skip
+    number = sweep._storage.create_new_trial(sweep._study_id, template_trial=named)
+    return optuna.trial.Trial(sweep, number)
 
 
 def _toml(value: Any) -> str:
