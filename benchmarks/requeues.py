@@ -1,6 +1,7 @@
 """Whether a run stays one run however often, and whenever, its job is told that time is up.
 
     python -m benchmarks.requeues --requeues 200 --out benchmarks/results
+    python -m benchmarks.requeues --trials 30
 
 A real Slurm cluster of four hosts on this machine (Slurm's packages are needed). Some runs at a
 time, each one a job of a rank that is told by USR1 that time is up, at random moments, also before
@@ -11,12 +12,17 @@ asked for when it goes on.
 Held against a run that nothing happened to: each ends with the same parameters, bit for bit, and
 nothing was submitted but one job for each. One line of JSON for each run. The exit code is 1 if one
 of them does not hold. There are as many ranks as cores, or more.
+
+With ``--trials`` a sweep of so many trials instead, each of which is put back into the queue twice
+at random moments, by USR1 or by ``scontrol requeue``: each is completed, with its own values, and
+there are no others.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import random
 import sys
@@ -39,6 +45,16 @@ PAUSE_SECONDS = 1.0
 LOOK_SECONDS = 0.3
 RUN_SECONDS = 240.0
 SUBMITTED = "_slurm_rpc_submit_batch_job: JobId="
+SPACE = """\
+metric = "val_loss"
+seed = 3
+startup_trials = {trials}
+[space]
+"optimizer.lr" = {{low = 1e-4, high = 1e-2, log = true}}
+"""
+ORDERS = (("scancel", "--signal=USR1", "--batch"), ("scontrol", "requeue"))
+TRIAL_ORDERS = 2
+SWEEP_SECONDS = 3600.0
 
 
 class Controller:
@@ -146,6 +162,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=4, help="signals to each run")
     parser.add_argument("--at-once", type=int, default=3)
     parser.add_argument("--silent", type=float, default=1 / 3)
+    parser.add_argument("--trials", type=int, help="a sweep of so many instead")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -158,6 +175,10 @@ def main() -> None:
         cluster = Cluster(4)
         try:
             cluster.up()
+            if asked.trials is not None:
+                found = sweep(cluster, Path(name), asked.trials, chance)
+                print(json.dumps(found))
+                sys.exit(0 if found["good"] else 1)
             records, submitted = campaign(cluster, Path(name), asked, chance)
         finally:
             cluster.down()
@@ -213,6 +234,69 @@ def campaign(
                 print(json.dumps(records[-1]), flush=True)
     log = (cluster.folder / "log" / "slurmctld.log").read_text()
     return records, log.count(SUBMITTED) - 1
+
+
+def sweep(cluster: Cluster, folder: Path, trials: int, chance: random.Random) -> dict[str, Any]:
+    """A sweep whose trials are put back into the queue; what became of them.
+
+    Args:
+        cluster: Where.
+        folder: For the sweep.
+        trials: How many.
+        chance: Chooses the moments, and how.
+    """
+    (folder / "space.toml").write_text(SPACE.format(trials=trials))
+    done = cluster.run(
+        "hpctrain", "sweep", str(TASK), "--set", "options.pause=0.3", "--set",
+        "checkpoint.every_steps=20", "--space", "space.toml", "--trials", str(trials), "--jobs",
+        "4", "--submit", "--epochs", "4", "--out", "sweep", "--time", "30:00", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    job = done.stdout.split()[2].rstrip(":")
+    left = {f"{job}_{task}": TRIAL_ORDERS for task in range(1, trials + 1)}
+    moments: dict[str, float] = {}
+    given = dict.fromkeys((order[0] for order in ORDERS), 0)
+    began = time.monotonic()
+    while time.monotonic() - began < SWEEP_SECONDS:
+        time.sleep(LOOK_SECONDS)
+        lines = cluster.call("squeue", "--noheader", "--array", "--format=%i %t").splitlines()
+        if not lines:
+            break
+        running = {task for task, state in map(str.split, lines) if state == "R"}
+        moments = {task: when for task, when in moments.items() if task in running}
+        for task in running:
+            if left[task] and time.monotonic() > moments.setdefault(
+                task, time.monotonic() + chance.uniform(*MOMENT)
+            ):
+                order = chance.choice(ORDERS)
+                if cluster.run(*order, task).returncode == 0:
+                    given[order[0]] += 1
+                    left[task] -= 1
+                del moments[task]
+    cluster.call("hpctrain", "trials", "sweep", cwd=folder)
+    with (folder / "sweep" / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logs = [path.read_text() for path in (folder / "sweep").glob(f"*-{job}_*.out")]
+    # The first line of each start, "trial 3: {values}".
+    starts = [[line for line in log.splitlines() if line.startswith("trial ") and "{" in line]
+              for log in logs]  # fmt: skip
+    states = [row["state"] for row in rows]
+    good = (
+        states == ["complete"] * trials
+        and len(logs) == trials
+        and all(len(set(lines)) == 1 for lines in starts)
+        and len({lines[0] for lines in starts}) == trials
+        and len({row["optimizer.lr"] for row in rows}) == trials
+    )
+    return {
+        "good": good,
+        "trials": len(rows),
+        "states": {state: states.count(state) for state in set(states)},
+        "signals": given["scancel"],
+        "requeued": given["scontrol"],
+        "starts": sum(map(len, starts)),
+        "values": len({line for lines in starts for line in lines}),
+    }
 
 
 if __name__ == "__main__":

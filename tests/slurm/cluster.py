@@ -239,7 +239,7 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         self._anchors[name] = anchor
         self._munge("/run/munge", self._inside(name))
 
-    def _first(self, name):
+    def first(self, name):
         """The host's first process, as this host counts it."""
         anchor = self._anchors[name].pid
         children = Path(f"/proc/{anchor}/task/{anchor}/children").read_text().split()
@@ -248,14 +248,14 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
     def _inside(self, name):
         if not self.hosts:
             return ()
-        first = self._first(name)
+        first = self.first(name)
         return ("nsenter", "-t", str(first), *SPACES, "--")
 
     def start(self, name):
         """Switch a host on, or on again."""
         number = self.names.index(name) + 1
         self._raise(name)
-        outer, inner = self._first("ctl"), self._first(name)
+        outer, inner = self.first("ctl"), self.first(name)
         controller = self._inside("ctl")
         with contextlib.suppress(AssertionError):
             _do([*controller, "ip", "link", "delete", f"port{number}"])
