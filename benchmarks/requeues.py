@@ -38,7 +38,6 @@ NAME = "requeues"
 TASK = Path(__file__).parents[1] / "tests" / "slurm" / "faulty_task.py"
 TRAIN = (TASK, "--nodes", "1", "--epochs", "4", "--set", "checkpoint.every_steps=20")
 SILENCE = (5.0, 75.0)
-MOMENT = (0.0, 12.0)
 PAUSE_SECONDS = 1.0
 """Of each step, of 92: so a run is not over before its signals."""
 
@@ -81,8 +80,11 @@ class Controller:
 class Run:
     """A run, and the signals that are still to come to it."""
 
-    def __init__(self, cluster: Cluster, folder: Path, pause: float, signals: int) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, *, pause: float, signals: int, within: float
+    ) -> None:
         self.folder = folder
+        self._within = within
         self.signals = 0
         self.silences = 0
         self._cluster = cluster
@@ -114,7 +116,7 @@ class Run:
             self._next = None
             return False
         if self._next is None:
-            self._next = time.monotonic() + chance.uniform(*MOMENT)
+            self._next = time.monotonic() + chance.uniform(0.0, self._within)
         if time.monotonic() < self._next:
             return False
         self._next = None
@@ -161,6 +163,8 @@ def main() -> None:
     parser.add_argument("--requeues", type=int, default=200)
     parser.add_argument("--each", type=int, default=4, help="signals to each run")
     parser.add_argument("--at-once", type=int, default=3)
+    parser.add_argument("--within", type=float, default=12.0,
+                        help="seconds of a start in which a signal comes")  # fmt: skip
     parser.add_argument("--silent", type=float, default=1 / 3)
     parser.add_argument("--trials", type=int, help="a sweep of so many instead")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after this")
@@ -176,7 +180,7 @@ def main() -> None:
         try:
             cluster.up()
             if asked.trials is not None:
-                found = sweep(cluster, Path(name), asked.trials, chance)
+                found = sweep(cluster, Path(name), asked.trials, asked.within, chance)
                 print(json.dumps(found))
                 sys.exit(0 if found["good"] else 1)
             records, submitted = campaign(cluster, Path(name), asked, chance)
@@ -199,7 +203,7 @@ def campaign(
     """All runs, and how many jobs were submitted for them."""
     began = time.monotonic()
     controller = Controller(cluster)
-    whole = Run(cluster, folder / "whole", 0.0, 0)
+    whole = Run(cluster, folder / "whole", pause=0.0, signals=0, within=0.0)
     while not whole.over():
         time.sleep(1)
     expected = json.loads((whole.folder / "result.json").read_text())["parameters_sha256"]
@@ -218,7 +222,8 @@ def campaign(
         if not controller.look():
             continue
         if len(running) < asked.at_once and more():
-            running.append(Run(cluster, folder / f"run-{begun:03}", PAUSE_SECONDS, asked.each))
+            running.append(Run(cluster, folder / f"run-{begun:03}", pause=PAUSE_SECONDS,
+                               signals=asked.each, within=asked.within))  # fmt: skip
             begun += 1
         said = cluster.run("squeue", "--noheader", "--states=R", "--format=%i").stdout
         now = set(said.split())
@@ -236,13 +241,16 @@ def campaign(
     return records, log.count(SUBMITTED) - 1
 
 
-def sweep(cluster: Cluster, folder: Path, trials: int, chance: random.Random) -> dict[str, Any]:
+def sweep(
+    cluster: Cluster, folder: Path, trials: int, within: float, chance: random.Random
+) -> dict[str, Any]:
     """A sweep whose trials are put back into the queue; what became of them.
 
     Args:
         cluster: Where.
         folder: For the sweep.
         trials: How many.
+        within: Seconds of each start in which something happens to it.
         chance: Chooses the moments, and how.
     """
     (folder / "space.toml").write_text(SPACE.format(trials=trials))
@@ -266,7 +274,7 @@ def sweep(cluster: Cluster, folder: Path, trials: int, chance: random.Random) ->
         moments = {task: when for task, when in moments.items() if task in running}
         for task in running:
             if left[task] and time.monotonic() > moments.setdefault(
-                task, time.monotonic() + chance.uniform(*MOMENT)
+                task, time.monotonic() + chance.uniform(0.0, within)
             ):
                 order = chance.choice(ORDERS)
                 if cluster.run(*order, task).returncode == 0:
