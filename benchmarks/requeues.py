@@ -42,7 +42,11 @@ PAUSE_SECONDS = 1.0
 """Of each step, of 92: so a run is not over before its signals."""
 
 LOOK_SECONDS = 0.3
-RUN_SECONDS = 240.0
+SUBMIT_SECONDS = 600.0
+CRED_SECONDS = 30
+"""A requeued job waits for so long; a step that comes later, on a busy machine, is refused."""
+
+RUN_SECONDS = 600.0
 SUBMITTED = "_slurm_rpc_submit_batch_job: JobId="
 SPACE = """\
 metric = "val_loss"
@@ -90,8 +94,8 @@ class Run:
         self._cluster = cluster
         self._left = signals
         done = cluster.run("hpctrain", "submit", *map(str, TRAIN), "--set",
-                           f"options.pause={pause}", "--out", str(folder), "--time", "30:00",
-                           cwd=folder.parent)  # fmt: skip
+                           f"options.pause={pause}", "--out", str(folder), "--time", "60:00",
+                           cwd=folder.parent, timeout_seconds=SUBMIT_SECONDS)  # fmt: skip
         assert done.returncode == 0, done.stdout
         self.job = done.stdout.split()[1].rstrip(":")
         self._next: float | None = None
@@ -176,7 +180,7 @@ def main() -> None:
     chance = random.Random(asked.seed)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        cluster = Cluster(4)
+        cluster = Cluster(4, cred_seconds=CRED_SECONDS)
         try:
             cluster.up()
             if asked.trials is not None:
@@ -257,7 +261,8 @@ def sweep(
     done = cluster.run(
         "hpctrain", "sweep", str(TASK), "--set", "options.pause=0.3", "--set",
         "checkpoint.every_steps=20", "--space", "space.toml", "--trials", str(trials), "--jobs",
-        "4", "--submit", "--epochs", "4", "--out", "sweep", "--time", "30:00", cwd=folder,
+        "4", "--submit", "--epochs", "4", "--out", "sweep", "--time", "60:00", cwd=folder,
+        timeout_seconds=SUBMIT_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     job = done.stdout.split()[2].rstrip(":")
@@ -267,12 +272,13 @@ def sweep(
     began = time.monotonic()
     while time.monotonic() - began < SWEEP_SECONDS:
         time.sleep(LOOK_SECONDS)
-        lines = cluster.call("squeue", "--noheader", "--array", "--format=%i %t").splitlines()
-        if not lines:
+        said = cluster.run("squeue", "--noheader", "--array", "--format=%i %t")
+        lines = said.stdout.splitlines()
+        if said.returncode == 0 and not lines:
             break
-        running = {task for task, state in map(str.split, lines) if state == "R"}
+        running = {line.split()[0] for line in lines if line.split()[1:] == ["R"]}
         moments = {task: when for task, when in moments.items() if task in running}
-        for task in running:
+        for task in running & left.keys():
             if left[task] and time.monotonic() > moments.setdefault(
                 task, time.monotonic() + chance.uniform(0.0, within)
             ):

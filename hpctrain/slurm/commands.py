@@ -102,6 +102,14 @@ def not_started(words: str) -> bool:
     return began is not None and _SILENCE.search(words) is not None
 
 
+def expired(words: str) -> bool:
+    """Return whether srun's output shows that a node took a step's credential for expired.
+
+    They are valid for a time that the site sets (``cred_expire``), and a busy node may take longer.
+    """
+    return re.search("credential expired", words, re.IGNORECASE) is not None
+
+
 def checked(job: str) -> str:
     """Return a job ID unchanged if it is valid: ``12``, ``12_3`` or ``12;cluster``.
 

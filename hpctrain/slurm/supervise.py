@@ -45,6 +45,9 @@ TAIL_BYTES = 2**16
 GRACE_SECONDS = 15.0
 """How long the launcher may take to end the other ranks when one has failed."""
 
+EXPIRED_SECONDS = 60.0
+"""How long srun may be too late with its credentials: a node may be busy, or its clock be wrong."""
+
 KILL_SECONDS = 5.0
 ENDING_SECONDS = 10.0
 MODE = "HPCTRAIN__ELASTIC__MODE"
@@ -159,7 +162,7 @@ class Job:
         return contextlib.nullcontext()
 
     def _go_on(self) -> int:
-        silent_since: float | None = None
+        refused_since: float | None = None
         while True:
             returncode = self._launch()
             if _there(self._run / RESULT):
@@ -169,10 +172,10 @@ class Job:
             if _there(self._run / INTERRUPTED):
                 return self._interrupted()
             failure = self._why(returncode)
-            if failure.what == "srun" and commands.not_started(failure.message):
-                silent_since = silent_since or time.monotonic()
-                if time.monotonic() - silent_since < requeue.SILENCE_SECONDS:
-                    self._say("Slurm does not answer; asking again")
+            if failure.what == "srun" and (patience := _patience(failure.message)):
+                refused_since = refused_since or time.monotonic()
+                if time.monotonic() - refused_since < patience:
+                    self._say(f"{str(failure).partition('. HINT')[0]}; asking again")
                     time.sleep(requeue.PAUSE_SECONDS)
                     continue
             try:
@@ -447,6 +450,13 @@ class Job:
         self._say(f"{failure}; going on with {names}" + (f", without {gone}" if gone else ""))
         self._nodes = present
         return True
+
+
+def _patience(words: str) -> float:
+    """Return for how many seconds to try again what srun has refused to start, by its output."""
+    if commands.not_started(words):
+        return requeue.SILENCE_SECONDS
+    return EXPIRED_SECONDS if commands.expired(words) else 0.0
 
 
 def _preload() -> dict[str, str]:
