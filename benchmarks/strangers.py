@@ -288,6 +288,7 @@ class Job:
             "hpctrain", "submit", *TASK, "--epochs", str(epochs), "--nodes", "2", "--elastic",
             "--out", "run", "--output", "log", "--time", "20:00", "--site", "few.toml",
             cwd=folder, env={"HPCTRAIN__ELASTIC__MODE": self._engine},
+            timeout_seconds=LIMIT_SECONDS,
         )  # fmt: skip
         job = said.split()[1].rstrip(":")
         networks = {
