@@ -46,10 +46,14 @@ def cli() -> None:
 @click.option(
     "--strategy",
     metavar="NAME",
-    help="How replicas agree: single, horovod, ps, or auto (horovod on several ranks).",
+    help="How replicas agree: auto, one that `hpctrain strategies` lists, or package.mod:Name.",
 )
 @click.option("--servers", metavar="N", help="With ps: ranks that hold parameters.")
-@click.option("--consistency", metavar="MODE", help="With ps: sync, async, ssp:S, or backup:B.")
+@click.option(
+    "--consistency",
+    metavar="MODE",
+    help="With ps: sync, async, ssp:S, backup:B, or package.module:Class.",
+)
 @click.option("--replicas", metavar="N", help="With ps: copies of each slice on other servers.")
 @click.option(
     "--elastic",
@@ -165,10 +169,53 @@ def config(task: str | None, config_path: str | None, settings: tuple[str, ...])
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def strategies(as_json: bool) -> None:
+    """List the strategies by which replicas can agree, a line each.
+
+    Packages add theirs by entry points of the group hpctrain.strategies. One of your own needs
+    neither: --strategy package.module:Class.
+    """
+    import json
+
+    from hpctrain.strategies import summaries
+
+    found = summaries()
+    if as_json:
+        click.echo(json.dumps([{"name": name, "summary": text} for name, text in found.items()]))
+        return
+    width = max(map(len, found))
+    for name, text in found.items():
+        click.echo(f"{name:{width}}  {text}")
+
+
+@cli.command()
+@click.argument("source", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("out", metavar="FILE", type=click.Path(path_type=Path))
+@click.option(
+    "--which", metavar="best|newest", help="Of a run's checkpoints. Default: best, if there is one."
+)
+def export(source: Path, out: Path, which: str | None) -> None:
+    """Write a trained model's parameters and buffers as a plain safetensors FILE.
+
+    They are those that the run's metric is of: the averaged ones, where train.ema_decay was set.
+    `hpctrain.load(RUN)` gives the model itself, in a program.
+    """
+    from hpctrain.checkpoint.weights import export as write
+    from hpctrain.checkpoint.weights import read_weights
+
+    weights = read_weights(source, which, lambda text: click.echo(text, err=True))
+    for name in write(weights, out):
+        click.echo(f"warning: '{name}' is left out: it is no tensor.", err=True)
+    size = out.stat().st_size / 1e6
+    click.echo(f"{out}: {weights.kind} of {weights.folder}, {size:.1f} MB")
+
+
+@cli.command()
 def doctor() -> None:
     """Check this machine: MPI, Horovod, cores, GPUs, HDF5, Slurm; and say what to do."""
-    from hpctrain.check_result import report
     from hpctrain.doctor import examine
+    from hpctrain.world.check_result import report
 
     sys.exit(report(examine()))
 

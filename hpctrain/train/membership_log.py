@@ -6,10 +6,14 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from hpctrain.elastic.membership import Meeting
 from hpctrain.strategies.base import Change
 from hpctrain.train.recorder import Recorder
 from hpctrain.train.state import Counters
+from hpctrain.world.logs import logger
 from hpctrain.world.world import World
+
+LOG = logger(__name__)
 
 TELLING_SECONDS = 30.0
 """So long after a loss was noticed it is told again, if rank 0 is lost, which may have told it."""
@@ -48,9 +52,22 @@ class MembershipLog:
             changes: Which.
         """
         for change in changes:
+            LOG.warning("%s", change)
             self._noted.append(change)
             size = {"size": self._world.size, "reason": str(change)}
             counters.world.append({"step": counters.step, **size})
+
+    def note_meeting(self, counters: Counters, meeting: Meeting) -> None:
+        """Take note of who is no longer there, and who came, when the world was formed anew.
+
+        Args:
+            counters: Of the run.
+            meeting: Of the ranks that go on.
+        """
+        left = f"{self._world.size} ranks"
+        lost = [Change(each.number, "worker", each.host, "ended", left) for each in meeting.lost]
+        joined = [Change(each.number, "worker", each.host, None, left) for each in meeting.joined]
+        self.note(counters, lost + joined)
 
     def tell(self, counters: Counters, recorder: Recorder) -> None:
         """Record what is new, on rank 0, with how long the step took in which it was noticed."""

@@ -36,3 +36,22 @@ def test_another_state_is_noticed(tmp_path):
     forgetful = checkpoint.Case(checkpoint.plain_save, lambda state, folder: None)
     with pytest.raises(AssertionError, match="was not restored"):
         checkpoint.one_round(forgetful, state, live, tmp_path / "case")
+
+
+def test_what_held_is_said():
+    def record(case, size, durable, restore, blocked):
+        best = {"durable_ms": durable, "warm_restore_ms": restore, "blocked_ms": blocked}
+        named = {f"{key}_min": value for key, value in {**best, "memcpy_ms": 20.0}.items()}
+        return {"case": case, "state_MB": size, **named}
+
+    records = [
+        record("hpctrain", 16, 1.0, 1.0, 1.0),
+        record("hpctrain", 64, 100.0, 10.0, 25.0),
+        record("safetensors", 64, 120.0, 9.5, 120.0),
+        record("torch", 64, 110.0, 1.0, 110.0),
+    ]
+    written, restored, blocked = checkpoint.verdicts(records)
+    assert written.startswith("held: 64 MB: on disk") and "(torch) 1.10" in written
+    assert restored.startswith("held: ") and "0.95" in restored
+    assert blocked.startswith("fell short: ") and "0.80" in blocked
+    assert checkpoint.verdicts(records[:2]) == []
