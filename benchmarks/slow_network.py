@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.output import plots, spread, spread_of, table, write
 from benchmarks.peers import RANKS, network, run_case
 from benchmarks.peers_cases import CASES
+from benchmarks.peers_models import MODELS
 from hpctrain.errors import Error
 
 Result = dict[str, Any]
@@ -55,24 +56,26 @@ def measure_on(name: str, options: argparse.Namespace) -> list[Result]:
             for case in options.cases[:: -1 if number % 2 else 1]:
                 began = time.perf_counter()
                 steps = (options.steps, options.timeout)
-                found[case] = run_case(start, own_cores, case, [MODEL], *steps)[MODEL]
+                model = options.model
+                found[case] = run_case(start, own_cores, case, [model], *steps)[model]
                 took, step = time.perf_counter() - began, found[case].get("step_ms", 0)
                 line = f"{name}: round {number + 1}: {case}: {step:.1f} ms a step ({took:.0f} s)"
                 print(line, file=sys.stderr, flush=True)
             rounds.append(found)
-    return [record_of(name, case, rounds) for case in options.cases]
+    return [record_of(options.model, name, case, rounds) for case in options.cases]
 
 
-def record_of(name: str, case: str, rounds: Sequence[Mapping[str, Result]]) -> Result:
+def record_of(model: str, name: str, case: str, rounds: Sequence[Mapping[str, Result]]) -> Result:
     """Return a case's record: independent variables, then medians, the least and the largest.
 
     Args:
+        model: What was trained.
         name: Of the network.
         case: Whose.
         rounds: What all cases gave in each.
     """
-    group = f"{MODEL}, {RANKS} hosts, {float(name):g} Mbit/s"
-    record: Result = {"group": group, "network": name, "case": case, "ranks": RANKS}
+    group = f"{model}, {RANKS} hosts, {float(name):g} Mbit/s"
+    record: Result = {"group": group, "network": name, "model": model, "case": case, "ranks": RANKS}
     good = [each for each in rounds if "failed" not in each[case]]
     record |= spread_of("step_ms", [each[case]["step_ms"] for each in good])
     ratios = [
@@ -90,6 +93,8 @@ def verdicts(records: Sequence[Result]) -> list[Result]:
     found = []
     for record in records:
         target = TARGETS.get((record["network"], record["case"]))
+        if record["model"] != MODEL:
+            continue
         if target is not None and ("speed_over_ddp" in record or "failed" in record):
             value = record.get("speed_over_ddp", 0.0)
             found.append(
@@ -122,6 +127,7 @@ def main() -> None:
         "--networks", type=lambda text: text.split(","), default="100,1000",
         help="Mbit/s between emulated hosts",
     )  # fmt: skip
+    parser.add_argument("--model", choices=MODELS, default=MODEL)
     parser.add_argument("--rounds", type=int, default=1, help="of processes")
     parser.add_argument("--steps", type=int, default=2, help="timed in each process")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for each process")
