@@ -37,9 +37,9 @@ import torch
 
 from benchmarks import peers_cases, peers_models, ps_hosts
 from benchmarks.output import plots, spread, spread_of, table, write
+from hpctrain.compression.codec import Codec, ErrorFeedback, make_codec
 from hpctrain.errors import Error
 from hpctrain.process import cores
-from hpctrain.ps.codec import Codec, ErrorFeedback, make_codec
 from hpctrain.world.launcher import detect
 
 COUNT = 25_000_000

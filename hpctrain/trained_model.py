@@ -15,12 +15,13 @@ from torch import nn
 from hpctrain.checkpoint.weights import read_weights
 from hpctrain.config import RunConfig, read_toml, resolve
 from hpctrain.errors import Error
+from hpctrain.run_folder import CONFIG
 from hpctrain.tasks.checks import Read, model_of, splits_of
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, load_task, make_task
 from hpctrain.train.model_setup import prepared
 
-CONFIG = "config.toml"
+_READ = RunConfig.model_fields.keys() - {"strategy"}
 
 
 def load(source: str | Path, which: str | None = None) -> nn.Module:
@@ -46,7 +47,9 @@ def load(source: str | Path, which: str | None = None) -> nn.Module:
     """
     weights = read_weights(Path(source), which, lambda text: warnings.warn(text, stacklevel=3))
     path = _config_beside(weights.folder)
-    config = resolve([(str(path), read_toml(path))])
+    layer = read_toml(path)
+    # A strategy of one's own, and its knobs, need not be there.
+    config = resolve([(str(path), {k: v for k, v in layer.items() if k in _READ})])
     with _generators_kept():
         set_start_seeds(config.seed)
         task = make_task(load_task(config.task, config.seed), config.options)

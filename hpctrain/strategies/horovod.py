@@ -7,13 +7,16 @@ import contextlib
 import ctypes
 import os
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from hpctrain.config import ElasticConfig, HorovodConfig
-from hpctrain.elastic.choose import choose, set_parameters
+from hpctrain.compression.compressor import Compressor, Options
+from hpctrain.compression.registry import make_compressor
+from hpctrain.compression.states import gather_states, load_states
+from hpctrain.config import ElasticConfig, HorovodConfig, Section
+from hpctrain.elastic.choose import Choice, choose, set_parameters
 from hpctrain.elastic.gloo import Gloo
 from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Membership, Progress
 from hpctrain.errors import Error, PeerLost
@@ -21,8 +24,10 @@ from hpctrain.horovod_build import mpi
 from hpctrain.process import cores, ended_after, loaded
 from hpctrain.strategies.base import (
     ElasticOptimizer,
+    Strategy,
     check_shareable,
     check_trainable,
+    names_of,
     ordered,
     sparse_tables,
 )
@@ -30,6 +35,7 @@ from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_
 from hpctrain.strategies.horovod_communicator import HorovodCommunicator
 from hpctrain.strategies.start import check_alike, share
 from hpctrain.world import pmix
+from hpctrain.world.agreement import compare
 from hpctrain.world.network import both_ways
 from hpctrain.world.world import Alone, World
 
@@ -64,6 +70,9 @@ class HorovodOptimizer(ElasticOptimizer):
 
     Each bucket is all-reduced in place in one piece, which leaves nothing for Horovod to fuse and
     makes the sums independent of timing.
+
+    Attributes:
+        compressor: How they are sent, with what it has not sent yet.
     """
 
     def __init__(
@@ -71,15 +80,20 @@ class HorovodOptimizer(ElasticOptimizer):
         model: nn.Module,
         inner: torch.optim.Optimizer,
         comm: HorovodCommunicator,
+        compressor: Compressor,
         bucket_bytes: int,
         clip_norm: float | None,
     ) -> None:
         super().__init__(inner, clip_norm)
         this = weakref.proxy(self)
         parameters = ordered(model, inner)[::-1]
+        self.compressor = compressor
+        self._comm = comm
         self._gradients = AveragedGradients(
             parameters,
+            names_of(model, parameters),
             comm,
+            compressor,
             bucket_bytes,
             sparse_tables(model),
             lambda part: this.mark(part),
@@ -113,50 +127,77 @@ class HorovodOptimizer(ElasticOptimizer):
         self._gradients.restart()
         self.zero_grad()
 
+    def strategy_state(self) -> dict[str, Any]:
+        """Return what all ranks have not sent yet, on rank 0; every rank calls this."""
+        if not self.compressor.takes:
+            return {}
+        return {"compression": gather_states(self._comm, self.compressor)}
+
+    def load_strategy_state(self, state: dict[str, Any]) -> None:
+        """Take up what was not sent yet.
+
+        Args:
+            state: As :meth:`strategy_state` gave it on rank 0, maybe of another number of ranks, or
+                of another compression.
+        """
+        load_states(self._comm, self.compressor, state.get("compression", []))
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the bytes that all ranks have sent since the last time, beside dense ones."""
+        compressor = self.compressor
+        sent, dense = compressor.sent_bytes, compressor.dense_bytes
+        compressor.sent_bytes = compressor.dense_bytes = 0
+        if not sent:
+            return {}
+        found = {"moved_bytes": sent, "dense_bytes": dense, "compression": dense / sent}
+        if compressor.lost:
+            found["residuals_lost"] = compressor.lost
+        return found
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the next ones are put into their buckets as they come."""
         self._gradients.forget_average()
         super().zero_grad(set_to_none)
 
 
-class Horovod:
-    """The Horovod strategy; making it starts Horovod and puts it under the world.
+class HorovodEngine(Strategy):
+    """What starts Horovod and puts it under the world; a base of strategies that use it.
 
     Args:
         world: Who takes part; its communicator is replaced.
-        config: Bucket size.
+        config: Knobs of the strategy; an engine reads none of them.
+        elastic: Whether, and how, to outlive losses, where the strategy can.
         timeout_seconds: Longest wait for another rank.
-        elastic: Whether, and how, to outlive losses.
 
     Attributes:
-        outlives: How losses are outlived, and why so.
+        recovers: Whether the strategy's ranks can go on when one is lost: their optimizers are
+            :class:`~hpctrain.strategies.base.ElasticOptimizer`.
+        fault_tolerance: How losses are outlived, and why so.
 
     Raises:
         Error: Horovod is not there, or its world is not the one that was launched.
     """
 
-    name = "horovod"
-    lockstep = True
-    stopped = False
+    recovers: ClassVar[bool] = False
 
     def __init__(
         self,
         world: World,
-        config: HorovodConfig | None = None,
-        timeout_seconds: float = 600.0,
+        config: Section | None = None,
+        *,
         elastic: ElasticConfig | None = None,
+        timeout_seconds: float = 600.0,
     ) -> None:
-        self.config = config or HorovodConfig()
-        self.world = world
+        super().__init__(world, config, elastic=elastic, timeout_seconds=timeout_seconds)
         self._membership: Membership | None = None
         elastic = elastic or ElasticConfig()
-        self.outlives = choose(elastic.mode)
-        if self.outlives.mode == "ulfm":
+        how = self.fault_tolerance = self._choose(elastic)
+        if how.mode == "ulfm":
             os.environ |= {"HOROVOD_CONTROLLER": "mpi", "HOROVOD_CPU_OPERATIONS": "mpi"}
             os.environ["HOROVOD_LOCAL_BY_NAME"] = "1"  # hpctrain's patch, for ranks that join
             os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # a loss is no error here
             set_parameters(os.environ, elastic.hang_seconds)
-        elif self.outlives.mode == "gloo":
+        elif how.mode == "gloo":
             self._membership = Gloo(elastic.hang_seconds, timeout_seconds)
         self._hvd = _import()
         _check_device(self._hvd, world.device)
@@ -165,7 +206,7 @@ class Horovod:
             with _bounded(timeout_seconds, world):
                 if os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi" and self._hvd.mpi_built():
                     _start_mpi(timeout_seconds)
-                if self.outlives.mode == "ulfm":
+                if how.mode == "ulfm":
                     mpi.require()
                     from hpctrain.elastic.ulfm import Ulfm
 
@@ -186,7 +227,7 @@ class Horovod:
             world.comm = Alone()  # the others are met later
             return
         launched = world.launch.size
-        if self._comm.size != launched and self.outlives.mode != "gloo":
+        if self._comm.size != launched and how.mode != "gloo":
             raise Error(
                 f"{world.launch.name} started {launched} ranks, but Horovod sees "
                 f"{self._comm.size}.",
@@ -195,6 +236,16 @@ class Horovod:
             )
         world.comm = self._comm
 
+    def _choose(self, elastic: ElasticConfig) -> Choice:
+        if self.recovers:
+            return choose(elastic.mode)
+        if elastic.mode not in ("off", "auto", "restart"):
+            raise Error(
+                f"--elastic {elastic.mode}: strategy '{self.name}' cannot go on without a rank.",
+                hint="use --elastic restart, or another strategy.",
+            )
+        return choose("off" if elastic.mode == "auto" else elastic.mode)
+
     @property
     def joined(self) -> Any:
         """What a process that joins a run under way has to know; None: it began with it."""
@@ -202,7 +253,7 @@ class Horovod:
         return welcome._asdict() if welcome is not None else None
 
     @property
-    def elastic(self) -> Horovod | None:
+    def recovery(self) -> HorovodEngine | None:
         """This strategy, if it outlives losses."""
         return self if self._membership is not None else None
 
@@ -228,6 +279,26 @@ class Horovod:
         """Start every rank from rank 0's model and optimizer state."""
         share(self.world.comm, model, optimizer)
 
+
+class Horovod(HorovodEngine):
+    """Synchronous data parallelism: gradients are averaged over all ranks, by ring all-reduce."""
+
+    name = "horovod"
+    Config = HorovodConfig
+    recovers = True
+
+    def __init__(
+        self,
+        world: World,
+        config: Section | None = None,
+        *,
+        elastic: ElasticConfig | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        knobs = config if isinstance(config, HorovodConfig) else HorovodConfig()
+        compressor_of(knobs)  # what makes no sense is said before anything starts
+        super().__init__(world, knobs, elastic=elastic, timeout_seconds=timeout_seconds)
+
     def wrap(
         self,
         model: nn.Module,
@@ -239,8 +310,46 @@ class Horovod:
         check_trainable(optimizer)
         check_shareable(model, optimizer)
         check_alike(self.world.comm, model, optimizer)
+        knobs = {f"horovod.{name}": str(value) for name, value in self.config}
+        compare(self.world.comm, knobs, hint="give every rank the same ones.")
+        compressor = compressor_of(self.config)
+        check_momentum(self.config, optimizer)
         self.share(model, optimizer)
-        return HorovodOptimizer(model, optimizer, self._comm, self.config.bucket_bytes, clip_norm)
+        return HorovodOptimizer(
+            model, optimizer, self._comm, compressor, self.config.bucket_bytes, clip_norm
+        )
+
+
+def compressor_of(config: HorovodConfig) -> Compressor:
+    """Make the compressor that a configuration asks for.
+
+    Raises:
+        Error: There is none such.
+    """
+    options = Options(
+        feedback=config.compression_feedback,
+        warmup_steps=config.compression_warmup_steps,
+        momentum=config.compression_momentum,
+        warm_start=config.compression_warm_start,
+        min_rate=config.compression_min_rate,
+    )
+    return make_compressor(config.compression, options)
+
+
+def check_momentum(config: HorovodConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse momentum correction for an optimizer with momentum of its own.
+
+    Raises:
+        Error: There would be momentum twice.
+    """
+    if config.compression_momentum and any(
+        group.get("momentum") or "betas" in group for group in optimizer.param_groups
+    ):
+        raise Error(
+            f"horovod.compression_momentum takes the place of the optimizer's, and "
+            f"{type(optimizer).__name__} has momentum.",
+            hint="use plain SGD (optimizer.name=sgd, optimizer.momentum=0), or leave it at 0.",
+        )
 
 
 def _bounded(seconds: float, world: World) -> contextlib.AbstractContextManager[None]:

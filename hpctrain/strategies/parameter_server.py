@@ -13,21 +13,25 @@ import torch
 from torch import nn
 
 from hpctrain import process
-from hpctrain.config import PsConfig
+from hpctrain.compression.dense import Dense
+from hpctrain.config import ElasticConfig, PsConfig, Section
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.client import Client, dtype_name
+from hpctrain.ps.client.client import Client, dtype_name
+from hpctrain.ps.client.snapshot_fetch import ServerSnapshot
 from hpctrain.ps.consistency import consistency_of
-from hpctrain.ps.coordinator import AGAIN
 from hpctrain.ps.endpoint import Endpoint
-from hpctrain.ps.layout import Layout, Parameter, Slice, slice_bytes_for
-from hpctrain.ps.rules import rule_of
-from hpctrain.ps.snapshot_fetch import ServerSnapshot
+from hpctrain.ps.partition.layout import Layout, Parameter, Slice, slice_bytes_for
+from hpctrain.ps.protocol.messages import AGAIN
+from hpctrain.ps.update_rules import rule_of
 from hpctrain.strategies.base import (
+    Agreement,
     Change,
     DistributedOptimizer,
     Snapshot,
+    Strategy,
     check_shareable,
     check_trainable,
+    names_of,
     ordered,
     sparse_tables,
 )
@@ -154,31 +158,53 @@ class _Sums:
     def __init__(self, comm: PsCommunicator) -> None:
         self._comm = comm
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> Callable[[], None]:
+    @property
+    def rank(self) -> int:
+        """This worker."""
+        return self._comm.rank
+
+    @property
+    def size(self) -> int:
+        """How many workers take part."""
+        return self._comm.size
+
+    def start_sum(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
         """Return what sums, when it is waited for."""
-        return lambda: self._comm.all_reduce(tensor)
 
-    def start_average(self, tensor: torch.Tensor, name: str) -> Callable[[], None]:
-        """Return what averages, when it is waited for."""
-
-        def average() -> None:
+        def add() -> torch.Tensor:
             self._comm.all_reduce(tensor)
-            tensor.div_(self._comm.size)
+            return tensor
 
-        return average
+        return add
 
-    def wait(self, handle: Callable[[], None]) -> None:
+    def start_average(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Return what averages, when it is waited for."""
+        add = self.start_sum(tensor, name)
+        return lambda: add().div_(self._comm.size)
+
+    def start_gather(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Return what collects all workers' rows, when it is waited for."""
+
+        def collect() -> torch.Tensor:
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            parts = [broadcast_bytes(self._comm, data, root) for root in range(self._comm.size)]
+            whole = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+            return whole.view(tensor.dtype).view(-1, *tensor.shape[1:])
+
+        return collect
+
+    def start_all_to_all(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Return what gives each worker its part, when it is waited for."""
+        collect = self.start_gather(tensor.view(1, self.size, -1), name)
+        return lambda: collect()[:, self.rank].reshape(-1)
+
+    def ready(self, handle: Callable[[], torch.Tensor]) -> bool:
+        """Nothing happens before it is waited for."""
+        return False
+
+    def wait(self, handle: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Do it."""
-        handle()
-
-    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Return all workers' rows."""
-        width = tensor.shape[1]
-        parts = [
-            broadcast_bytes(self._comm, tensor.numpy().tobytes(), root)
-            for root in range(self._comm.size)
-        ]
-        return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).view(-1, width)
+        return handle()
 
 
 class PsOptimizer(DistributedOptimizer):
@@ -214,6 +240,7 @@ class PsOptimizer(DistributedOptimizer):
         self._reentrant = False  # whether passes have been seen within others
         self._clip_here = clip_norm is not None and not self._consistency.rounds
         self._ordered = ordered(model, inner)
+        self._names = names_of(model, self._ordered)
         self._tables = sparse_tables(model)
         group_of = {p: n for n, group in enumerate(inner.param_groups) for p in group["params"]}
         config = ends.config
@@ -362,7 +389,8 @@ class PsOptimizer(DistributedOptimizer):
         if self._average is None:
             this = weakref.proxy(self)
             self._average = AveragedGradients(
-                self._ordered[::-1], _Sums(self._comm), AVERAGE_BYTES, self._tables,
+                self._ordered[::-1], self._names[::-1],
+                _Sums(self._comm), Dense(), AVERAGE_BYTES, self._tables,
                 lambda part: this.mark(part),
             )  # fmt: skip
         return self._average
@@ -575,8 +603,16 @@ class PsOptimizer(DistributedOptimizer):
         self._client.pull().wait()
         self._show()
 
+    def world_parameters(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Return the servers' parameters of one point, while training goes on."""
+        found = self.snapshot().parameters
+        assert found is not None
+        return found
+
     def snapshot(self) -> Snapshot:
-        """Parameters and state of all slices at one point, while training goes on."""
+        """Return parameters and state of all slices at one point, while training goes on."""
+        if self._comm.rank != 0:  # nobody else needs them
+            return Snapshot(None, {}, {})
         found: ServerSnapshot = self._client.snapshot()
         # In lockstep nobody else changes them, and what this worker has changed it is yet to push.
         values = self._weights if self._consistency.lockstep else self._views(found.weights)
@@ -598,7 +634,7 @@ class PsOptimizer(DistributedOptimizer):
                 if "exp_avg" in entry:
                     entry["step"] = torch.tensor(float(steps))
                 state[numbers[parameter]] = entry
-        return Snapshot(weights, {**self.inner.state_dict(), "state": state})
+        return Snapshot(weights, {**self.inner.state_dict(), "state": state}, {})
 
     def changes(self) -> list[Change]:
         """Who was lost, and who joined, since the last time."""
@@ -654,34 +690,38 @@ class PsOptimizer(DistributedOptimizer):
         return values
 
 
-class ParameterServer:
-    """The parameter-server strategy; making it divides the ranks into workers and servers.
+class ParameterServer(Strategy):
+    """A parameter server: some ranks hold the parameters, others compute gradients.
+
+    Making it divides the ranks into workers and servers.
 
     Args:
         world: Who was launched; on a worker, its communicator becomes that of the workers.
         config: Servers, consistency, and the rest.
+        elastic: Not read: servers forget lost workers by themselves.
         timeout_seconds: Longest wait for another rank.
-
-    Attributes:
-        serves: Whether this rank only serves: it has nothing to do but ``serve()``.
 
     Raises:
         Error: The ranks do not fit, or MPI sees others than were launched.
     """
 
     name = "ps"
-    outlives = None
-    elastic = None  # servers forget lost workers by themselves
+    Config = PsConfig
+    averages_gradients = False
 
     def __init__(
-        self, world: World, config: PsConfig | None = None, timeout_seconds: float = 600.0
+        self,
+        world: World,
+        config: Section | None = None,
+        *,
+        elastic: ElasticConfig | None = None,
+        timeout_seconds: float = 600.0,
     ) -> None:
-        config = config or PsConfig()
-        self.world = world
+        super().__init__(world, config, elastic=elastic, timeout_seconds=timeout_seconds)
         launched = world.launch.size
-        self.ends = Endpoint(config, launched=launched, timeout_seconds=timeout_seconds)
-        self.lockstep = consistency_of(config).lockstep
-        self.serves = self.ends.client is None
+        self.ends = Endpoint(self.config, launched=launched, timeout_seconds=timeout_seconds)
+        if not consistency_of(self.config).lockstep:
+            self.agreement = Agreement.ON_SERVERS
         self._wrapped = False
         self._clocks: int | None = None
         if self.ends.record is not None and not self.serves:
@@ -707,6 +747,16 @@ class ParameterServer:
         if self.ends.recruit is None or self.ends.client is None:
             return None
         return self.ends.client.ask("recall").value
+
+    @property
+    def newcomers(self) -> bool:
+        """Whether workers may join."""
+        return self.config.workers is not None
+
+    @property
+    def serves(self) -> bool:
+        """Whether this rank holds parameters, and trains nothing."""
+        return self.ends.client is None
 
     def serve(self) -> None:
         """Serve until every worker has left.

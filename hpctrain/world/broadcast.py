@@ -102,6 +102,22 @@ def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
     return state_tree.join(tensors, told["rest"])
 
 
+def gather_trees(comm: Communicator, state: Any) -> list[Any]:
+    """Return every rank's tree of tensors and plain values, by rank, on rank 0; elsewhere nothing.
+
+    One after the other, so that other ranks hold no more than one of them besides their own.
+
+    Args:
+        comm: Of the world; every rank calls this.
+        state: This rank's.
+
+    Raises:
+        Error: One holds what cannot be sent; all ranks raise it.
+    """
+    trees = (broadcast_tree(comm, state, root) for root in range(comm.size))
+    return [tree for tree in trees if comm.rank == 0]
+
+
 def _kind(name: str, tensor: torch.Tensor) -> tuple[str, list[int], int]:
     """A tensor's type, shape and bytes."""
     if tensor.layout != torch.strided or tensor.is_quantized:

@@ -15,11 +15,12 @@ from hpctrain.errors import Error
 from hpctrain.strategies.single import Single
 from hpctrain.tasks.checks import model_of, no_means, warnings_of
 from hpctrain.tasks.task import Task, load_task, make_task
+from hpctrain.train.loop import Trainer
 from hpctrain.train.model_setup import averaged, begin_training, evaluating, prepared
 from hpctrain.train.recorder import Silent
-from hpctrain.train.trainer import Trainer
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World
+from tests.waiting import SECONDS
 
 X = np.random.default_rng(0).normal(size=(20, 3))
 
@@ -334,7 +335,7 @@ def test_closed_streams_and_odd_names_do_no_harm():
     result = subprocess.run(
         ["sh", "-c", 'exec "$0" -c "$1" train "$2" >&-', sys.executable, code, b"\xff.py"],
         capture_output=True,
-        timeout=120,
+        timeout=SECONDS,
     )
     assert result.returncode == 2
     assert b"Traceback" not in result.stderr and b"HINT" in result.stderr

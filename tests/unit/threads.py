@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from hpctrain.strategies.base import DistributedOptimizer
+from hpctrain.strategies.base import DistributedOptimizer, Strategy
+from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import Silent
-from hpctrain.train.trainer import Trainer
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import Alone, World
 from tests.waiting import SECONDS
@@ -43,6 +43,39 @@ class ThreadCommunicator(Alone):
     def barrier(self) -> None:
         """All have come."""
         self._exchange(None)
+
+
+class ThreadCollectives:
+    """The collectives of compressed exchanges, each done when it is begun; what all ranks see."""
+
+    def __init__(self, comm: ThreadCommunicator) -> None:
+        self._comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        self.sent = 0  # bytes of this rank on the wire, with a ring's all-reduce and all-gather
+
+    def start_sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.sent += 2 * (self.size - 1) * tensor.nbytes // self.size
+        self._comm.all_reduce(tensor)
+        return tensor
+
+    def start_average(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        return self.start_sum(tensor, name).div_(self.size)
+
+    def start_gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.sent += (self.size - 1) * tensor.nbytes
+        return torch.cat(self._comm._exchange(tensor.clone()))
+
+    def start_all_to_all(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.sent += (self.size - 1) * tensor.nbytes // self.size
+        return torch.cat(
+            [each.chunk(self.size)[self.rank] for each in self._comm._exchange(tensor)]
+        )
+
+    def ready(self, handle: torch.Tensor) -> bool:
+        return True
+
+    def wait(self, handle: torch.Tensor) -> torch.Tensor:
+        return handle
 
 
 def on_ranks(size: int, action: Callable[[ThreadCommunicator], T]) -> list[T | BaseException]:
@@ -95,18 +128,13 @@ class AveragingOptimizer(DistributedOptimizer):
         self._done = False
 
 
-class Averaging:
-    """A strategy in lockstep, of threads."""
+class Averaging(Strategy):
+    """A strategy in step, of threads."""
 
     name = "threads"
-    lockstep = True
-    stopped = False
-    joined = None
-    outlives = None
-    elastic = None
 
     def __init__(self) -> None:
-        self.world = World(ALONE)
+        super().__init__(World(ALONE))
 
     def wrap(self, model: Any, optimizer: Any, *, clip_norm: float | None = None) -> Any:
         """Every rank has begun with the same model."""
