@@ -80,17 +80,27 @@ class Tail:
         self.lines: list[dict[str, Any]] = []
         self._at = 0
 
+    def new(self) -> list[dict[str, Any]]:
+        """Return the lines that have come since the last time, as far as they are whole.
+
+        Who was killed may have left one that is not; it is left out.
+        """
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self._at)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._at += len(whole)
+        found = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
     def read(self) -> list[dict[str, Any]]:
-        """Return all lines that are whole so far; who was killed may have left one that is not."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                file.seek(self._at)
-                text = file.read()
-            whole = text[: text.rfind(b"\n") + 1]
-            self._at += len(whole)
-            for line in whole.splitlines():
-                with contextlib.suppress(ValueError):
-                    self.lines.append(json.loads(line))
+        """Return all lines so far that are whole, and have not been asked for by :meth:`new`."""
+        self.lines += self.new()
         return self.lines
 
 
