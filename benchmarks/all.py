@@ -102,7 +102,8 @@ def started(entry: Entry, folder: Path, *, quick: bool, timeout: float) -> dict[
         result = FAILED
     else:
         result = SHORT if short else HELD
-    last = done.stdout.strip().splitlines()[-1:] if result in (FAILED, NOT_HERE) else []
+    said = done.stdout.split("-" * 40)[0].strip() or done.stdout.strip()  # mpirun's comes after it
+    last = said.splitlines()[-1:] if result in (FAILED, NOT_HERE) else []
     return {"result": result, **record, "said": last}
 
 

@@ -160,10 +160,11 @@ def measure(arguments: Arguments) -> Report | None:
     world = hpctrain.init()
     how = Horovod(world)
     records = measured(world, connect(world, how), arguments.rounds)
+    more = {"launcher": world.launch.name}
+    report = None if world.rank else Report(records, show(records), more)
     dist.destroy_process_group()
     world.comm.close()
-    more = {"launcher": world.launch.name}
-    return None if world.rank else Report(records, show(records), more)
+    return report
 
 
 def options(add: Add) -> None:

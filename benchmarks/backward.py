@@ -47,7 +47,6 @@ def measure(arguments: Arguments) -> Report | None:
 
     cases = {"at_end": lambda: seconds(in_step=False), "later": lambda: seconds(in_step=True)}
     times = in_turn(cases, arguments.pairs, warm_up=WARM_UP)
-    world.comm.close()
     ratios = [one / other for one, other in zip(times["at_end"], times["later"], strict=True)]
     low, median, high = quartiles(ratios)
     record = {
@@ -59,7 +58,9 @@ def measure(arguments: Arguments) -> Report | None:
         "ratio_quartiles": [low, high],
     }
     text = f"{world.size} ranks, {arguments.pairs} pairs: {median:.3f} ({low:.3f} to {high:.3f})"
-    return None if world.rank else Report([record], text)
+    report = None if world.rank else Report([record], text)
+    world.comm.close()
+    return report
 
 
 def options(add: Add) -> None:

@@ -163,7 +163,6 @@ def measure(arguments: Arguments) -> Report | None:
         recorder = Silent() if world.rank else RunRecorder(folder, trainer.steps, tensorboard=True)
         alternating = Alternating(recorder, arguments.model, block)
         trainer.run(alternating)
-    world.comm.close()
     pairs = alternating.seconds[1:]  # the first warms up
     low, median, high = quartiles([ours / theirs for ours, theirs in pairs])
     record = {
@@ -179,7 +178,9 @@ def measure(arguments: Arguments) -> Report | None:
         "bare_step_ms": 1e3 * statistics.median(p[1] for p in pairs) / block,
     }
     rows = [[key.replace("_", " "), str(value)] for key, value in record.items()]
-    return None if world.rank else Report([record], table(rows))
+    report = None if world.rank else Report([record], table(rows))
+    world.comm.close()
+    return report
 
 
 def options(add: Add) -> None:
