@@ -22,20 +22,20 @@ The cases:
 Shown are the median over rounds, the least and the largest. What is restored is compared, each
 time.
 
-Prints a table; --out gets checkpoint.json, checkpoint.csv and plots (PNG, SVG).
+Prints a table, and whether hpctrain is on disk as soon as the fastest of the others, and restores
+as fast as safetensors; ratios are of the same round. --out gets checkpoint.json, checkpoint.csv and
+plots (PNG, SVG).
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
-import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +44,14 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed import checkpoint as dcp
 
-from benchmarks.output import plots, spread, spread_of, table, write
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, numbers, words_of
+from benchmarks.harness.processes import scratch
+from benchmarks.harness.rounds import Record, compared, in_turn, spread_of
+from benchmarks.harness.rounds import record_of as summed
+from benchmarks.harness.tables import by_group, say, table_of
 from hpctrain.checkpoint.store import CheckpointStore, load_verified
+from hpctrain.errors import Error
 from hpctrain.files import sync
 
 SIZES = (16, 64, 256)  # MB
@@ -225,41 +231,69 @@ def one_round(case: Case, state: State, live: State, folder: Path) -> dict[str, 
     return {key: 1e3 * seconds for key, seconds in times.items()}
 
 
-def record_of(case: str, size: int, moved: int, rounds: Sequence[dict[str, float]]) -> Any:
-    """Of a case and a size: times, and from them rates."""
-    record: dict[str, Any] = {"case": case, "state_MB": size, "rounds": len(rounds)}
-    for key in rounds[0]:
-        record |= spread_of(key, [each[key] for each in rounds])
+def record_of(case: str, size: int, moved: int, rounds: Sequence[dict[str, float]]) -> Record:
+    """Return the record of a case and a size: times, and from them rates.
+
+    Args:
+        case: Its name.
+        size: Of the state, in MB.
+        moved: The same, in bytes.
+        rounds: Times in milliseconds, and ratios.
+    """
+    record = summed({"case": case, "state_MB": size}, rounds)
     for key in ("durable", "warm_restore", "cold_restore"):
         rates = [moved / each[f"{key}_ms"] / 1e6 for each in rounds]
         record |= spread_of(f"{key}_GBps", rates)
     return record
 
 
-def measure(folder: Path, cases: Sequence[str], sizes: Sequence[int], rounds: int) -> list[Any]:
-    """All cases and sizes."""
+def measured(folder: Path, cases: Sequence[str], sizes: Sequence[int], rounds: int) -> list[Record]:
+    """Return a record for each case and size.
+
+    Args:
+        folder: On the disk to be measured.
+        cases: Of ``CASES``.
+        sizes: Of the state, in MB.
+        rounds: That count; one more warms up.
+    """
     records = []
     for size in sizes:
         state, live = state_of(size, 0), state_of(size, 1)
-        times: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
-        for number in range(1 + rounds):  # the first warms up
-            for case in cases:
-                times[case].append(one_round(CASES[case], state, live, folder / case))
-            print(f"{size} MB: round {number} of {rounds}", file=sys.stderr, flush=True)
-        records += [record_of(case, size, nbytes(state), times[case][1:]) for case in cases]
+        runs = {case: partial(one_round, CASES[case], state, live, folder / case) for case in cases}
+        times = in_turn(
+            runs,
+            rounds,
+            warm_up=1,
+            tell=lambda *each: say(f"{size} MB: round {each[0]}: {each[1]}"),
+        )
+        times = beside_others(times)
+        records += [record_of(case, size, nbytes(state), times[case]) for case in cases]
     return records
 
 
-def show(records: Sequence[dict[str, Any]]) -> str:
-    """A table for each size."""
+def beside_others(times: dict[str, list[dict[str, float]]]) -> dict[str, list[dict[str, float]]]:
+    """Return rounds of all cases, with hpctrain's ratios to others in the same round."""
+    ours = times.get("hpctrain", [])
+    others = [rounds for case, rounds in times.items() if case != "hpctrain"]
+    if ours and others:
+        fastest = [
+            min(same, key=lambda each: each["durable_ms"]) for same in zip(*others, strict=True)
+        ]
+        ours = compared(ours, fastest, "durable_speed_over_fastest",
+                        lambda one, other: other["durable_ms"] / one["durable_ms"])  # fmt: skip
+    if ours and "safetensors" in times:
+        ours = compared(
+            ours, times["safetensors"], "warm_restore_speed_over_safetensors",
+            lambda one, other: other["warm_restore_ms"] / one["warm_restore_ms"],
+        )  # fmt: skip
+    return {**times, "hpctrain": ours} if ours else times
+
+
+def show(records: Sequence[Record]) -> str:
+    """Return a table for each size."""
     fields = ("blocked_ms", "durable_ms", "durable_GBps", "warm_restore_ms", "cold_restore_ms")
-    parts = []
-    for size in dict.fromkeys(record["state_MB"] for record in records):
-        rows = [[f"{size} MB", *(field.replace("_", " ") for field in fields)]]
-        for record in (each for each in records if each["state_MB"] == size):
-            rows.append([record["case"], *(spread(record, field) for field in fields)])
-        parts.append(table(rows))
-    return "\n\n".join(parts)
+    sizes = by_group(records, "state_MB")
+    return "\n\n".join(table_of(f"{size} MB", some, "case", fields) for size, some in sizes)
 
 
 @contextlib.contextmanager
@@ -273,33 +307,31 @@ def world_of_one() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", type=lambda text: text.split(","), default=",".join(CASES))
-    parser.add_argument(
-        "--mb", type=lambda text: [int(size) for size in text.split(",")], default=list(SIZES),
-        help="sizes of the state",
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured")
-    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and plots")
-    options = parser.parse_args()
-    if unknown := {*options.cases} - {*CASES}:
-        parser.error(f"there is no {', '.join(sorted(unknown))}")
-    if options.rounds < 1 or min(options.mb) < 1:
-        parser.error("a round, and a MB, at least")
+def measure(arguments: Arguments) -> Report:
+    """Measure all cases and sizes."""
     warnings.filterwarnings("ignore", module="torch")  # that dcp has but one process
     try:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder, world_of_one():
-            records = measure(Path(folder), options.cases, options.mb, options.rounds)
+        with scratch(arguments.folder) as folder, world_of_one():
+            records = measured(folder, arguments.cases, arguments.mb, arguments.rounds)
     except OSError as error:
-        parser.error(str(error))
-    print(show(records))
-    if options.out is not None:
-        write(options.out, "checkpoint", records)
-        plots(options.out, "checkpoint")
+        raise Error(f"cannot write to {arguments.folder}: {error}.") from error
+    return Report(records, show(records))
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--cases", type=words_of(CASES), default=",".join(CASES))
+    add("--mb", type=numbers(count), default=",".join(map(str, SIZES)), help="sizes of the state")
+    add("--rounds", type=count, default=4)
+    add("--folder", type=Path, help="on the disk to be measured; made where it is missing")
+
+
+BARS = (
+    at_least("durable_speed_over_fastest", 1.0, case="hpctrain", state_MB=max(SIZES)),
+    at_least("warm_restore_speed_over_safetensors", 0.9, case="hpctrain", state_MB=SIZES),
+)
+QUICK = {"mb": "16", "rounds": 2}
+BENCHMARK = Benchmark("checkpoint", __doc__, measure, options=options, bars=BARS, quick=QUICK)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

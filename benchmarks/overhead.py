@@ -34,8 +34,8 @@ from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import DataConfig, OptimizerConfig, read_environment, resolve
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.process import cores
+from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import RunRecorder, Silent
-from hpctrain.train.trainer import Trainer
 
 SAMPLES = 4096
 BATCH = 128

@@ -11,7 +11,6 @@ above its like's of the first, and the log is less than 100 lines longer. Else t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -19,14 +18,16 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count
+from benchmarks.harness.processes import scratch
 
 MOST_BYTES = 50 * 2**20
 MOST_LINES = 100
@@ -209,22 +210,26 @@ def attacked(folder: Path, connections: int, descriptors: int, epochs: int) -> d
     }
 
 
-def main() -> int:
-    """Run both; 1 if the strangers made a difference."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--connections", type=int, default=5000)
-    parser.add_argument("--descriptors", type=int, default=1024)
-    parser.add_argument("--epochs", type=int, default=300)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="strangers-") as folder:
-        found = attacked(
-            Path(folder), arguments.connections, arguments.descriptors, arguments.epochs
-        )
+def measure(arguments: Arguments) -> Report:
+    """Run both, and compare them."""
+    with scratch() as folder:
+        found = attacked(folder, arguments.connections, arguments.descriptors, arguments.epochs)
         if not found["good"]:
-            sys.stderr.write((Path(folder) / "among" / "log").read_text(errors="replace")[-4000:])
-    print(json.dumps(found, indent=1))
-    return int(not found["good"])
+            found["log"] = (folder / "among" / "log").read_text(errors="replace")[-4000:]
+    return Report([found], json.dumps(found, indent=1))
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--connections", type=count, default=5000)
+    add("--descriptors", type=count, default=1024)
+    add("--epochs", type=count, default=300)
+
+
+BENCHMARK = Benchmark(
+    "strangers", __doc__, measure, options=options, bars=(at_least("good", 1, must=True),),
+    quick={"connections": 100, "epochs": 60}, plots=False,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    BENCHMARK.run()
