@@ -260,13 +260,8 @@ def measured(folder: Path, cases: Sequence[str], sizes: Sequence[int], rounds: i
     for size in sizes:
         state, live = state_of(size, 0), state_of(size, 1)
         runs = {case: partial(one_round, CASES[case], state, live, folder / case) for case in cases}
-        times = in_turn(
-            runs,
-            rounds,
-            warm_up=1,
-            tell=lambda *each: say(f"{size} MB: round {each[0]}: {each[1]}"),
-        )
-        times = beside_others(times)
+        times = beside_others(in_turn(runs, rounds, warm_up=1))
+        say(f"{size} MB: {rounds} rounds")
         records += [record_of(case, size, nbytes(state), times[case]) for case in cases]
     return records
 
