@@ -29,13 +29,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count
+from benchmarks.harness.command import Add, Arguments, count
 from benchmarks.harness.rounds import spread_of
-from benchmarks.harness.tables import by_group, table
-from benchmarks.launching import check, latest, options_of, start
+from benchmarks.harness.tables import table
+from benchmarks.launching import benchmark_of, latest
 from benchmarks.training import Case, Line, about, cases, known, train
 from hpctrain.world.launcher import Launch
 
@@ -176,15 +175,8 @@ def curve_of(curves: Sequence[Sequence[Line]]) -> list[Line]:
     ]
 
 
-def show(records: Sequence[Line]) -> str:
-    """Return a table for each group of records."""
-    text = "\n\n".join(f"{group}\n{_table(some)}" for group, some in by_group(records))
-    if any(record["oversubscribed"] for record in records):
-        text += "\n* more ranks, times their threads, than cores"
-    return text
-
-
-def _table(records: Sequence[Line]) -> str:
+def table_for(records: Sequence[Line]) -> str:
+    """Return the table of a group of records."""
     rows = [["strategy", "ranks", "s to target", "spread", "samples", "spread", "reached",
              "accuracy at last", "s in all"]]  # fmt: skip
     for each in records:
@@ -200,29 +192,18 @@ def _table(records: Sequence[Line]) -> str:
     return table(rows)
 
 
-def report(lines: Sequence[Line]) -> Report:
-    """Return the report of all lines."""
-    records = summary(lines)
-    return Report(records, show(records))
-
-
 def options(add: Add) -> None:
     """Add the benchmark's own options."""
-    options_of(add, tasks=TASKS, ranks="1,2", what="seed")
     add("--target", type=float, help="accuracy to reach; default: by task")
     add("--epochs", type=count, help="of every run; default: by task")
     add("--validate-every", type=count, help="steps between validations; default: by task")
 
 
 QUICK = {"strategies": "single,horovod,ps:async", "target": 0.8, "epochs": 3, "rounds": 1}
-BENCHMARK = Benchmark(
-    "accuracy",
-    __doc__,
-    partial(start, name="accuracy", what="seed", measure=measure, report=report),
-    options=options,
-    check=partial(check, tasks=TASKS),
-    quick=QUICK,
-)
+BENCHMARK = benchmark_of(
+    "accuracy", __doc__, tasks=TASKS, ranks="1,2", what="seed", measure=measure, summary=summary,
+    table=table_for, options=options, quick=QUICK,
+)  # fmt: skip
 
 if __name__ == "__main__":
     BENCHMARK.run()

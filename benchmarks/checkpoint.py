@@ -87,7 +87,7 @@ def state_of(megabytes: int, seed: int) -> State:
 
 
 def nbytes(state: State) -> int:
-    """Of all tensors."""
+    """Return the bytes of all tensors."""
     return sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values())
 
 
@@ -99,7 +99,7 @@ def put(state: State, found: Any) -> None:
 
 
 def flat(state: State) -> dict[str, torch.Tensor]:
-    """All tensors by one name each."""
+    """Return all tensors by one name each."""
     return {f"{kind}.{name}": t for kind, tensors in state.items() for name, t in tensors.items()}
 
 
@@ -136,7 +136,7 @@ def torch_restore(state: State, folder: Path) -> None:
 
 
 def dcp_save(state: State, folder: Path) -> Callable[[], object]:
-    """Its writer calls fsync by itself."""
+    """Save by torch.distributed.checkpoint, whose writer calls fsync by itself."""
     dcp.save(state, checkpoint_id=folder)
     return lambda: None
 
@@ -147,26 +147,26 @@ def dcp_async_save(state: State, folder: Path) -> Callable[[], object]:
 
 
 def dcp_restore(state: State, folder: Path) -> None:
-    """In place."""
+    """Restore by torch.distributed.checkpoint, in place."""
     dcp.load(state, checkpoint_id=folder)
 
 
 def safetensors_save(state: State, folder: Path) -> Callable[[], object]:
-    """One file."""
+    """Save by safetensors, to one file."""
     save_file(flat(state), folder / "state.safetensors")
     settle(folder / "state.safetensors")
     return lambda: None
 
 
 def safetensors_restore(state: State, folder: Path) -> None:
-    """Mapped."""
+    """Restore by safetensors, which maps the file."""
     found = load_file(folder / "state.safetensors")
     for name, tensor in flat(state).items():
         tensor.copy_(found[name])
 
 
 def plain_save(state: State, folder: Path) -> Callable[[], object]:
-    """Nothing but bytes."""
+    """Write nothing but the bytes."""
     with (folder / "state").open("wb", buffering=0) as file:
         for tensor in flat(state).values():
             view = memoryview(tensor.numpy()).cast("B")
@@ -177,7 +177,7 @@ def plain_save(state: State, folder: Path) -> Callable[[], object]:
 
 
 def plain_restore(state: State, folder: Path) -> None:
-    """In place."""
+    """Read the bytes into place."""
     with (folder / "state").open("rb", buffering=0) as file:
         for tensor in flat(state).values():
             view = memoryview(tensor.numpy()).cast("B")
@@ -205,7 +205,7 @@ def forget(folder: Path) -> None:
 
 
 def one_round(case: Case, state: State, live: State, folder: Path) -> dict[str, float]:
-    """Milliseconds of saving, and of restoring into another state.
+    """Return the milliseconds of saving, and of restoring into another state.
 
     Raises:
         AssertionError: Something else was restored.
@@ -293,7 +293,7 @@ def show(records: Sequence[Record]) -> str:
 
 @contextlib.contextmanager
 def world_of_one() -> Iterator[None]:
-    """What async_save asks for."""
+    """Have a process group of one, which async_save asks for."""
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:

@@ -74,28 +74,28 @@ class Slices:
         ]
 
     def encode(self) -> None:
-        """All slices."""
+        """Encode all slices."""
         for index, (encoder, part, out) in enumerate(
             zip(self.encoders, self.parts, self.outs, strict=True)
         ):
             self.sizes[index] = encoder.encode(part, out)
 
     def decode(self) -> None:
-        """All slices."""
+        """Decode all slices."""
         pieces = zip(self.outs, self.sizes, self.decoded.split(SLICE), strict=True)
         for out, size, decoded in pieces:
             self.codec.decode(out[:size], decoded)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Of one call."""
+    """Return how long a call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def break_even_gbps(count: int, encoded: int, encode: float, decode: float) -> float:
-    """The rate of a network below which an encoding pays, in 10**9 bits a second.
+    """Return the rate of a network below which an encoding pays, in 10**9 bits a second.
 
     Args:
         count: Bytes of the gradient.

@@ -70,7 +70,7 @@ class Size:
 
     @property
     def bytes(self) -> int:
-        """Of a sample."""
+        """The bytes of a sample."""
         return math.prod(self.shape)
 
 
@@ -96,20 +96,20 @@ class Data:
 
     @property
     def size(self) -> Size:
-        """By its name."""
+        """The size, by its name."""
         return SIZES[self.name]
 
     @property
     def samples(self) -> int:
-        """How many."""
+        """The number of samples."""
         return self.size.quick_samples if self.quick else self.size.samples
 
     def folder(self, layout: str) -> Path:
-        """Where a layout's files are."""
+        """Return where a layout's files are."""
         return self.root / f"{self.name}-{self.samples}" / layout
 
     def marker(self, layout: str) -> Path:
-        """The file that is there once the layout has been made."""
+        """Return the file that is there once the layout has been made."""
         return self.root / f"{self.name}-{self.samples}" / f"{layout}.made"
 
     def images(self, layout: str) -> NDArray[np.uint8]:
@@ -122,7 +122,7 @@ class Data:
         return np.arange(self.samples, dtype=np.int64)
 
     def parts(self, samples: int) -> Iterator[slice]:
-        """All samples, so many at a time."""
+        """Yield all samples, so many at a time."""
         for start in range(0, self.samples, samples):
             yield slice(start, min(start + samples, self.samples))
 

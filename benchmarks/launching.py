@@ -17,12 +17,13 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from benchmarks.harness.command import Add, Arguments, Report, count, numbers, words
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, numbers, words
 from benchmarks.harness.processes import module, scratch
-from benchmarks.harness.tables import say
+from benchmarks.harness.tables import by_group, say
 from benchmarks.training import STRATEGIES, TASKS, Line, case_of, known
 from hpctrain.errors import Error
 from hpctrain.process import mpirun, run
@@ -61,6 +62,52 @@ def options_of(add: Add, *, tasks: Sequence[str], ranks: str, what: str) -> None
         help='starts ranks, their number following: "srun --mpi=pmix -n"')  # fmt: skip
     add("--timeout", type=count, default=600, help="seconds for a round of some ranks")
     add("--lines", type=Path, help="append what is measured to this file, and write nothing else")
+
+
+def benchmark_of(
+    name: str, text: str | None, *, tasks: Sequence[str], ranks: str, what: str, measure: Measure,
+    summary: Callable[[Sequence[Line]], list[Line]], table: Callable[[Sequence[Line]], str],
+    options: Callable[[Add], object], **more: Any,
+) -> Benchmark:  # fmt: skip
+    """Return a benchmark that trains.
+
+    Args:
+        name: Of its module.
+        text: That module's docstring.
+        tasks: Those it trains unless said otherwise; cifar10 besides where there are --data.
+        ranks: Numbers of ranks.
+        what: What differs from round to round: ``round`` or ``seed``.
+        measure: Measures a round.
+        summary: Makes records of all lines.
+        table: Makes the table of a group of records.
+        options: Adds its own options.
+        more: Of :class:`Benchmark`.
+    """
+
+    def all_options(add: Add) -> None:
+        options_of(add, tasks=tasks, ranks=ranks, what=what)
+        options(add)
+
+    def report(lines: Sequence[Line]) -> Report:
+        return Report(records := summary(lines), shown(records, table))
+
+    run = partial(start, name=name, what=what, measure=measure, report=report)
+    return Benchmark(
+        name, text, run, options=all_options, check=partial(check, tasks=tasks), **more
+    )
+
+
+def shown(records: Sequence[Line], table: Callable[[Sequence[Line]], str]) -> str:
+    """Return a table for each group of records.
+
+    Args:
+        records: All of them.
+        table: Makes the table of a group.
+    """
+    text = "\n\n".join(f"{group}\n{table(some)}" for group, some in by_group(records))
+    if any(record["oversubscribed"] for record in records):
+        text += "\n* more ranks, times their threads, than cores"
+    return text
 
 
 def check(parser: argparse.ArgumentParser, arguments: Arguments, *, tasks: Sequence[str]) -> None:

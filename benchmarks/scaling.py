@@ -35,14 +35,13 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from benchmarks.harness.bars import at_least
-from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count
+from benchmarks.harness.command import Add, Arguments, count
 from benchmarks.harness.rounds import spread_of
-from benchmarks.harness.tables import by_group, table
-from benchmarks.launching import check, latest, options_of, start
+from benchmarks.harness.tables import table
+from benchmarks.launching import benchmark_of, latest
 from benchmarks.training import Case, Line, about, cases, known, train
 from hpctrain.errors import Error
 from hpctrain.train.step_timer import PARTS
@@ -171,15 +170,8 @@ def merged(scaling: str, group: Sequence[Line], base: Sequence[Line]) -> Line:
     return record | {key: statistics.median(line[key] for line in group) for key in parts}
 
 
-def show(records: Sequence[Line]) -> str:
-    """Return a table for each group of records."""
-    text = "\n\n".join(f"{group}\n{_table(some)}" for group, some in by_group(records))
-    if any(record["oversubscribed"] for record in records):
-        text += "\n* more ranks, times their threads, than cores"
-    return text
-
-
-def _table(records: Sequence[Line]) -> str:
+def table_for(records: Sequence[Line]) -> str:
+    """Return the table of a group of records."""
     rows = [["strategy", "ranks", "batch", "samples/s", "spread", "efficiency", "spread", "step ms",
              *PARTS]]  # fmt: skip
     for each in records:
@@ -196,15 +188,8 @@ def _table(records: Sequence[Line]) -> str:
     return table(rows)
 
 
-def report(lines: Sequence[Line]) -> Report:
-    """Return the report of all lines."""
-    records = summary(lines)
-    return Report(records, show(records))
-
-
 def options(add: Add) -> None:
     """Add the benchmark's own options."""
-    options_of(add, tasks=TASKS, ranks="1,2,4", what="round")
     add("--scaling", choices=SCALINGS, action="append", help="default: both")
     add("--steps", type=count, help=f"of each of {LOG_LINES} lines of the log; default: by task")
 
@@ -213,15 +198,10 @@ def options(add: Add) -> None:
 BARS = (at_least("efficiency", 0.97, strategy="horovod", ranks=1, scaling="weak"),)
 QUICK = {"tasks": "digits", "ranks": "1,2", "strategies": "single,horovod,ps:async", "steps": 3,
          "rounds": 1}  # fmt: skip
-BENCHMARK = Benchmark(
-    "scaling",
-    __doc__,
-    partial(start, name="scaling", what="round", measure=measure, report=report),
-    options=options,
-    check=partial(check, tasks=TASKS),
-    bars=BARS,
-    quick=QUICK,
-)
+BENCHMARK = benchmark_of(
+    "scaling", __doc__, tasks=TASKS, ranks="1,2,4", what="round", measure=measure, summary=summary,
+    table=table_for, options=options, bars=BARS, quick=QUICK,
+)  # fmt: skip
 
 if __name__ == "__main__":
     BENCHMARK.run()

@@ -201,7 +201,7 @@ def figures(records: Sequence[dict[str, Any]], best: dict[str, float]) -> list[P
 
 
 def measure(arguments: Arguments) -> Report:
-    """Simulate."""
+    """Simulate slow ranks, and runs with failures."""
     records = [*straggler_records(arguments), *failure_records(arguments)]
     best = best_of(records, arguments)
     more = {"simulated": True, "best": best}
