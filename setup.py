@@ -39,6 +39,7 @@ setup(
         "msgspec>=0.18",  # typed messages of the parameter server, without pickle
         "cryptography>=47",  # encrypting them on networks that others share
         "safetensors>=0.4",  # tensor files that cannot execute code
+        "xxhash>=3.0",  # checksums of checkpoints, at the speed of memory
         "pydantic>=2.6",  # typed, validated configuration
         "tomli>=2.0; python_version < '3.11'",  # TOML reading before tomllib
         "tomli-w>=1.0",  # TOML writing (config.toml of a run)

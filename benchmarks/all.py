@@ -59,6 +59,7 @@ ENTRIES = {
     "compression": Entry("compression"),
     "ps": Entry("ps"),
     "peers": Entry("peers"),
+    "slow_network": Entry("slow_network"),
     "stragglers": Entry("stragglers"),
     "model": Entry("model"),
     "elastic_overhead": Entry("elastic_overhead"),

@@ -39,9 +39,9 @@ from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count,
 from benchmarks.harness.processes import end_with_parent, module, scratch
 from benchmarks.harness.rounds import Record, Round, compared, in_turn, record_of
 from benchmarks.harness.tables import FOOTNOTE, by_group, table_of
+from hpctrain.compression.codec import Codec, ErrorFeedback, make_codec
 from hpctrain.errors import Error
 from hpctrain.process import cores
-from hpctrain.ps.codec import Codec, ErrorFeedback, make_codec
 from hpctrain.world.launcher import detect
 
 COUNT = 25_000_000

@@ -31,6 +31,7 @@ LR = 0.01
 MOMENTUM = 0.9
 LARGE_MB = 100  # of a bucket: about all gradients in one
 WARM_UP = 2
+COMPRESSIONS = ("fp16", "bf16", "int8", "topk:0.01", "powersgd:1", "powersgd:4")
 POOL = 4  # batches, taken in turn
 SAMPLED = 97  # every so many-th parameter is compared
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -98,8 +99,45 @@ def ps(
 
 
 @contextlib.contextmanager
+def horovod(
+    place: Place, model: nn.Module, optimizer: torch.optim.Optimizer, compression: str = "none"
+) -> Iterator[Step]:
+    """Our all-reduce."""
+    from hpctrain.config import HorovodConfig
+
+    config = HorovodConfig(compression=compression)
+    with hpctrain(place, model, optimizer, "horovod", config=config) as step:
+        yield step
+
+
+Hook = Callable[[Any], None]
+"""Gives a wrapped model a hook that compresses what it sends."""
+
+
+def fp16_hook(wrapped: Any) -> None:
+    """PyTorch's own: 16 bits on the wire, and in the sum."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+
+
+def powersgd_hook(wrapped: Any, rank: int) -> None:
+    """PyTorch's own, with feedback and warm start; its first two steps are dense at the least."""
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    state = powerSGD_hook.PowerSGDState(
+        None, matrix_approximation_rank=rank, start_powerSGD_iter=WARM_UP
+    )
+    wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+
+@contextlib.contextmanager
 def ddp(
-    place: Place, model: nn.Module, optimizer: torch.optim.Optimizer, bucket_mb: int | None = None
+    place: Place,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    bucket_mb: int | None = None,
+    hook: Hook | None = None,
 ) -> Iterator[Step]:
     """Train by PyTorch's DistributedDataParallel, over gloo, or over nccl on GPUs.
 
@@ -122,6 +160,8 @@ def ddp(
         broadcast_buffers=False,
     )
     KEPT.append(wrapped)
+    if hook is not None:
+        hook(wrapped)
     yield training_step(wrapped, optimizer)
     distributed.destroy_process_group()
 
@@ -211,12 +251,16 @@ def torch_rpc(place: Place, model: nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 CASES: dict[str, Case] = {
-    "horovod": partial(hpctrain, name="horovod"),
+    "horovod": horovod,
     "ps": ps,
     "ddp": ddp,
     f"ddp_{LARGE_MB}": partial(ddp, bucket_mb=LARGE_MB),
     "stock_horovod": stock_horovod,
     "torch_rpc": torch_rpc,
+    **{f"horovod_{each}": partial(horovod, compression=each) for each in COMPRESSIONS},
+    "ddp_fp16": partial(ddp, hook=fp16_hook),
+    "ddp_powersgd:1": partial(ddp, hook=partial(powersgd_hook, rank=1)),
+    "ddp_powersgd:4": partial(ddp, hook=partial(powersgd_hook, rank=4)),
 }
 
 

@@ -317,7 +317,7 @@ def ours(
 
 def compressed(gradient: torch.Tensor, name: str, layout: Any, steps: int) -> torch.Tensor:
     """Return the weights after so many steps with a gradient that a codec has changed."""
-    from hpctrain.ps.codec import ErrorFeedback, make_codec
+    from hpctrain.compression.codec import ErrorFeedback, make_codec
 
     codec = make_codec(name)
     assert codec is not None

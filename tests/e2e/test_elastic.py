@@ -51,10 +51,16 @@ def test_losses(hpctrain, plan, left):
     assert len(outcome["faults"]) == losses == len(outcome["recovery_ms"])
 
 
-def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain):
-    workers = ("--set", "elastic.workers=2")
-    result, _ = trained(hpctrain, 2, "kill:rank=0@step=20", *workers, *slow_until("joined", at=30))
+@pytest.mark.parametrize("compression", ["none", "powersgd:2"])
+def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain, compression):
+    """With compression, what the lost one had not sent yet is lost, and said to be."""
+    more = ("--set", "elastic.workers=2", "--set", f"horovod.compression={compression}")
+    result, _ = trained(hpctrain, 2, "kill:rank=0@step=20", *more, *slow_until("joined", at=30))
     assert sizes(result) == [2, 1, 2]
+    lines = (hpctrain.folder / "run" / "metrics.jsonl").read_text().splitlines()
+    exchanges = [r for r in map(json.loads, lines) if r["kind"] == "exchange"]
+    lost = [r.get("residuals_lost", 0) for r in exchanges]
+    assert lost[0] == 0 and lost[-1] == (compression != "none")
 
 
 def test_ranks_keep_their_part_of_a_batch(hpctrain):

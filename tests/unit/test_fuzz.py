@@ -10,6 +10,7 @@ import faulthandler
 import hashlib
 import io
 import json
+import math
 import os
 import resource
 import signal
@@ -24,11 +25,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpctrain.checkpoint.store import REST, TENSORS, CheckpointStore, _digest
+from hpctrain.checkpoint.pieces import digest_of
+from hpctrain.checkpoint.store import REST, TENSORS, CheckpointStore
+from hpctrain.checkpoint.tensor_file import NAMED
 from hpctrain.config import read_toml, resolve
 from hpctrain.data.adopt import adopt
 from hpctrain.data.importers import ImportOptions, import_data
@@ -162,6 +166,10 @@ class Index:
                 split.take(np.array([0, len(split) - 1]))
 
 
+def _sum(data):
+    return xxhash.xxh3_128_hexdigest(data)
+
+
 class Checkpoint:
     """Both files of a checkpoint, with right checksums; else the one before it is loaded."""
 
@@ -182,8 +190,14 @@ class Checkpoint:
             head = json.loads((store.path(2) / REST).read_bytes())
             head.pop("sha256", None)
             data = (store.path(2) / TENSORS).read_bytes()
-            head["tensors_sha256"] = hashlib.sha256(data).hexdigest()
-            text = json.dumps({**head, "sha256": _digest(head)})
+            for file in head["files"]:
+                file |= {"bytes": len(data), "header": _sum(data[: file["header_bytes"]])}
+            for tensor in head["tensors"].values():
+                for box in tensor["boxes"]:
+                    size = math.prod(box["sizes"]) * NAMED[tensor["dtype"]].itemsize
+                    found = data[box["start"] : box["start"] + size]
+                    box["xxh3_128"] = [_sum(found)] if found else []
+            text = json.dumps({**head, "sha256": digest_of(head)})
             (store.path(2) / REST).write_text(text)
         complaints = []
         newest = store.newest(complaints.append)
