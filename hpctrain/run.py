@@ -43,7 +43,7 @@ from hpctrain.strategies import STRATEGIES, strategy, strategy_class
 from hpctrain.strategies.base import Strategy
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, load_task, make_task
-from hpctrain.train import gc_control
+from hpctrain.train import compiler, gc_control
 from hpctrain.train.fingerprint import of_start, of_training
 from hpctrain.train.interruption import Interruption
 from hpctrain.train.loop import Trainer
@@ -119,6 +119,7 @@ def run(config: RunConfig, say: Callable[[str], None]) -> int:
     """
     if config.resume == "auto" and config.out is None:
         raise Error("--resume auto without --out.", hint="say which run to go on with: --out DIR.")
+    compiler.import_when_wanted()
     kind = load_task(config.task, config.seed)
     set_start_seeds(config.seed)  # for what is drawn while the task is made, alike on all ranks
     task = make_task(kind, config.options)

@@ -154,11 +154,12 @@ class Index:
 
     def use(self, folder, content):
         start = content.rfind(b' "sha256": "')
-        if start < 0 and content.endswith(b"}"):  # JSON that was written anew
-            tree = json.loads(content)
-            tree.pop("sha256", None) if isinstance(tree, dict) else None
-            content = json.dumps(tree).encode()[:-1] + b",\n"
-            start = len(content)
+        if start < 0 and content.endswith(b"}"):  # JSON that was written anew, perhaps
+            with contextlib.suppress(ValueError, RecursionError):
+                tree = json.loads(content)
+                tree.pop("sha256", None) if isinstance(tree, dict) else None
+                content = json.dumps(tree).encode()[:-1] + b",\n"
+                start = len(content)
         content = content[:start] + _last_line(hashlib.sha256(content[:start]).hexdigest()).encode()
         (folder / "set" / INDEX).write_bytes(content)
         for split in ShardSet(folder / "set").splits.values():
