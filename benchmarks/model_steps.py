@@ -115,14 +115,15 @@ def connect(world: World, strategy: StrategyCost, job: Job) -> Horovod | Paramet
     """Connect the strategy in hpctrain."""
     world.comm = Unconnected(world.launch)
     if strategy.kind == "horovod":
-        return Horovod(world, HorovodConfig(bucket_bytes=job.bytes // job.buckets), TIMEOUT_SECONDS)
+        buckets = HorovodConfig(bucket_bytes=job.bytes // job.buckets)
+        return Horovod(world, buckets, timeout_seconds=TIMEOUT_SECONDS)
     config = PsConfig(
         servers=strategy.servers,
         colocate=strategy.colocated,
         consistency=strategy.consistency,
         compression=strategy.compression.name,
     )
-    return ParameterServer(world, config, TIMEOUT_SECONDS)
+    return ParameterServer(world, config, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def measure_alone(job: Job) -> dict[str, Any]:
