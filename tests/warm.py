@@ -6,7 +6,6 @@ with its own folder, environment and output, by the very function that the insta
 """
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -60,15 +59,12 @@ class WarmInterpreter:
 
 def serve():
     """Fork for each line of standard input, a command; answer with its number and exit code."""
-    gc.disable()
     import matplotlib.figure  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
 
     import hpctrain.run  # noqa: F401
     from hpctrain.cli import main
 
-    gc.freeze()
-    gc.enable()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -77,7 +73,6 @@ def serve():
         print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
-    os._exit(0)
 
 
 def be(command):
