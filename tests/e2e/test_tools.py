@@ -46,10 +46,10 @@ class Mine(Digits):
 """
 
 
-def test_training_starts_with_little(cold):
+def test_training_starts_with_little(hpctrain):
     """Nothing is imported that it does not need, nor looked through for garbage."""
-    (cold.folder / "mine.py").write_text(START)
-    cold.train("mine.py:Mine", "--steps", 2)
+    (hpctrain.folder / "mine.py").write_text(START)
+    hpctrain.train("mine.py:Mine", "--steps", 2)
 
 
 def test_doctor_finds_nothing_wrong_here(hpctrain):
