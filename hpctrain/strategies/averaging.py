@@ -6,12 +6,13 @@ import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from hpctrain.compression.dense import Dense
 from hpctrain.config import ElasticConfig, HorovodConfig, Section
 from hpctrain.errors import Error
 from hpctrain.strategies.base import (
@@ -19,18 +20,20 @@ from hpctrain.strategies.base import (
     DistributedOptimizer,
     check_shareable,
     check_trainable,
+    names_of,
     ordered,
     sparse_tables,
 )
 from hpctrain.strategies.buffer_averaging import average_buffers
 from hpctrain.strategies.flats import Flats
-from hpctrain.strategies.gradient_averaging import AveragedGradients, Exchange, call_when_ready
+from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_ready
 from hpctrain.strategies.horovod import HorovodEngine
+from hpctrain.strategies.horovod_communicator import HorovodCommunicator
 from hpctrain.strategies.outer_optimizers import Kind, OuterOptimizer
 from hpctrain.strategies.start import check_alike, share
 from hpctrain.strategies.state_averaging import State, mean_states, put_states
-from hpctrain.world.broadcast import broadcast_tree, gather_numbers
-from hpctrain.world.world import Communicator, World
+from hpctrain.world.broadcast import gather_numbers, gather_trees
+from hpctrain.world.world import World
 
 FEW_ROUNDS = 50
 """In fewer rounds than this, momentum from round to round has cost more than it brought."""
@@ -87,10 +90,6 @@ class AveragingConfig(Section):
         description="Of the optimizer: averaged with the parameters, so that one state serves any "
         "number of ranks; or each rank's own, all of which a checkpoint holds.",
     )
-
-
-class RoundExchange(Communicator, Exchange, Protocol):
-    """A communicator that can sum while others compute."""
 
 
 def check_knobs(config: AveragingConfig) -> None:
@@ -261,7 +260,7 @@ class AveragingOptimizer(DistributedOptimizer):
         self,
         model: nn.Module,
         inner: torch.optim.Optimizer,
-        comm: RoundExchange,
+        comm: HorovodCommunicator,
         config: AveragingConfig,
         clip_norm: float | None = None,
     ) -> None:
@@ -272,8 +271,7 @@ class AveragingOptimizer(DistributedOptimizer):
         self._outer = outer_optimizer(config, comm.size)
         self._pull = pull_of(config, comm.size) if config.outer == "easgd" else 0.0
         self._all = [p for p in ordered(model, inner) if p.is_floating_point() or p.is_complex()]
-        known = {parameter: name for name, parameter in model.named_parameters()}
-        self._names = {p: known.get(p, f"optimizer.{n}") for n, p in enumerate(self._all)}
+        self._names = dict(zip(self._all, names_of(model, self._all), strict=True))
         self._steps = 0
         self._own = False  # whether gradients are this rank's own already
         self._fragments: list[_Fragment] = []
@@ -291,7 +289,9 @@ class AveragingOptimizer(DistributedOptimizer):
         parameters = self._all[::-1]
         gradients = AveragedGradients(
             parameters,
+            names_of(self._model, parameters),
             self._comm,
+            Dense(),
             HorovodConfig().bucket_bytes,
             sparse_tables(self._model),
             lambda part: this.mark(part),
@@ -515,12 +515,7 @@ class AveragingOptimizer(DistributedOptimizer):
         if self._fragments:
             state["rounds"] = [self._round_state(fragment) for fragment in self._fragments]
         if self._fragments and self._config.state == "local":
-            state["ranks"] = [
-                broadcast_tree(
-                    self._comm, self._local_state() if rank == self._comm.rank else {}, rank
-                )
-                for rank in range(self._comm.size)
-            ]
+            state["ranks"] = gather_trees(self._comm, self._local_state())
         return state
 
     def _round_state(self, fragment: _Fragment) -> dict[str, Any]:

@@ -87,8 +87,18 @@ class HorovodCommunicator:
         with peers(self):
             return int(self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Average))
 
+    def start_gather(self, tensor: torch.Tensor, name: str) -> int:
+        """Begin to collect all ranks' rows, in the order of ranks; :meth:`wait` returns them.
+
+        Args:
+            tensor: Contiguous, of shape (rows, ...); ranks may have other numbers of rows.
+            name: As in :meth:`start_sum`.
+        """
+        with peers(self):
+            return int(self._hvd.allgather_async(tensor, name=name))
+
     def start_scatter(self, tensor: torch.Tensor, name: str) -> int:
-        """Begin to sum a tensor, of which each rank gets its part of the rows, by :meth:`wait`.
+        """Begin to sum a tensor; :meth:`wait` returns this rank's part of the rows.
 
         Args:
             tensor: Contiguous, of shape (rows, ...). Where ranks' parts cannot be equal, the first
@@ -98,24 +108,19 @@ class HorovodCommunicator:
         with peers(self):
             return int(self._hvd.reducescatter_async(tensor, name=name, op=self._hvd.Sum))
 
-    def start_gather(self, tensor: torch.Tensor, name: str) -> int:
-        """Begin to gather all ranks' rows, in the order of the ranks, which :meth:`wait` returns.
+    def start_all_to_all(self, tensor: torch.Tensor, name: str) -> int:
+        """Begin to give each rank its part; :meth:`wait` returns what all have given to this one.
 
         Args:
-            tensor: Contiguous, of shape (rows, ...); ranks may have other numbers of rows.
+            tensor: Contiguous, of shape (n,); n is a multiple of the ranks, and the same on each.
             name: As in :meth:`start_sum`.
         """
         with peers(self):
-            return int(self._hvd.allgather_async(tensor, name=name))
+            return int(self._hvd.alltoall_async(tensor, name=name))
 
-    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Return all ranks' rows, in the order of the ranks.
-
-        Args:
-            tensor: As in :meth:`start_gather`.
-            name: As in :meth:`start_sum`.
-        """
-        return self.wait(self.start_gather(tensor, name))
+    def ready(self, handle: int) -> bool:
+        """Whether :meth:`wait` would take no time."""
+        return bool(self._hvd.poll(handle))
 
     def wait(self, handle: int) -> torch.Tensor:
         """Wait for a collective, for ``timeout_seconds`` at most, and return what came of it.
@@ -144,7 +149,10 @@ class HorovodCommunicator:
                 )
             time.sleep(min(waited / 8, 1e-3))
         with peers(self):
-            result: torch.Tensor = self._hvd.synchronize(handle)
+            result = self._hvd.synchronize(handle)
+        if isinstance(result, tuple):  # of an all-to-all, with the sizes of the parts
+            result = result[0]
+        assert isinstance(result, torch.Tensor)
         return result
 
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:

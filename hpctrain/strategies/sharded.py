@@ -9,21 +9,22 @@ to treat every element by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from hpctrain.compression.compressor import Collectives, Exchange, Flat
+from hpctrain.compression.dense import Dense
 from hpctrain.config import Section
 from hpctrain.errors import Error
 from hpctrain.strategies.base import check_shareable, check_trainable
-from hpctrain.strategies.gradient_averaging import Exchange
 from hpctrain.strategies.horovod import HorovodEngine, HorovodOptimizer
+from hpctrain.strategies.horovod_communicator import HorovodCommunicator
 from hpctrain.strategies.start import check_alike, share
 from hpctrain.world.broadcast import gather_json
-from hpctrain.world.world import Communicator
 
 ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.SGD,
@@ -50,56 +51,35 @@ class ShardedConfig(Section):
     )
 
 
-class ShardExchange(Communicator, Exchange, Protocol):
-    """A communicator that can give each rank its part of a sum, and all ranks' parts to each."""
+class ScatterCollectives(Collectives, Protocol):
+    """Collectives that can give each rank its part of a sum."""
 
     def start_scatter(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to sum a tensor, of which each rank gets its part; returns what to wait for."""
-
-    def start_gather(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to gather all ranks' rows; returns what to wait for."""
+        """Begin to sum a tensor, of which each rank gets its rows; return what to wait for."""
 
 
-class _Scattering(NamedTuple):
-    handle: Any
-    tensor: torch.Tensor
-
-
-class ScatteredGradients:
-    """An exchange that leaves of a bucket the *sum* in this rank's part, and zeros elsewhere.
+class Scattered(Dense):
+    """Leaves of a bucket the *sum* in this rank's part, and zeros elsewhere.
 
     Sums rather than averages, so that a bucket to which another pass has added can be exchanged
     again.
 
-    Args:
-        comm: Of the world.
+    Attributes:
+        pairs: Names of complex parameters, whose numbers are not to be cut in halves.
     """
 
-    def __init__(self, comm: ShardExchange) -> None:
-        self._comm = comm
+    def __init__(self, pairs: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.pairs = frozenset(pairs)
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to sum a tensor on every rank."""
-        return self._comm.start_sum(tensor, name)
-
-    def start_average(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to scatter the sum of a bucket."""
-        return _Scattering(self._comm.start_scatter(tensor, name), tensor)
-
-    def wait(self, handle: Any) -> Any:
-        """Wait for one of them."""
-        if not isinstance(handle, _Scattering):
-            return self._comm.wait(handle)
-        part = self._comm.wait(handle.handle)
-        start, stop = part_of(len(handle.tensor), self._comm.rank, self._comm.size)
-        handle.tensor[:start] = 0
-        handle.tensor[start:stop] = part
-        handle.tensor[stop:] = 0
-        return handle.tensor
-
-    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Return all ranks' rows, in the order of the ranks."""
-        return self._comm.gather(tensor, name)
+    def _average(self, flat: Flat, world: Collectives) -> Exchange:
+        rows = flat.values.view(-1, 2 if flat.pieces[0].name in self.pairs else 1)
+        self.sent_bytes += (world.size - 1) * rows.nbytes
+        part = yield cast(ScatterCollectives, world).start_scatter(rows, flat.name)
+        start, stop = part_of(len(rows), world.rank, world.size)
+        rows[:start] = 0
+        rows[start:stop] = part
+        rows[stop:] = 0
 
 
 class _Piece(NamedTuple):
@@ -128,15 +108,14 @@ class ShardedOptimizer(HorovodOptimizer):
         self,
         model: nn.Module,
         inner: torch.optim.Optimizer,
-        comm: ShardExchange,
+        comm: HorovodCommunicator,
         bucket_bytes: int,
         clip_norm: float | None = None,
     ) -> None:
-        super().__init__(model, inner, ScatteredGradients(comm), bucket_bytes, clip_norm)
-        self._comm = comm
+        compressor = Scattered(n for n, p in model.named_parameters() if p.is_complex())
+        super().__init__(model, inner, comm, compressor, bucket_bytes, clip_norm)
         self._groups = [list(group["params"]) for group in inner.param_groups]
         self._buckets = self._gradients.buckets
-        self._moved_bytes = 0
         self._pieces: dict[nn.Parameter, _Piece] = {}
         for bucket in self._buckets:
             self._cut(bucket)
@@ -248,8 +227,7 @@ class ShardedOptimizer(HorovodOptimizer):
             parts = whole.split([p.numel() for p in bucket])
             for parameter, part in zip(bucket, parts, strict=True):
                 memory(parameter).copy_(part)
-            # Of gradients and parameters, of all ranks.
-            self._moved_bytes += 2 * (self._comm.size - 1) * whole.nbytes
+            self.compressor.sent_bytes += (self._comm.size - 1) * whole.nbytes
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the next ones are put into their buckets as they come."""
@@ -285,7 +263,8 @@ class ShardedOptimizer(HorovodOptimizer):
             ]
             # At least one byte of each rank: no exchange is of nothing.
             data = torch.cat([*mine, torch.zeros(1, dtype=torch.uint8)])
-            data = self._comm.gather(data, f"hpctrain.sharded.state.{number}")
+            name = f"hpctrain.sharded.state.{number}"
+            data = self._comm.wait(self._comm.start_gather(data, name))
             if self._comm.rank == 0:
                 self._put_together(bucket, kinds, order, data, found)
         if self._comm.rank != 0:
@@ -371,8 +350,8 @@ class ShardedOptimizer(HorovodOptimizer):
 
     def statistics(self) -> dict[str, Any]:
         """Bytes that all ranks sent since the last time, and those of this rank's state."""
-        values = {"moved_bytes": self._moved_bytes, "state_bytes": self.state_bytes}
-        self._moved_bytes = 0
+        values = {"moved_bytes": self.compressor.sent_bytes, "state_bytes": self.state_bytes}
+        self.compressor.sent_bytes = self.compressor.dense_bytes = 0
         return values
 
     @property

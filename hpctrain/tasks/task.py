@@ -24,14 +24,19 @@ from hpctrain.data.source import Source
 from hpctrain.data.stage import folder_of
 from hpctrain.errors import Error, nearest
 from hpctrain.optim.lamb import Lamb
+from hpctrain.registry import Registry
 from hpctrain.tasks.seeds import set_start_seeds
 
-READY = {
-    "digits": "hpctrain.tasks.digits:Digits",
-    "cifar10": "hpctrain.tasks.cifar10:Cifar10",
-    "charlm": "hpctrain.tasks.charlm:CharLM",
-    "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
-}
+TASKS = Registry(
+    "task",
+    "hpctrain.tasks",
+    {
+        "digits": "hpctrain.tasks.digits:Digits",
+        "cifar10": "hpctrain.tasks.cifar10:Cifar10",
+        "charlm": "hpctrain.tasks.charlm:CharLM",
+        "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
+    },
+)
 
 Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]
 
@@ -196,9 +201,10 @@ def load_task(spec: str, seed: int = 0) -> type[Task]:
     Raises:
         Error: There is none, there are several, or the file raised.
     """
-    place, colon, name = READY.get(spec, spec).rpartition(":")
+    known = TASKS.place(spec) or spec
+    place, colon, name = known.rpartition(":")
     if not colon or name.endswith(".py"):  # a folder's name may have a colon
-        place, name = READY.get(spec, spec), ""
+        place, name = known, ""
     if place.endswith(".py"):
         module = _import_file(Path(place), seed)
     elif name:
@@ -206,7 +212,7 @@ def load_task(spec: str, seed: int = 0) -> type[Task]:
     else:
         raise Error(
             f"there is no task '{spec}'.",
-            hint=f"{nearest(spec, READY)} Your own: my_task.py[:Name] or package.mod:Name.",
+            hint=f"{nearest(spec, TASKS.names())} Your own: my_task.py[:Name] or package.mod:Name.",
         )
     classes = {
         key: value

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from hpctrain.checkpoint import state_tree
+from hpctrain.checkpoint.tensor_file import DTYPES
 from hpctrain.data.loader import Loader
 from hpctrain.errors import Error, nearest
 from hpctrain.tasks.task import Task
@@ -95,6 +96,21 @@ class TrainState:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "loader": self.loader.state_dict(),
             "counters": asdict(self.counters),
+        }
+
+    def tensors(self) -> dict[str, Any]:
+        """The part of the state's tree that a checkpoint may be read into, before it is loaded."""
+        modules = {"model": self.model, "ema": self.ema}
+        return {
+            key: {
+                name: value
+                for name, value in module.state_dict().items()
+                if isinstance(value, torch.Tensor) and value.dtype in DTYPES
+                if value.layout == torch.strided and not value.is_quantized
+            }
+            for key, module in modules.items()
+            if module is not None
+            and not any(nn.parameter.is_lazy(tensor) for tensor in module.parameters())
         }
 
     def check(self) -> None:

@@ -68,7 +68,8 @@ def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
     """The root's tree of tensors and plain values on every rank, tensors on the CPU.
 
     What the others pass is ignored: they may hold nothing yet. Tensors travel as the bytes of their
-    elements in C's order, with shapes and types, and nothing that a peer sends is executed.
+    elements in C's order, with shapes and types, and nothing that a peer sends is executed. Where
+    there is one rank, its state is returned as it is, not copied.
 
     Args:
         comm: Of the world.
@@ -89,6 +90,8 @@ def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
     told = broadcast_json(comm, told, root)
     if "error" in told:
         raise Error(told["error"][0], hint=told["error"][1])
+    if comm.size == 1:
+        return state
     data = broadcast_bytes(comm, b"".join(_data(tensor) for tensor in kept.values()), root)
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
     tensors, start = {}, 0
@@ -97,6 +100,22 @@ def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
         tensors[name] = _tensor(piece, getattr(torch, dtype), shape)
         start += size
     return state_tree.join(tensors, told["rest"])
+
+
+def gather_trees(comm: Communicator, state: Any) -> list[Any]:
+    """Return every rank's tree of tensors and plain values, by rank, on rank 0; elsewhere nothing.
+
+    One after the other, so that other ranks hold no more than one of them besides their own.
+
+    Args:
+        comm: Of the world; every rank calls this.
+        state: This rank's.
+
+    Raises:
+        Error: One holds what cannot be sent; all ranks raise it.
+    """
+    trees = (broadcast_tree(comm, state, root) for root in range(comm.size))
+    return [tree for tree in trees if comm.rank == 0]
 
 
 def _kind(name: str, tensor: torch.Tensor) -> tuple[str, list[int], int]:

@@ -40,7 +40,7 @@ from hpctrain.tasks.digits import Digits
 
 class Mine(Digits):
     def loss(self, model, batch):
-        assert not {"scipy", "sklearn", "matplotlib"} & set(sys.modules)
+        assert not {"scipy", "sklearn", "matplotlib", "sympy"} & set(sys.modules)
         assert gc.isenabled() and gc.get_freeze_count() > 100_000
         return super().loss(model, batch)
 """
@@ -151,7 +151,7 @@ def test_own_loop_differs_from_plain_torch_in_five_lines():
     assert sum(line.startswith("+ ") for line in difference) <= 5
 
 
-@pytest.mark.parametrize("launcher", ["alone", "mpirun", "horovodrun"])
+@pytest.mark.parametrize("launcher", ["alone", "horovodrun"])
 def test_own_loop_learns(hpctrain, launcher):
     prefix = hpctrain.prefix(0 if launcher == "alone" else 2, launcher)
     result = run(

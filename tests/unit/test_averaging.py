@@ -497,10 +497,14 @@ def test_others_fragments_after_a_resume():
     _, resumed = through_a_checkpoint(6, 0, every=4, outer="nesterov", state="local")
     saved = [optimizer for _, optimizer in resumed]
 
+    def save(comm):
+        saved[comm.rank]._comm = comm
+        return saved[comm.rank].strategy_state()
+
+    kept = ran(on_ranks(SIZE, save, ThreadExchange))[0]
+
     def go_on(comm):
         model = saved[comm.rank]._model
-        saved[comm.rank]._comm = comm
-        kept = saved[comm.rank].strategy_state()
         config = AveragingConfig(every=4, fragments=2, outer="nesterov", state="local")
         optimizer = AveragingOptimizer(model, adam(model), comm, config)
         optimizer.load_strategy_state(kept)

@@ -46,36 +46,52 @@ class ThreadCommunicator(Alone):
         self._exchange(None)
 
 
-class ThreadExchange(ThreadCommunicator):
-    """One that sums as Horovod does: begun, and waited for later."""
+class ThreadCollectives:
+    """The collectives of compressed exchanges, each done when it is begun; what all ranks see."""
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> None:
-        """The sum is there at once."""
-        self.all_reduce(tensor)
+    def __init__(self, comm: ThreadCommunicator) -> None:
+        self._comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        self.sent = 0  # bytes of this rank on the wire, with a ring's all-reduce and all-gather
 
-    def start_average(self, tensor: torch.Tensor, name: str) -> None:
-        """The mean is there at once."""
-        self.all_reduce(tensor)
-        tensor /= self.size
+    def start_sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.sent += 2 * (self.size - 1) * tensor.nbytes // self.size
+        self._comm.all_reduce(tensor)
+        return tensor
+
+    def start_average(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        return self.start_sum(tensor, name).div_(self.size)
+
+    def start_gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.sent += (self.size - 1) * tensor.nbytes
+        return torch.cat(self._comm._exchange(tensor.clone()))
 
     def start_scatter(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """This rank's part of the sum."""
         whole = tensor.clone()
-        self.all_reduce(whole)
+        self._comm.all_reduce(whole)
         start, stop = part_of(len(whole), self.rank, self.size)
         return whole[start:stop]
 
-    def start_gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """All ranks' rows."""
-        return torch.cat(self._exchange(tensor.clone()))
+    def start_all_to_all(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.sent += (self.size - 1) * tensor.nbytes // self.size
+        return torch.cat(
+            [each.chunk(self.size)[self.rank] for each in self._comm._exchange(tensor)]
+        )
 
-    def wait(self, handle: Any) -> Any:
-        """Nothing is under way."""
+    def ready(self, handle: torch.Tensor) -> bool:
+        return True
+
+    def wait(self, handle: torch.Tensor) -> torch.Tensor:
         return handle
 
-    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """All ranks' rows."""
-        return self.start_gather(tensor, name)
+
+class ThreadExchange(ThreadCommunicator, ThreadCollectives):
+    """A communicator that begins collectives, and waits for them later, as Horovod's does."""
+
+    def __init__(self, rank: int, size: int, meet: threading.Barrier, given: list[Any]) -> None:
+        ThreadCommunicator.__init__(self, rank, size, meet, given)
+        self._comm = self
+        self.sent = 0
 
 
 def on_ranks(
