@@ -47,7 +47,7 @@ STEPS = EPOCHS * -(-1438 // BATCH)  # of the training samples, 1,438
 VALIDATION_SAMPLES = 359
 RANKS = {"worker": (3, 1), "server": (2, 2)}  # workers and servers, by the role that is hit
 SILENCE_SECONDS = 2
-START_SECONDS, END_SECONDS, GONE_SECONDS = 180.0, 60.0, 10.0
+START_SECONDS, END_SECONDS, GONE_SECONDS = 240.0, 60.0, 60.0
 EDGE_SHARE = 0.1  # of the moments lie before the first step, and as many after the last one
 EDGE_SECONDS = 0.3
 

@@ -16,6 +16,7 @@ from hpctrain.costmodel import cli as model
 from hpctrain.data import cli as data
 from hpctrain.errors import Error
 from hpctrain.horovod_build import cli as horovod_build
+from hpctrain.inference import cli as inference
 from hpctrain.launch import cli as elastic
 from hpctrain.report import cli as report
 from hpctrain.slurm import cli as slurm
@@ -228,6 +229,7 @@ def _config_of(parameters: dict[str, Any]) -> Any:
 
 
 for command in (
+    inference.evaluate, inference.predict,
     data.group, elastic.trace, elastic.chaos, elastic.launch, horovod_build.group,
     *slurm.submission(train, _config_of), slurm.job, slurm.group, slurm.trial, slurm.trials,
     report.compare, report.report, model.command(_config_of),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from hpctrain.checkpoint.weights import read_weights
-from hpctrain.config import RunConfig, read_toml, resolve
+from hpctrain.config import Layer, RunConfig, read_toml, resolve
+from hpctrain.data.source import Source
 from hpctrain.errors import Error
 from hpctrain.run_folder import CONFIG
 from hpctrain.tasks.checks import Read, model_of, splits_of
@@ -45,23 +47,68 @@ def load(source: str | Path, which: str | None = None) -> nn.Module:
         >>> model = hpctrain.load("runs/digits-1", "best")  # doctest: +SKIP
         >>> model(torch.zeros(1, 64)).argmax()  # doctest: +SKIP
     """
-    weights = read_weights(Path(source), which, lambda text: warnings.warn(text, stacklevel=3))
+    return open_trained(
+        Path(source), which, complain=lambda text: warnings.warn(text, stacklevel=4)
+    ).model
+
+
+class Trained(NamedTuple):
+    """A run's model, and what it was trained by.
+
+    Attributes:
+        model: In evaluation mode, on the CPU.
+        task: Which made it.
+        config: Of the run, without its strategy.
+        read: What the task has read of the configuration.
+        splits: The task's samples; or why there are none.
+        checkpoint: The folder of the weights.
+    """
+
+    model: nn.Module
+    task: Task
+    config: RunConfig
+    read: Read
+    splits: dict[str, Source] | Exception
+    checkpoint: Path
+
+
+def open_trained(
+    source: Path,
+    which: str | None,
+    *,
+    changes: Layer | None = None,
+    complain: Callable[[str], None],
+) -> Trained:
+    """Make a run's model as the run did, and load its weights.
+
+    Args:
+        source: A run's folder, or one of its checkpoints.
+        which: Of a run's checkpoints, as in :func:`load`.
+        changes: What is to differ from the run's configuration.
+        complain: Told of each damaged checkpoint that is passed over.
+
+    Raises:
+        Error: As in :func:`load`.
+    """
+    weights = read_weights(source, which, complain)
     path = _config_beside(weights.folder)
     layer = read_toml(path)
     # A strategy of one's own, and its knobs, need not be there.
-    config = resolve([(str(path), {k: v for k, v in layer.items() if k in _READ})])
+    layers = [(str(path), {k: v for k, v in layer.items() if k in _READ})]
+    config = resolve([*layers, ("command line", changes or {})])
+    read = Read(config)
     with _generators_kept():
         set_start_seeds(config.seed)
         task = make_task(load_task(config.task, config.seed), config.options)
-        missing = _give_data(task, config)
+        splits = _splits(task, read)
         set_start_seeds(config.seed)
         try:
             model = prepared(model_of(task, 1), torch.device("cpu"), config.train.dtype)
             model.load_state_dict(weights.state)
         except Exception as error:
-            if missing is not None:
+            if isinstance(splits, Exception):
                 raise Error(
-                    f"the model of {path.parent} cannot be made without its data: {missing}.",
+                    f"the model of {path.parent} cannot be made without its data: {splits}.",
                     hint="have the data where the run had them.",
                 ) from error
             if not isinstance(error, (RuntimeError, KeyError)):
@@ -71,7 +118,7 @@ def load(source: str | Path, which: str | None = None) -> nn.Module:
                 f"{error}.",
                 hint="load it with the task's file as it was in the run.",
             ) from error
-    return model.eval()
+    return Trained(model.eval(), task, config, read, splits, weights.folder)
 
 
 def _config_beside(checkpoint: Path) -> Path:
@@ -85,14 +132,12 @@ def _config_beside(checkpoint: Path) -> Path:
     return path
 
 
-def _give_data(task: Task, config: RunConfig) -> Exception | None:
-    """Have a task see its data, from which it may learn what model to make; or why it cannot."""
-    set_start_seeds(config.seed)
+def _splits(task: Task, read: Read) -> dict[str, Source] | Exception:
+    """A task's samples, from which it may learn what model to make; or why it has none."""
     try:
-        splits_of(task, Read(config))
+        return splits_of(task, read)
     except Exception as error:
         return error
-    return None
 
 
 @contextlib.contextmanager

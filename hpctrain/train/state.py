@@ -53,13 +53,13 @@ class Counters:
             patience: Validations without a better one after which to stop early.
 
         Raises:
-            Error: The task monitors what its loss does not give.
+            Error: The task monitors what it does not give.
         """
         monitored = f"val_{task.monitor}"
         if monitored not in metrics:
             raise Error(
-                f"task {type(task).__name__} monitors '{task.monitor}', which its loss() "
-                f"does not give.",
+                f"task {type(task).__name__} monitors '{task.monitor}', which neither its loss() "
+                f"nor its metrics() gives.",
                 hint=nearest(task.monitor, [name.removeprefix("val_") for name in metrics]),
             )
         sign = 1 if task.mode == "max" else -1

@@ -133,6 +133,7 @@ def test_horovod_not_built(hpctrain):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--set", "seed=x"], "seed = 'x'"),
         (["--world-size", "3"], "asks for 3 ranks, but mpirun started 2"),
         (["--strategy", "single"], "strategy 'single' on a world of 2 ranks"),
         (["--out", "file/run"], "cannot write file/run"),

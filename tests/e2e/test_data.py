@@ -115,8 +115,10 @@ def test_adopted_files_train(hpctrain, shards):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["data.order=full", "data.workers=0"],
-        ["data.order=none", "data.worker_kind=process"],
+        ["data.order=full"],
+        ["data.order=none"],
+        ["data.workers=0"],
+        ["data.worker_kind=process"],
         ["data.weights=importance"],
         ['data.mixture=[{path="shards",weight=2},{path="other",weight=1}]'],
     ],

@@ -151,7 +151,7 @@ def test_own_loop_differs_from_plain_torch_in_five_lines():
     assert sum(line.startswith("+ ") for line in difference) <= 5
 
 
-@pytest.mark.parametrize("launcher", ["alone", "horovodrun"])
+@pytest.mark.parametrize("launcher", ["alone", "mpirun", "horovodrun"])
 def test_own_loop_learns(hpctrain, launcher):
     prefix = hpctrain.prefix(0 if launcher == "alone" else 2, launcher)
     result = run(
