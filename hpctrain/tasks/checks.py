@@ -49,6 +49,8 @@ _FOREIGN = {
     **dict.fromkeys(("configure_model", "build_model", "get_model", "create_model"), "model()"),
     **dict.fromkeys(("collate_fn", "collate", "augment", "preprocess"),
         "transform(batch, training)"),
+    **dict.fromkeys(("compute_metrics", "validation_epoch_end", "test_epoch_end"), "metrics()"),
+    **dict.fromkeys(("predict_step", "prediction_step"), "predictions(model, batch)"),
 }  # fmt: skip
 # Of all samples, and not the mean of their values over batches.
 _NO_MEAN = re.compile(

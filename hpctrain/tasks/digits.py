@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -68,6 +69,10 @@ class Digits(Task):
         scores = model(batch["pixels"])
         correct = scores.argmax(dim=1) == batch["label"]
         return F.cross_entropy(scores, batch["label"]), {"accuracy": correct.float().mean()}
+
+    def predictions(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        """The scores of the ten digits, and which it is."""
+        return {"scores": model(batch["pixels"]), "target": batch["label"]}
 
     def data(self, config: DataConfig) -> dict[str, Source]:
         """The bundled digits, or the shard set at ``data.path`` with fields pixels and label."""

@@ -85,3 +85,17 @@ def test_waiting_is_bounded_and_names_the_ranks(strategy, world, tmp_path):
         wait_until(over.exists, "rank 0 to give up")
         comm.all_reduce(torch.zeros(1))
     comm.broadcast(torch.zeros(1))
+
+
+def test_gathers_with_a_gradient(world):
+    """Rank r gives r rows; each loss is the square of the sum over all of them."""
+    mine = torch.full((world.rank, 2), world.rank + 1.0, requires_grad=True)
+    rows = world.all_gather(mine)
+    expected = [[r + 1.0] * 2 for r in range(world.size) for _ in range(r)]
+    assert rows.tolist() == expected
+    rows.sum().square().backward()
+    total = sum(map(sum, expected))
+    assert mine.grad.tolist() == [[2 * total * world.size] * 2] * world.rank
+    given = {"rank": world.rank, "ids": list(range(world.rank))}
+    expected = [{"rank": r, "ids": list(range(r))} for r in range(world.size)]
+    assert world.gather_object(given) == expected

@@ -1,6 +1,7 @@
 """`hpctrain evaluate` and `predict`, on ranks that are threads."""
 
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 import hpctrain
 from hpctrain.cli import cli
 from hpctrain.config import resolve
+from hpctrain.data.writer import ShardWriter
 from hpctrain.errors import Error
 from hpctrain.inference.evaluate import evaluate
 from hpctrain.inference.passes import Passes, Wanted, passes
@@ -56,6 +58,12 @@ class Told(hpctrain.Task):
 
     def metrics(self):
         return {"auc": sk.roc_auc_score}
+
+
+class Sharded(Told):
+    """Of the same model; its data are whatever shard set there is."""
+
+    data = hpctrain.Task.data
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +121,21 @@ def test_predictions_are_the_same_bytes_on_any_ranks(run, tmp_path):
     assert found["auc"] == pytest.approx(sk.roc_auc_score(Y[9:], scores))
 
 
+def test_other_data_need_no_training_samples(run, tmp_path):
+    with ShardWriter(tmp_path / "shards") as writer:
+        writer.write("test", {"x": X[:8], "y": Y[:8]})
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace(":Told", ":Sharded"))
+    wanted = Wanted(folder, "newest", "test", str(tmp_path / "shards"), None)
+    with passes(wanted, pytest.fail) as those:
+        metrics = evaluate(those)
+    with torch.no_grad():
+        scores = hpctrain.load(run[0], "newest")(torch.from_numpy(X[:8]))
+    assert metrics["auc"] == pytest.approx(sk.roc_auc_score(Y[:8], scores))
+
+
 def test_a_failure_leaves_no_file(run, tmp_path):
     def ragged(passes):
         passes.task.predictions = lambda model, batch: {"x": batch["x"][:, : len(batch["x"])]}
@@ -133,12 +156,9 @@ def test_the_commands(run, tmp_path):
     out = str(tmp_path / "out.h5")
     result = CliRunner().invoke(cli, ["predict", folder, "--split", "test", "--out", out])
     assert result.exit_code == 0 and "22 samples" in result.stdout, result.output
-    for words, message in (
-        (["--split", "tset"], "no split 'tset'.*did you mean 'test'"),
-        (["--data", "elsewhere"], "--data elsewhere changes nothing"),
+    for wanted, message in (
+        (Wanted(run[0], None, "tset", None, None), "no split 'tset'.*did you mean 'test'"),
+        (Wanted(run[0], None, "test", "else", None), "--data else changes nothing"),
     ):
-        options = dict(zip(("split", "data"), ("validation", None), strict=True))
-        options[words[0].removeprefix("--")] = words[1]
-        wanted = Wanted(run[0], None, batch_size=None, **options)
         with pytest.raises(Error, match=message), passes(wanted, pytest.fail):
             pass

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from hpctrain.errors import Error
+from hpctrain.tasks.checks import checked_predictions
+from hpctrain.tasks.digits import Digits
 from hpctrain.tasks.task import Task
 from hpctrain.train.loop import Trainer
 from hpctrain.train.set_metrics import SetMetrics
@@ -131,6 +133,12 @@ def test_torchmetrics_as_they_are():
 
     found = measured(Task())
     assert found["iou"] == pytest.approx(sk.jaccard_score(VY, VX[:, :3].argmax(1), average="macro"))
+
+
+def test_digits_predicts():
+    task = Digits()
+    rows = task.predictions(task.model(), {"pixels": torch.zeros(2, 64), "label": torch.ones(2)})
+    assert checked_predictions(task, rows, 2)["scores"].shape == (2, 10)
 
 
 class Rows:

@@ -142,12 +142,16 @@ def test_what_nothing_reads_is_named():
 
         def on_epoch_end(self): ...
         def validation_step(self, model, batch): ...
+        def predict_step(self, batch): ...
+        def validation_epoch_end(self, outputs): ...
         def helper(self): ...
 
     assert warnings_of(Habits()) == [
         "nothing reads Habits.defualts: did you mean defaults?",
         "Habits.on_epoch_end() is called by nothing: there are no hooks.",
         "nothing reads Habits.validation_step: did you mean loss(model, batch)?",
+        "nothing reads Habits.predict_step: did you mean predictions(model, batch)?",
+        "nothing reads Habits.validation_epoch_end: did you mean metrics()?",
     ]
     assert warnings_of(Line()) == []
 
