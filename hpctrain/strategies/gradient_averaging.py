@@ -34,6 +34,10 @@ _numbers = itertools.count()  # of wrapped optimizers: all ranks wrap in the sam
 class Exchange(Protocol):
     """How gradients are averaged over ranks."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether gradients are averages as they are, at present: there is no other rank."""
+
     def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
         """Begin to sum a contiguous tensor over ranks, in place; returns what to wait for."""
 
@@ -179,9 +183,10 @@ class AveragedGradients:
         self._fired.add(parameter)
         self._owed = True
         bucket = self._bucket_of.get(parameter)
-        if bucket is None or self._local_only:
-            if bucket is not None:
-                adopt(bucket.view(parameter), parameter)
+        if bucket is None or self._exchange.alone:
+            return
+        if self._local_only:
+            adopt(bucket.view(parameter), parameter)
             return
         if bucket.handle is not None:
             raise Error(
@@ -274,6 +279,9 @@ class AveragedGradients:
 
     def _round(self, *, in_step: bool) -> None:
         """Average all gradients; or, in ``step()``, find that all have come there."""
+        if self._exchange.alone:
+            self._settle()
+            return
         buckets = [bucket for bucket in self._buckets if bucket.trained]
         closing = in_step and self._waited_for
         if not closing:
@@ -293,6 +301,9 @@ class AveragedGradients:
         for number, parameter in enumerate(self._rows):
             if parameter.requires_grad and parameter not in unused:
                 self._gather(parameter, f"{self._prefix}.rows.{number}")
+        self._settle()
+
+    def _settle(self) -> None:
         self._averaged = True
         tasks = self._tasks
         self._forget()

@@ -15,12 +15,15 @@ from hpctrain.elastic.membership import Membership
 from hpctrain.errors import PeerLost
 from hpctrain.world.world import Part, equal_part
 
+Handle = int | torch.Tensor
+"""A collective under way: Horovod's number of it, or its result, where there is no other rank."""
+
 YIELDING_SECONDS = 2e-3
 """How long a wait only yields its core; waking from a sleep would delay a short one too much."""
 
 
 class HorovodCommunicator:
-    """The world as Horovod sees it."""
+    """The world as Horovod sees it; of one rank, Horovod is not asked to exchange anything."""
 
     def __init__(
         self, hvd: Any, timeout_seconds: float, membership: Membership | None = None
@@ -38,6 +41,11 @@ class HorovodCommunicator:
     def size(self) -> int:
         """How many processes take part."""
         return int(self._hvd.size())
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other rank, at present."""
+        return self.size == 1
 
     @property
     def local_rank(self) -> int:
@@ -59,6 +67,8 @@ class HorovodCommunicator:
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         """Overwrite a contiguous tensor with the root's, in place."""
+        if self.alone:
+            return
         with peers(self):
             handle = self._hvd.broadcast_async_(tensor, root, name="hpctrain.broadcast")
         self.wait(handle)
@@ -67,38 +77,44 @@ class HorovodCommunicator:
         """Return when every rank has come here."""
         self.all_reduce(torch.zeros(1))
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> int:
+    def start_sum(self, tensor: torch.Tensor, name: str) -> Handle:
         """Begin to sum a tensor in place; give what this returns to :meth:`wait`.
 
         Args:
             tensor: Contiguous.
             name: All ranks have the same one; no other exchange under way has it.
         """
+        if self.alone:
+            return tensor
         with peers(self):
             return int(self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
 
-    def start_average(self, tensor: torch.Tensor, name: str) -> int:
+    def start_average(self, tensor: torch.Tensor, name: str) -> Handle:
         """Begin to average a tensor in place; give what this returns to :meth:`wait`.
 
         Args:
             tensor: Contiguous.
             name: As in :meth:`start_sum`.
         """
+        if self.alone:
+            return tensor
         with peers(self):
             return int(self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Average))
 
     def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Return all ranks' rows, in the order of the ranks.
+        """Return all ranks' rows, in the order of the ranks; of one rank, its tensor itself.
 
         Args:
             tensor: Contiguous, of shape (rows, ...); ranks may have other numbers of rows.
             name: As in :meth:`start_sum`.
         """
+        if self.alone:
+            return tensor
         with peers(self):
             handle = self._hvd.allgather_async(tensor, name=name)
         return self.wait(handle)
 
-    def wait(self, handle: int) -> torch.Tensor:
+    def wait(self, handle: Handle) -> torch.Tensor:
         """Wait for a collective, for ``timeout_seconds`` at most, and return what came of it.
 
         Horovod's own wait spins on a core until the end of time. This one offers its core to others
@@ -107,6 +123,8 @@ class HorovodCommunicator:
         Raises:
             PeerLost: The time is up, or Horovod says that a peer failed.
         """
+        if isinstance(handle, torch.Tensor):
+            return handle
         start = time.monotonic()
         while not self._hvd.poll(handle):
             waited = time.monotonic() - start

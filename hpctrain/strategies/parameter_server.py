@@ -151,6 +151,8 @@ class PsCommunicator:
 class _Sums:
     """Averages gradients over workers by sums through a server, one after the other."""
 
+    alone = False  # with one worker, too, a server does the sums
+
     def __init__(self, comm: PsCommunicator) -> None:
         self._comm = comm
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from hpctrain.errors import Error
 from hpctrain.ps import sharing
+from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_ready
 from hpctrain.strategies.single import Single
 from hpctrain.train.state import Counters
 from hpctrain.train.step_rollback import StepRollback
@@ -84,3 +85,48 @@ def test_buffers_that_forward_replaces_are_taken_back():
         for name, buffer in model.named_buffers():
             assert torch.equal(buffer, before[name]), name
         model(torch.ones(2))
+
+
+class Twins:
+    """Other ranks that do as this one does, while there are any; what was exchanged with them."""
+
+    def __init__(self):
+        self.alone = True
+        self.exchanged = []
+
+    def start_sum(self, tensor, name):
+        self.exchanged.append(name)
+        tensor.mul_(2)
+
+    def start_average(self, tensor, name):
+        self.exchanged.append(name)
+
+    def wait(self, handle):
+        pass
+
+
+def test_a_rank_exchanges_nothing_while_it_is_alone():
+    """Ranks are lost, and join, between steps; a part of the model is not used by any."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)) for _ in range(2)]
+    for model in models:
+        model.unused = nn.Parameter(torch.ones(2))
+    models[1].load_state_dict(models[0].state_dict())
+    twins = Twins()
+    parameters = list(models[1].parameters())
+    averaged = AveragedGradients(parameters, twins, 40, [], lambda part: None)
+    call_when_ready(parameters, averaged.ready)
+    for alone in (True, True, False, False, True, False):
+        twins.alone = alone
+        twins.exchanged.clear()
+        for model in models:
+            model(torch.randn(3, 4, generator=torch.Generator().manual_seed(1))).sum().backward()
+        averaged.synchronize()
+        averaged.stepped()
+        assert ("hpctrain.round" in twins.exchanged) != alone and bool(twins.exchanged) != alone
+        for one, other in zip(*(m.parameters() for m in models), strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.equal(one.grad, other.grad)
+        averaged.forget_average()
+        for model in models:
+            model.zero_grad()
