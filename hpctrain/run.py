@@ -42,7 +42,7 @@ from hpctrain.strategies import strategy
 from hpctrain.strategies.base import Serving, Strategy
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, load_task, make_task
-from hpctrain.train import gc_control
+from hpctrain.train import dynamo, gc_control
 from hpctrain.train.fingerprint import of_start, of_training
 from hpctrain.train.interruption import Interruption
 from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder, plain
@@ -90,6 +90,7 @@ def run(config: RunConfig, say: Callable[[str], None]) -> int:
     if config.resume == "auto" and config.out is None:
         raise Error("--resume auto without --out.", hint="say which run to go on with: --out DIR.")
     kind = load_task(config.task, config.seed)
+    dynamo.import_when_used()
     set_start_seeds(config.seed)  # for what is drawn while the task is made, alike on all ranks
     task = make_task(kind, config.options)
     world = init()
