@@ -158,7 +158,7 @@ def main() -> None:
         ]
     )
     world = init()
-    how = strategy("auto", world)
+    how = strategy("horovod", world)  # also where there is one rank
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = CheckpointStore(folder, keep=1)
