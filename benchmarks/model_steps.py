@@ -116,11 +116,10 @@ def connect(world: World, strategy: StrategyCost, job: Job) -> Horovod | Paramet
     world.comm = Unconnected(world.launch)
     if strategy.kind == "horovod":
         return Horovod(world, HorovodConfig(bucket_bytes=job.bytes // job.buckets), TIMEOUT_SECONDS)
-    consistency = "async" if math.isinf(strategy.ahead) else f"ssp:{int(strategy.ahead)}"
     config = PsConfig(
         servers=strategy.servers,
         colocate=strategy.colocated,
-        consistency=consistency if strategy.ahead else "sync",
+        consistency=strategy.consistency,
         compression=strategy.compression.name,
     )
     return ParameterServer(world, config, TIMEOUT_SECONDS)
@@ -172,7 +171,7 @@ def measure(world: World, name: str, job: Job) -> dict[str, Any]:
     world.comm.all_reduce(mean)
     mean /= world.comm.size
     count = max(job.least_steps, round(job.window_seconds / float(mean)))
-    if not how.lockstep:  # nor do they begin together
+    if not how.agreement.in_step:  # nor do they begin together
         time.sleep(random.Random(world.rank).random() * float(mean))
         steps(WARM_UP)
     optimizer.statistics()

@@ -33,8 +33,8 @@ from hpctrain import Batch, Task, init, strategy
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import DataConfig, OptimizerConfig, read_environment, resolve
 from hpctrain.data.source import ArraySource, Source
+from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import RunRecorder, Silent
-from hpctrain.train.trainer import Trainer
 
 SAMPLES = 4096
 BATCH = 128

@@ -232,8 +232,8 @@ def connected(count: int, settings: dict[str, Any]) -> tuple[Any, Any, list[list
     """
     from hpctrain.config import PsConfig
     from hpctrain.ps.endpoint import Endpoint
-    from hpctrain.ps.layout import Layout, Parameter, slice_bytes_for
-    from hpctrain.ps.rules import rule_of
+    from hpctrain.ps.partition.layout import Layout, Parameter, slice_bytes_for
+    from hpctrain.ps.update_rules import rule_of
 
     ends = Endpoint(PsConfig(**settings))
     if ends.client is None:
@@ -269,7 +269,7 @@ def ours(
         key: To encrypt by.
         settings: Of ``PsConfig``.
     """
-    from hpctrain.ps.cipher import VARIABLE
+    from hpctrain.ps.protocol.cipher import VARIABLE
     from hpctrain.strategies.parameter_server import PsCommunicator
 
     os.environ.pop(VARIABLE, None)

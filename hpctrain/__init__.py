@@ -11,20 +11,30 @@ if TYPE_CHECKING:
     from hpctrain.data.batch import Batch as Batch
     from hpctrain.data.loader import Loader as Loader
     from hpctrain.data.shards import ShardSet as ShardSet
+    from hpctrain.data.source import ArraySource as ArraySource
+    from hpctrain.data.source import Source as Source
     from hpctrain.errors import Error as Error
     from hpctrain.errors import PeerLost as PeerLost
+    from hpctrain.optim.lamb import Lamb as Lamb
     from hpctrain.strategies import strategy as strategy
+    from hpctrain.strategies.base import Strategy as Strategy
     from hpctrain.tasks.task import Task as Task
+    from hpctrain.train.loop import Trainer as Trainer
     from hpctrain.world.world import World as World
     from hpctrain.world.world import init as init
 
 _PLACES = {
+    "ArraySource": "hpctrain.data.source",
     "Batch": "hpctrain.data.batch",
     "Error": "hpctrain.errors",
+    "Lamb": "hpctrain.optim.lamb",
     "Loader": "hpctrain.data.loader",
     "PeerLost": "hpctrain.errors",
     "ShardSet": "hpctrain.data.shards",
+    "Source": "hpctrain.data.source",
+    "Strategy": "hpctrain.strategies.base",
     "Task": "hpctrain.tasks.task",
+    "Trainer": "hpctrain.train.loop",
     "World": "hpctrain.world.world",
     "init": "hpctrain.world.world",
     "strategy": "hpctrain.strategies",

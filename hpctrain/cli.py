@@ -46,10 +46,14 @@ def cli() -> None:
 @click.option(
     "--strategy",
     metavar="NAME",
-    help="How replicas agree: single, horovod, ps, or auto (horovod on several ranks).",
+    help="How replicas agree: auto, one that `hpctrain strategies` lists, or package.mod:Name.",
 )
 @click.option("--servers", metavar="N", help="With ps: ranks that hold parameters.")
-@click.option("--consistency", metavar="MODE", help="With ps: sync, async, ssp:S, or backup:B.")
+@click.option(
+    "--consistency",
+    metavar="MODE",
+    help="With ps: sync, async, ssp:S, backup:B, or package.module:Class.",
+)
 @click.option("--replicas", metavar="N", help="With ps: copies of each slice on other servers.")
 @click.option(
     "--elastic",
@@ -165,10 +169,31 @@ def config(task: str | None, config_path: str | None, settings: tuple[str, ...])
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def strategies(as_json: bool) -> None:
+    """List the strategies by which replicas can agree, a line each.
+
+    Packages add theirs by entry points of the group hpctrain.strategies. One of your own needs
+    neither: --strategy package.module:Class.
+    """
+    import json
+
+    from hpctrain.strategies import summaries
+
+    found = summaries()
+    if as_json:
+        click.echo(json.dumps([{"name": name, "summary": text} for name, text in found.items()]))
+        return
+    width = max(map(len, found))
+    for name, text in found.items():
+        click.echo(f"{name:{width}}  {text}")
+
+
+@cli.command()
 def doctor() -> None:
     """Check this machine: MPI, Horovod, cores, GPUs, HDF5, Slurm; and say what to do."""
-    from hpctrain.check_result import report
     from hpctrain.doctor import examine
+    from hpctrain.world.check_result import report
 
     sys.exit(report(examine()))
 

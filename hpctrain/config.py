@@ -20,6 +20,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveInt,
     ValidationError,
+    create_model,
 )
 
 from hpctrain.errors import Error, nearest
@@ -252,7 +253,8 @@ class PsConfig(Section):
     consistency: str = Field(
         "sync",
         description="`sync`; `async`; `ssp:S`: workers at most S clocks ahead of the slowest; "
-        "`backup:B`: sync without waiting for the B slowest.",
+        "`backup:B`: sync without waiting for the B slowest; or `package.module:Class`, a mode of "
+        "your own.",
     )
     slice_bytes: int | None = Field(
         None,
@@ -279,7 +281,8 @@ class PsConfig(Section):
     shares: Literal["equal", "speed"] | list[NonNegativeInt] | None = Field(
         None,
         description="Parts of each global batch by worker: `equal`, by measured `speed`, or a "
-        "list. Unset: `speed` with ssp, which else goes at the slowest one's pace; else `equal`.",
+        "list. Unset: as the consistency has it: `speed` with ssp, which else goes at the slowest "
+        "one's pace; `equal` with sync, async and backup.",
     )
     share_steps: int = Field(
         32, ge=1, description="Steps between looks at who takes part and, by speed, at shares."
@@ -287,7 +290,7 @@ class PsConfig(Section):
     lr_by_delay: bool | None = Field(
         None,
         description="Divide the rate by the updates a push missed (Zhang et al., 2016). Unset: "
-        "with async and ssp.",
+        "as the consistency has it: with async and ssp.",
     )
     delay_compensation: float = Field(
         0.0, ge=0, description="Lambda of DC-ASGD (Zheng et al., 2017); 0: none."
@@ -318,8 +321,10 @@ class RunConfig(Section):
     """A whole run. The resolved form is kept as `config.toml` in the run folder."""
 
     task: str = Field("digits", description="A ready task, `file.py[:Name]` or `package.mod:Name`.")
-    strategy: Literal["auto", "single", "horovod", "ps"] = Field(
-        "auto", description="How replicas agree. `auto`: horovod on several ranks, else single."
+    strategy: str = Field(
+        "auto",
+        description="How replicas agree: one that `hpctrain strategies` lists, or "
+        "`package.mod:Name`. `auto`: horovod on several ranks, else single.",
     )
     out: Path | None = Field(None, description="Run folder; unset: runs/TASK-TIME.")
     resume: str | None = Field(
@@ -346,9 +351,35 @@ class RunConfig(Section):
         default_factory=dict, description="The task's own knobs (its dataclass fields)."
     )
 
+    def section(self, name: str) -> Section | None:
+        """Return the section of that name, if there is one."""
+        found = getattr(self, name, None)
+        return found if isinstance(found, Section) else None
+
     def to_toml(self) -> str:
         """The configuration as TOML; unset knobs are left out, because TOML has no null."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def with_section(name: str, kind: type[Section]) -> type[RunConfig]:
+    """Return a configuration that has another section: the knobs of a strategy.
+
+    Args:
+        name: Of the section.
+        kind: Its class.
+
+    Raises:
+        Error: Something else is called so.
+    """
+    known = RunConfig.model_fields.get(name)
+    if known is not None:
+        if known.annotation is kind:
+            return RunConfig
+        raise Error(f"'{name}' is a key of every run's.", hint="call the strategy something else.")
+    if not kind.model_fields:
+        return RunConfig
+    field: Any = (kind, Field(default_factory=kind))
+    return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, **{name: field})
 
 
 def keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -361,9 +392,14 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple
             yield prefix + name, field
 
 
-def description(key: str) -> str:
-    """The sentence that explains one key."""
-    return str(dict(keys())[key].description)
+def description(key: str, kind: type[RunConfig] = RunConfig) -> str:
+    """The sentence that explains one key.
+
+    Args:
+        key: Dotted.
+        kind: Of the configuration.
+    """
+    return str(dict(keys(kind))[key].description)
 
 
 def reference(config: RunConfig) -> str:
@@ -371,7 +407,7 @@ def reference(config: RunConfig) -> str:
     lines: list[str] = []
     table = ""
     values = config.model_dump(mode="json")
-    for key, field in sorted(keys(), key=lambda item: "." in item[0]):
+    for key, field in sorted(keys(type(config)), key=lambda item: "." in item[0]):
         section, _, name = key.rpartition(".")
         if section != table:
             table = section
@@ -468,18 +504,19 @@ def put(layer: Layer, key: str, value: Any) -> None:
     layer[name] = value
 
 
-def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
+def resolve(layers: Iterable[tuple[str, Layer]], kind: type[RunConfig] = RunConfig) -> RunConfig:
     """The configuration that layers give, later ones winning.
 
     Args:
         layers: Pairs of where a layer comes from (for error messages) and the layer.
+        kind: With the sections there are.
 
     Raises:
         Error: A key is unknown or a value is not what the key takes; the source is named.
     """
     merged: Layer = {}
     origin: dict[str, str] = {}
-    known = {key for key, _ in keys()}
+    known = {key for key, _ in keys(kind)}
     for source, layer in layers:
         for key, value in _flatten(layer):
             if key not in known and not key.startswith("options."):
@@ -490,7 +527,7 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
             origin[key] = source
             put(merged, key, value)
     try:
-        return RunConfig.model_validate(merged)
+        return kind.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]
@@ -499,7 +536,7 @@ def resolve(layers: Iterable[tuple[str, Layer]]) -> RunConfig:
         )
         raise Error(
             f"{origin.get(key, 'configuration')}: {key} = {first['input']!r}: {first['msg']}.",
-            hint=description(key) if key in known else "see `hpctrain config`.",
+            hint=description(key, kind) if key in known else "see `hpctrain config`.",
         ) from error
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from hpctrain.check_result import CheckResult, Level
 from hpctrain.elastic import selftest
 from hpctrain.errors import Error
 from hpctrain.horovod_build import mpi, toolchain
 from hpctrain.horovod_build.check import check as check_horovod
 from hpctrain.process import NO_MPI_HINT, cores, mpirun, run, which
 from hpctrain.slurm.examine import examine as examine_site
+from hpctrain.world.check_result import CheckResult, Level
 
 LAUNCH_TIMEOUT_SECONDS = 90
 

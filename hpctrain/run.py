@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hpctrain.checkpoint.store import CheckpointStore, load_verified
-from hpctrain.config import Layer, RunConfig, put, resolve
+from hpctrain.config import Layer, RunConfig, Section, put, resolve, with_section
 from hpctrain.data.stage import stage, unstage
 from hpctrain.elastic.membership import Meeting, Progress
 from hpctrain.errors import Dismissed, Error, PeerLost
@@ -38,17 +38,17 @@ from hpctrain.run_folder import (
     unwritable,
 )
 from hpctrain.slurm.orphan import end_job
-from hpctrain.strategies import strategy
-from hpctrain.strategies.base import Serving, Strategy
+from hpctrain.strategies import STRATEGIES, strategy, strategy_class
+from hpctrain.strategies.base import Strategy
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, load_task, make_task
 from hpctrain.train import dynamo, gc_control
 from hpctrain.train.fingerprint import of_start, of_training
 from hpctrain.train.interruption import Interruption
+from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder, plain
 from hpctrain.train.recovery import outlive
 from hpctrain.train.state import parameters_sha256
-from hpctrain.train.trainer import Trainer
 from hpctrain.world.agreement import compare
 from hpctrain.world.broadcast import broadcast_json
 from hpctrain.world.failure_record import FOLDER
@@ -64,13 +64,43 @@ def configure(layers: list[tuple[str, Layer]]) -> RunConfig:
     Raises:
         Error: The task cannot be loaded, or a key or value is wrong.
     """
-    spec: Any = RunConfig.model_fields["task"].default
-    for _, layer in layers:
-        spec = layer.get("task", spec)
+    spec = str(_last(layers, "task"))
     defaults: Layer = {}
-    for name, value in load_task(str(spec)).defaults.items():
+    for name, value in load_task(spec).defaults.items():
         put(defaults, name, value)
-    return resolve([(f"defaults of task {spec}", defaults), *layers])
+    layers = [(f"defaults of task {spec}", defaults), *layers]
+    return resolve(layers, _kind(str(_last(layers, "strategy")), layers))
+
+
+def _last(layers: list[tuple[str, Layer]], key: str) -> Any:
+    """What the last layer that has a key says of it."""
+    value: Any = RunConfig.model_fields[key].default
+    for _, layer in layers:
+        value = layer.get(key, value)
+    return value
+
+
+def _kind(strategy: str, layers: list[tuple[str, Layer]]) -> type[RunConfig]:
+    """Of the configuration: with the section of the strategy's knobs."""
+    kind = RunConfig
+    if strategy != "auto" and strategy not in RunConfig.model_fields:
+        chosen = strategy_class(strategy)
+        kind = with_section(chosen.name, chosen.Config)
+    for origin, layer in layers:
+        for key in STRATEGIES.names():
+            if isinstance(layer.get(key), dict) and key not in kind.model_fields:
+                raise Error(
+                    f"{origin}: [{key}] has the knobs of another strategy than '{strategy}'.",
+                    hint=f"use --strategy {key}, or leave them out.",
+                )
+    return kind
+
+
+def _knobs(config: RunConfig, world: World) -> Section | None:
+    name = config.strategy
+    if name == "auto":
+        name = "horovod" if world.size > 1 else "single"
+    return config.section(name) or config.section(strategy_class(name).name)
 
 
 def run(config: RunConfig, say: Callable[[str], None]) -> int:
@@ -99,8 +129,7 @@ def run(config: RunConfig, say: Callable[[str], None]) -> int:
     how = strategy(
         config.strategy,
         world,
-        horovod=config.horovod,
-        ps=config.ps,
+        config=_knobs(config, world),
         elastic=config.elastic,
         timeout_seconds=config.timeout_seconds,
     )
@@ -115,7 +144,7 @@ def run(config: RunConfig, say: Callable[[str], None]) -> int:
 def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str], None]) -> int:
     if config.world_size is not None and how.joined is None:
         how.world.require(config.world_size)
-    if isinstance(how, Serving) and how.serves:
+    if how.serves:
         gc_control.leave_alone()
         how.serve()
         return 0
@@ -124,7 +153,7 @@ def _take_part(config: RunConfig, task: Task, how: Strategy, say: Callable[[str]
     except Dismissed:
         raise
     except BaseException as error:
-        if how.elastic is None or not isinstance(error, PeerLost):
+        if how.recovery is None or not isinstance(error, PeerLost):
             code = error.exit_code if isinstance(error, Error) else 1
             reason = f"rank {how.world.launch.rank}: {type(error).__name__}: {error}"
             how.world.comm.abort(reason, code)
@@ -156,14 +185,14 @@ class _Run:
             self._join(how.joined)
         stages = [self._start, self._wrap, self._train, self._finish]
         try:
-            outlive(how.elastic, stages, self._progress, begin=2 if joins else 0, joins=joins)
+            outlive(how.recovery, stages, self._progress, begin=2 if joins else 0, joins=joins)
         finally:
             if self._recorder is not None:
                 self._recorder.close()
             if self._lock is not None:
                 self._lock.close()
-            if how.elastic is not None and self._world.rank == 0:
-                end_job(how.elastic.membership.lost_hosts)
+            if how.recovery is not None and self._world.rank == 0:
+                end_job(how.recovery.membership.lost_hosts)
         self._world.comm.close()
         return INTERRUPTED_CODE if self._made().interrupted else 0
 
@@ -185,7 +214,7 @@ class _Run:
     def _join(self, joined: dict[str, Any]) -> None:
         """Take part in a run that is under way."""
         trainer = self._make(Path(joined["out"]))
-        if self._how.elastic is None:
+        if self._how.recovery is None:
             trainer.join(joined)
         else:
             trainer.wrap()
@@ -213,7 +242,7 @@ class _Run:
 
     def _claim(self) -> None:
         """Hold the run folder, on rank 0; where that was lost before, it may hold it still."""
-        config, elastic = self._config, self._how.elastic
+        config, elastic = self._config, self._how.recovery
         if self._trainer is None:
             self._out = config.out or new_folder(config.task)
         try:
@@ -234,9 +263,10 @@ class _Run:
                 self._world,
                 lambda: RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard),
             )
-            every = config.log.every_steps if config.ps.workers is not None else None
+            alone = self._how.newcomers and self._how.recovery is None
+            every = config.log.every_steps if alone else None
             self._interruption = Interruption(out, config.interrupt.signal, every)
-            elastic = self._how.elastic
+            elastic = self._how.recovery
             if elastic is not None:
                 elastic.membership.begin(out, config.elastic.workers)
             if self._how.joined is None:
@@ -258,8 +288,8 @@ class _Run:
         )
         for warning in trainer.warnings:
             recorder.say(f"warning: {warning}")
-        if how.outlives is not None and how.outlives.mode != "off":
-            recorder.say(f"elastic: {how.outlives.mode}: {how.outlives.why}")
+        if how.fault_tolerance is not None and how.fault_tolerance.mode != "off":
+            recorder.say(f"elastic: {how.fault_tolerance.mode}: {how.fault_tolerance.why}")
         for change in start.world[-1:]:
             values = {"size": change["size"], "reason": change["reason"], "steps": trainer.steps}
             # All processes of this host count, servers too. A rank may be bound to some cores.

@@ -12,6 +12,7 @@ from hpctrain.costmodel.step import Breakdown, predict
 from hpctrain.costmodel.strategies import Compression, StrategyCost, strategy_of
 from hpctrain.errors import Error
 from hpctrain.files import read_json
+from hpctrain.ps.consistency import relaxed
 
 if TYPE_CHECKING:
     from hpctrain.costmodel.measure import Measured
@@ -202,10 +203,10 @@ class Adviser:
         dedicated = self._fastest(self.named(nodes, [f"ps:{k}" for k in powers], codec))
         colocated = self.named(nodes, [f"ps:{nodes}+colocated"], codec)[0]
         server = self._fastest([dedicated, colocated]).strategy.label
-        relaxed = [f"{server}+{how}" for how in ("ssp:3", "async")]
+        looser = [f"{server}+{how}" for how in relaxed()]
         return [
             *self.named(nodes, ["horovod"], codec), colocated, dedicated,
-            *self.named(nodes, relaxed, codec),
+            *self.named(nodes, looser, codec),
         ]  # fmt: skip
 
     @staticmethod

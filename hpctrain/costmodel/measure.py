@@ -22,7 +22,7 @@ from hpctrain.optim.lamb import Lamb
 from hpctrain.process import cores
 from hpctrain.ps.codec import ErrorFeedback, make_codec
 from hpctrain.tasks.task import TaskTransform, load_task, make_task
-from hpctrain.train.trainer import DTYPES
+from hpctrain.train.step import DTYPES
 from hpctrain.world.world import World, init
 
 WARM_UP, LEAST, MOST = 2, 5, 200

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from hpctrain.costmodel.collectives import ALGORITHMS
 from hpctrain.errors import Error
+from hpctrain.ps.consistency import parse
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class StrategyCost:
             infinite: async.
         backups: Workers that a step does not wait for (Chen et al., "Revisiting distributed
             synchronous SGD", arXiv:1604.00981).
+        consistency: Of ps, as it is typed.
         every: Steps from one averaging to the next.
         compression: Of what is pushed, or all-reduced.
         label: As it is typed.
@@ -55,6 +56,7 @@ class StrategyCost:
     colocated: bool = False
     ahead: float = 0
     backups: int = 0
+    consistency: str = "sync"
     every: int = 1
     compression: Compression = field(default_factory=Compression)
     label: str = "single"
@@ -85,7 +87,8 @@ class StrategyCost:
 
 HINT = (
     "single, horovod[+ring|hierarchical|halving|binomial], ps:K or ps:K+colocated with "
-    "+async, +ssp:S or +backup:B, averaging:H; each with +fp16, +bf16, +int8 or +topk:F."
+    "a consistency "
+    "(+async, +ssp:S, +backup:B, ...), averaging:H; each with +fp16, +bf16, +int8 or +topk:F."
 )
 
 
@@ -112,21 +115,26 @@ def strategy_of(text: str, measured: Callable[[str], Compression]) -> StrategyCo
         name, _, argument = part.partition(":")
         if kind == "ps" and name == "colocated":
             values["colocated"] = True
-        elif kind == "ps" and name == "async":
-            values["ahead"] = math.inf
-        elif kind == "ps" and name == "ssp":
-            values["ahead"] = _count(argument, text)
-        elif kind == "ps" and name == "backup":
-            values["backups"] = _count(argument, text)
         elif kind in ("horovod", "averaging") and part in ALGORITHMS:
             values["algorithm"] = part
         elif name in ("fp16", "bf16", "int8", "topk") and kind != "single":
             if name == "topk" and kind != "ps":
                 raise Error(f"'{text}': what top-k leaves cannot be all-reduced.", hint=HINT)
             values["compression"] = measured(part)
+        elif kind == "ps":
+            values |= _consistency(part, text)
         else:
             raise Error(f"the model knows no strategy '{text}'.", hint=HINT)
     return StrategyCost(**values)  # type: ignore[arg-type]
+
+
+def _consistency(part: str, whole: str) -> dict[str, object]:
+    """What the model is told of a consistency mode."""
+    try:
+        mode = parse(part)
+    except Error as error:
+        raise Error(f"the model knows no strategy '{whole}'.", hint=HINT) from error
+    return {"ahead": mode.staleness, "backups": mode.backups, "consistency": part}
 
 
 def _count(text: str, whole: str) -> int:

@@ -7,9 +7,9 @@ import json
 import re
 from pathlib import Path
 
-from hpctrain.check_result import CheckResult
 from hpctrain.horovod_build.toolchain import VERSION, installed_version
 from hpctrain.process import run, which
+from hpctrain.world.check_result import CheckResult
 
 BUILD_HINT = "run `hpctrain horovod build`."
 

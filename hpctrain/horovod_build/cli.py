@@ -40,7 +40,7 @@ def run_(command: tuple[str, ...]) -> None:
 @group.command("check")
 def check_() -> None:
     """Say what is built into the installed Horovod, against which libraries, and what is wrong."""
-    from hpctrain.check_result import report
     from hpctrain.horovod_build.check import check
+    from hpctrain.world.check_result import report
 
     sys.exit(report(check()))

@@ -14,20 +14,21 @@ from mpi4py import MPI
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.cipher import Cipher, read_key
-from hpctrain.ps.client import Client, Future
+from hpctrain.ps.client.client import Client, Future
+from hpctrain.ps.client.late_worker import LateWorker
 from hpctrain.ps.consistency import consistency_of
-from hpctrain.ps.late_workers import Recruit, Recruiter
-from hpctrain.ps.layout import Layout
-from hpctrain.ps.link import Link, LocalLink, MPILink
-from hpctrain.ps.loop import Loop, Waiter
-from hpctrain.ps.memory import zeros
-from hpctrain.ps.order_log import Record, check_unused
-from hpctrain.ps.roles import Roles, assign
-from hpctrain.ps.rules import Rule
-from hpctrain.ps.server import Server
-from hpctrain.ps.shared import Regions, region_bytes
-from hpctrain.ps.sharing import Sharing
+from hpctrain.ps.huge_pages import zeros
+from hpctrain.ps.partition.layout import Layout
+from hpctrain.ps.partition.roles import Roles, assign
+from hpctrain.ps.protocol.cipher import Cipher, read_key
+from hpctrain.ps.protocol.link import Link, LocalLink, MPILink
+from hpctrain.ps.protocol.polling import Loop, Waiter
+from hpctrain.ps.protocol.regions import Regions, region_bytes
+from hpctrain.ps.protocol.shared_memory import Sharing
+from hpctrain.ps.server.order_log import Record, check_unused
+from hpctrain.ps.server.server import Server
+from hpctrain.ps.server.worker_spawner import WorkerSpawner
+from hpctrain.ps.update_rules import Rule
 from hpctrain.world import pmix
 from hpctrain.world.process_reaper import IDENTITY_WORDS, ProcessReaper, identity
 from hpctrain.world.spawn import fault_tolerant, spawned
@@ -82,28 +83,28 @@ class Endpoint:
         self.server: Server | None = None
         self._loop: Loop | None = None
         self._sharing: Sharing | None = None
-        self._recruiter: Recruiter | None = None
+        self._spawner: WorkerSpawner | None = None
         self._parted = False  # whether a rank was lost after all had done their work
-        self.recruit = Recruit() if spawned() else None
+        self.recruit = LateWorker() if spawned() else None
         if self.recruit is not None:
             self._join(self.recruit)
         else:
             self._meet_all(launched)
 
-    def _join(self, recruit: Recruit) -> None:
+    def _join(self, late: LateWorker) -> None:
         """Become a worker of a run that is under way."""
-        welcome = recruit.welcome
-        self.me = welcome.number
+        greeting = late.greeting
+        self.me = greeting.number
         self._hosts: list[int] = []
         self._names: list[str] = []
-        workers = (*welcome.workers, self.me)
-        self.roles = Roles(workers, tuple(welcome.servers))
+        workers = (*greeting.workers, self.me)
+        self.roles = Roles(workers, tuple(greeting.servers))
         links: dict[int, Link] = {
             number: MPILink(comm, 0, self.me, number, (TO_SERVER, TO_WORKER), self._cipher)
-            for number, comm in recruit.comms.items()
+            for number, comm in late.comms.items()
         }
         self.client = Client(self.me, links, self.config, wake=self._wake)
-        self.client.begin_late(welcome.servers, welcome.lost)
+        self.client.begin_late(greeting.servers, greeting.lost)
 
     def _meet_all(self, launched: int | None) -> None:
         world = MPI.COMM_WORLD
@@ -151,7 +152,6 @@ class Endpoint:
         return self._names[rank] if rank < len(self._names) else ""
 
     def _check(self) -> None:
-        consistency = consistency_of(self.config)
         works, serves = len(self.roles.workers), len(self.roles.servers)
         if self.config.replicas >= serves:
             raise Error(
@@ -167,11 +167,7 @@ class Endpoint:
             self.record.check(works, self.config.consistency)
         if self.config.record_order is not None:
             check_unused(self.config.record_order)
-        if consistency.mode == "backup" and consistency.number >= works:
-            raise Error(
-                f"{works} workers cannot go on without {consistency.number} of them.",
-                hint=f"use backup:{works - 1} at most, or async.",
-            )
+        consistency_of(self.config).check(works)
         shares = self.config.shares
         if isinstance(shares, list) and (len(shares) != works or not any(shares)):
             raise Error(
@@ -205,7 +201,7 @@ class Endpoint:
                 on_lost=self._fence.cut_off,
             )
             if self.config.workers is not None:
-                self._recruiter = Recruiter(self.server, self.config.workers, self._greet)
+                self._spawner = WorkerSpawner(self.server, self.config.workers, self._greet)
         if self.me in self.roles.workers:
             links: dict[int, Link] = {
                 server: local[0] if server == self.me else self._link(server, TO_SERVER, TO_WORKER)
@@ -281,7 +277,7 @@ class Endpoint:
             return
         serves = self.server is not None
         parts: list[Any] = [
-            p for p in (client, self.server, self._sharing, self._recruiter) if p is not None
+            p for p in (client, self.server, self._sharing, self._spawner) if p is not None
         ]
         self._loop = Loop(
             parts, lambda: serves or client.busy, lambda: serves or client.awaited, client.fail
@@ -360,8 +356,8 @@ class Endpoint:
                 while not (server.done and self._nobody_comes):
                     if self._sharing is not None and self._sharing.poll():
                         server.share(self._sharing.regions)
-                    if self._recruiter is not None:
-                        self._recruiter.poll()
+                    if self._spawner is not None:
+                        self._spawner.poll()
                     waiter.wait(server.poll())
         except Error:
             if server.aborted:  # whose fault it is speaks first
@@ -373,7 +369,7 @@ class Endpoint:
 
     @property
     def _nobody_comes(self) -> bool:
-        return self._recruiter is None or self._recruiter.over
+        return self._spawner is None or self._spawner.over
 
     def close(self) -> None:
         """Leave: a worker has done all of its steps. Nothing may be called afterwards."""
@@ -389,7 +385,7 @@ class Endpoint:
             self._end_together()
 
     def _part(self) -> None:
-        for end in (self.recruit, self._recruiter):
+        for end in (self.recruit, self._spawner):
             if end is not None:
                 end.close()
 

@@ -6,11 +6,11 @@ import os
 import shlex
 from collections.abc import Mapping
 
-from hpctrain.check_result import CheckResult
 from hpctrain.errors import Error, nearest
 from hpctrain.process import run, which
 from hpctrain.slurm import commands, options
 from hpctrain.slurm.site import Site, load
+from hpctrain.world.check_result import CheckResult
 
 LIST_SECONDS = 30.0
 

@@ -1,19 +1,67 @@
-"""How replicas agree on parameters."""
+"""How replicas agree on parameters: the strategies there are, by name."""
 
 from __future__ import annotations
 
-from hpctrain.config import ElasticConfig, HorovodConfig, PsConfig
-from hpctrain.errors import Error, nearest
+import inspect
+
+from hpctrain.config import ElasticConfig, HorovodConfig, PsConfig, Section
+from hpctrain.errors import Error
+from hpctrain.registry import Registry
 from hpctrain.strategies.base import Strategy
 from hpctrain.world.world import World
 
-NAMES = ("single", "horovod", "ps")
+STRATEGIES = Registry(
+    "strategy",
+    "hpctrain.strategies",
+    {
+        "single": "hpctrain.strategies.single:Single",
+        "horovod": "hpctrain.strategies.horovod:Horovod",
+        "ps": "hpctrain.strategies.parameter_server:ParameterServer",
+    },
+)
+
+
+def strategy_class(name: str) -> type[Strategy]:
+    """Return the strategy of a name, or at ``package.module:Class``.
+
+    Args:
+        name: One of ``STRATEGIES.names()``, or a place.
+
+    Raises:
+        Error: There is none, or what is there is no strategy.
+    """
+    if name == "ps":
+        from hpctrain import ps as _ps  # noqa: F401 - it sets what MPI reads at its start
+        from hpctrain.horovod_build import mpi
+
+        mpi.require()
+    found = STRATEGIES.get(name)
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise Error(f"'{name}' is no strategy.", hint="derive it from hpctrain.Strategy.")
+    if lacking := [a for a in ("name",) if not hasattr(found, a)] + sorted(
+        found.__abstractmethods__
+    ):
+        raise Error(f"strategy '{name}' lacks {', '.join(lacking)}.", hint="give its class them.")
+    return found
+
+
+def summaries() -> dict[str, str]:
+    """Return what each strategy is, in a line, by name; or why it cannot be had here."""
+    found = {}
+    for name in STRATEGIES.names():
+        try:
+            text = inspect.getdoc(strategy_class(name)) or ""
+        except Error as error:
+            text = str(error)
+        found[name] = text.splitlines()[0] if text else ""
+    return found
 
 
 def strategy(
     name: str,
     world: World,
     *,
+    config: Section | None = None,
     horovod: HorovodConfig | None = None,
     ps: PsConfig | None = None,
     elastic: ElasticConfig | None = None,
@@ -22,32 +70,21 @@ def strategy(
     """Connect the world by the strategy of that name.
 
     Args:
-        name: ``single``, ``horovod``, ``ps``, or ``auto``: horovod on several ranks, else single.
+        name: A strategy's name, ``package.module:Class``, or ``auto``: horovod on several ranks,
+            else single.
         world: From :func:`hpctrain.init`.
-        horovod: Knobs of the Horovod strategy.
-        ps: Knobs of the parameter server.
-        elastic: Whether to outlive losses, with horovod.
-        timeout_seconds: Longest wait for another rank.
+        config: Knobs of the strategy, of its class ``Config``.
+        horovod: The same, of ``horovod``.
+        ps: The same, of ``ps``.
+        elastic: Whether to outlive losses, with strategies on Horovod that can.
+        timeout_seconds: Longest wait for another rank, in seconds.
 
     Raises:
         Error: No such strategy, its engine is not installed, or the world is not what was launched.
     """
     if name == "auto":
         name = "horovod" if world.size > 1 else "single"
-    if name == "single":
-        from hpctrain.strategies.single import Single
-
-        return Single(world)
-    if name == "horovod":
-        from hpctrain.strategies.horovod import Horovod
-
-        return Horovod(world, horovod, timeout_seconds, elastic)
-    if name == "ps":
-        from hpctrain import ps as _ps  # noqa: F401 - it sets what MPI reads at its start
-        from hpctrain.horovod_build import mpi
-
-        mpi.require()
-        from hpctrain.strategies.parameter_server import ParameterServer
-
-        return ParameterServer(world, ps, timeout_seconds)
-    raise Error(f"there is no strategy '{name}'.", hint=nearest(name, NAMES))
+    own = {"horovod": horovod, "ps": ps}.get(name)
+    return strategy_class(name)(
+        world, config or own, elastic=elastic, timeout_seconds=timeout_seconds
+    )

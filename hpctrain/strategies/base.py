@@ -1,33 +1,51 @@
-"""The seam every strategy stands behind: it wraps an optimizer, and `step()` is where it acts."""
+"""The seam that every strategy stands behind: one class, which wraps an optimizer."""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from hpctrain.config import ElasticConfig, Section
 from hpctrain.elastic.choose import Choice
 from hpctrain.elastic.membership import Meeting, Membership, Progress
 from hpctrain.errors import Error
 from hpctrain.world.world import World
 
 
+class Agreement(enum.Enum):
+    """When all ranks have the same parameters."""
+
+    ALWAYS = "after every step"
+    AT_ROUNDS = "every so many steps"
+    ON_SERVERS = "those of the servers, which no rank waits for"
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all ranks take each step together, so that they can talk after it."""
+        return self is not Agreement.ON_SERVERS
+
+
 class Snapshot(NamedTuple):
-    """Parameters and optimizer state of one moment, where others hold them.
+    """What a checkpoint holds, as the world has it at one moment.
 
     Attributes:
-        parameters: By parameter, its values.
-        optimizer: As ``state_dict()`` of the user's optimizer has it.
+        parameters: By parameter, its values; None: as this rank's model has them.
+        optimizer: As ``state_dict()`` of the user's optimizer has it, in one process.
+        strategy: The strategy's own: a tree of tensors and plain values.
     """
 
-    parameters: dict[nn.Parameter, torch.Tensor]
+    parameters: dict[nn.Parameter, torch.Tensor] | None
     optimizer: dict[str, Any]
+    strategy: dict[str, Any]
 
 
 class Change(NamedTuple):
@@ -134,12 +152,45 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Load the inner optimizer's state."""
         self.inner.load_state_dict(state_dict)
 
-    def snapshot(self) -> Snapshot | None:
-        """Parameters and state as the world has them; None: as this rank has them."""
+    def world_parameters(self) -> dict[nn.Parameter, torch.Tensor] | None:
+        """Return what "the model" means where ranks differ; None: what each rank has.
+
+        It is what is validated and saved. Where ranks take steps together every rank calls this, at
+        the same step, and all get the same bits; else rank 0 alone.
+        """
         return None
 
+    def world_state(self) -> dict[str, Any]:
+        """Return the optimizer's state as a single process would have it, on rank 0.
+
+        Called like :meth:`world_parameters`; other ranks may return anything.
+        """
+        return self.inner.state_dict()
+
+    def strategy_state(self) -> dict[str, Any]:
+        """Return what else has to be saved to go on, on rank 0: tensors and plain values.
+
+        Called like :meth:`world_parameters`; other ranks may return anything.
+        """
+        return {}
+
+    def load_strategy_state(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`strategy_state` gave on rank 0; every rank is given all of it.
+
+        Args:
+            state: Tensors are on the CPU. It may be of a run on another number of ranks.
+        """
+
+    def snapshot(self) -> Snapshot:
+        """Return what a checkpoint holds; called like :meth:`world_parameters`."""
+        return Snapshot(self.world_parameters(), self.world_state(), self.strategy_state())
+
     def finish(self) -> None:
-        """After this rank's last step: wait for the others', and take the world's parameters."""
+        """Wait for the other ranks' last steps, and take the world's parameters.
+
+        Where ranks agree at rounds they all call this after the last step, maybe twice, and have
+        afterwards what :meth:`world_parameters` gave.
+        """
 
     def changes(self) -> list[Change]:
         """Who was lost since the last time."""
@@ -168,39 +219,50 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return [p for group in self.inner.param_groups for p in group["params"]]
 
 
-class Strategy(Protocol):
+class Strategy(ABC):
     """How replicas agree on parameters. Making one connects the world.
 
+    A strategy of one's own is one subclass, chosen by ``--strategy package.module:Class``, or by a
+    name where its package declares an entry point of the group ``hpctrain.strategies``. What it has
+    to do is :meth:`wrap`: return an optimizer that acts in ``backward()`` and ``step()``. Its ranks
+    talk by ``world.comm``, which an engine puts there, such as the base
+    :class:`hpctrain.strategies.horovod.HorovodEngine`.
+
+    Args:
+        world: Who takes part; an engine replaces its communicator.
+        config: The strategy's own knobs, of the class :attr:`Config`; None: their defaults.
+        elastic: Whether, and how, to outlive losses.
+        timeout_seconds: Longest wait for another rank.
+
     Attributes:
-        name: What it is called.
-        world: Who takes part.
-        lockstep: Whether all ranks take each step together. Where not, rank 0 alone validates and
-            saves, from snapshots, and nobody waits for it.
-        stopped: Whether another rank ended the training early.
-        joined: What was remembered for ranks that join a run under way; None where this one began
-            with it.
+        name: What it is called, and the section of the configuration that holds its knobs.
+        Config: The class of that section.
+        agreement: When all ranks have the same parameters.
+        averages_gradients: Whether each rank knows the world's gradient before the update, and all
+            ranks come to each forward and backward pass together. What needs that is refused
+            elsewhere: ``train.nonfinite=skip``, ``train.sync_batchnorm``.
+        fault_tolerance: How losses are outlived, where that was to be chosen.
     """
 
-    name: str
-    world: World
-    lockstep: bool
+    name: ClassVar[str]
+    Config: ClassVar[type[Section]] = Section
+    averages_gradients: ClassVar[bool] = True
+    agreement: Agreement = Agreement.ALWAYS
+    fault_tolerance: Choice | None = None
 
-    @property
-    def outlives(self) -> Choice | None:
-        """How losses are outlived, where that was to be chosen."""
+    def __init__(
+        self,
+        world: World,
+        config: Section | None = None,
+        *,
+        elastic: ElasticConfig | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        self.world = world
+        self.config: Any = config if config is not None else self.Config()
+        self.timeout_seconds = timeout_seconds
 
-    @property
-    def elastic(self) -> Elastic | None:
-        """This strategy, if it outlives losses by forming the world anew."""
-
-    @property
-    def stopped(self) -> bool:
-        """Whether another rank ended the training early."""
-
-    @property
-    def joined(self) -> Any:
-        """What was remembered for ranks that join a run under way; None: this one began with it."""
-
+    @abstractmethod
     def wrap(
         self,
         model: nn.Module,
@@ -208,7 +270,42 @@ class Strategy(Protocol):
         *,
         clip_norm: float | None = None,
     ) -> DistributedOptimizer:
-        """Start every replica from rank 0's model and optimizer state, and wrap the optimizer."""
+        """Start every replica from rank 0's model and optimizer state, and wrap the optimizer.
+
+        Args:
+            model: What is trained.
+            optimizer: Of its parameters.
+            clip_norm: Largest 2-norm of the gradient that parameters are updated by, or None.
+        """
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """How the world is formed anew when a rank is lost or joins; None: a loss ends the run."""
+        return None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether another rank ended the training early."""
+        return False
+
+    @property
+    def joined(self) -> Any:
+        """What was remembered for ranks that join a run under way; None: this one began with it."""
+        return None
+
+    @property
+    def newcomers(self) -> bool:
+        """Whether ranks may join at any step, which know nothing that the others agreed on."""
+        return self.recovery is not None
+
+    @property
+    def serves(self) -> bool:
+        """Whether this rank trains nothing, and has to :meth:`serve` instead."""
+        return False
+
+    def serve(self) -> None:
+        """Do what a rank does that trains nothing, until the run is over."""
+        raise NotImplementedError
 
 
 class ElasticOptimizer(DistributedOptimizer):
@@ -218,8 +315,8 @@ class ElasticOptimizer(DistributedOptimizer):
         """Forget the step that failed."""
 
 
-class Elastic(Protocol):
-    """A strategy whose world can be formed anew when a rank is lost, or wants to join."""
+class Recovery(Protocol):
+    """What forms the world anew when a rank is lost, or wants to join."""
 
     @property
     def membership(self) -> Membership:
@@ -234,20 +331,6 @@ class Elastic(Protocol):
 
     def share(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Start every replica from rank 0's, once more."""
-
-
-@runtime_checkable
-class Serving(Protocol):
-    """A strategy some of whose ranks do not train.
-
-    Attributes:
-        serves: Whether this rank is one of those.
-    """
-
-    serves: bool
-
-    def serve(self) -> None:
-        """Do what such a rank does, until the run is over."""
 
 
 def _closure_error(optimizer: torch.optim.Optimizer, where: str) -> Error:
@@ -318,13 +401,17 @@ def sparse_tables(model: nn.Module) -> dict[nn.Parameter, int]:
 
 
 @contextlib.contextmanager
-def parameters_of(snapshot: Snapshot | None) -> Iterator[None]:
-    """The model with a snapshot's parameters; afterwards with its own again."""
-    if snapshot is None:
+def having(parameters: Mapping[nn.Parameter, torch.Tensor] | None) -> Iterator[None]:
+    """Give a model other values within this; afterwards it has its own again.
+
+    Args:
+        parameters: By parameter, its values; None: the model keeps its own.
+    """
+    if parameters is None:
         yield
         return
-    own = {parameter: parameter.detach().clone() for parameter in snapshot.parameters}
-    for parameter, value in snapshot.parameters.items():
+    own = {parameter: parameter.detach().clone() for parameter in parameters}
+    for parameter, value in parameters.items():
         parameter.copy_(value)
     try:
         yield

@@ -7,13 +7,13 @@ import contextlib
 import ctypes
 import os
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from hpctrain.config import ElasticConfig, HorovodConfig
-from hpctrain.elastic.choose import choose, set_parameters
+from hpctrain.config import ElasticConfig, HorovodConfig, Section
+from hpctrain.elastic.choose import Choice, choose, set_parameters
 from hpctrain.elastic.gloo import Gloo
 from hpctrain.elastic.membership import MEET_SECONDS, Meeting, Membership, Progress
 from hpctrain.errors import Error, PeerLost
@@ -21,6 +21,7 @@ from hpctrain.horovod_build import mpi
 from hpctrain.process import cores, ended_after, loaded
 from hpctrain.strategies.base import (
     ElasticOptimizer,
+    Strategy,
     check_shareable,
     check_trainable,
     ordered,
@@ -119,44 +120,44 @@ class HorovodOptimizer(ElasticOptimizer):
         super().zero_grad(set_to_none)
 
 
-class Horovod:
-    """The Horovod strategy; making it starts Horovod and puts it under the world.
+class HorovodEngine(Strategy):
+    """What starts Horovod and puts it under the world; a base of strategies that use it.
 
     Args:
         world: Who takes part; its communicator is replaced.
-        config: Bucket size.
+        config: Knobs of the strategy; an engine reads none of them.
+        elastic: Whether, and how, to outlive losses, where the strategy can.
         timeout_seconds: Longest wait for another rank.
-        elastic: Whether, and how, to outlive losses.
 
     Attributes:
-        outlives: How losses are outlived, and why so.
+        recovers: Whether the strategy's ranks can go on when one is lost: their optimizers are
+            :class:`~hpctrain.strategies.base.ElasticOptimizer`.
+        fault_tolerance: How losses are outlived, and why so.
 
     Raises:
         Error: Horovod is not there, or its world is not the one that was launched.
     """
 
-    name = "horovod"
-    lockstep = True
-    stopped = False
+    recovers: ClassVar[bool] = False
 
     def __init__(
         self,
         world: World,
-        config: HorovodConfig | None = None,
-        timeout_seconds: float = 600.0,
+        config: Section | None = None,
+        *,
         elastic: ElasticConfig | None = None,
+        timeout_seconds: float = 600.0,
     ) -> None:
-        self.config = config or HorovodConfig()
-        self.world = world
+        super().__init__(world, config, elastic=elastic, timeout_seconds=timeout_seconds)
         self._membership: Membership | None = None
         elastic = elastic or ElasticConfig()
-        self.outlives = choose(elastic.mode)
-        if self.outlives.mode == "ulfm":
+        how = self.fault_tolerance = self._choose(elastic)
+        if how.mode == "ulfm":
             os.environ |= {"HOROVOD_CONTROLLER": "mpi", "HOROVOD_CPU_OPERATIONS": "mpi"}
             os.environ["HOROVOD_LOCAL_BY_NAME"] = "1"  # hpctrain's patch, for ranks that join
             os.environ.setdefault("HOROVOD_LOG_LEVEL", "fatal")  # a loss is no error here
             set_parameters(os.environ, elastic.hang_seconds)
-        elif self.outlives.mode == "gloo":
+        elif how.mode == "gloo":
             self._membership = Gloo(elastic.hang_seconds, timeout_seconds)
         self._hvd = _import()
         _check_device(self._hvd, world.device)
@@ -165,7 +166,7 @@ class Horovod:
             with _bounded(timeout_seconds, world):
                 if os.environ.get("HOROVOD_CONTROLLER", "mpi") == "mpi" and self._hvd.mpi_built():
                     _start_mpi(timeout_seconds)
-                if self.outlives.mode == "ulfm":
+                if how.mode == "ulfm":
                     mpi.require()
                     from hpctrain.elastic.ulfm import Ulfm
 
@@ -186,7 +187,7 @@ class Horovod:
             world.comm = Alone()  # the others are met later
             return
         launched = world.launch.size
-        if self._comm.size != launched and self.outlives.mode != "gloo":
+        if self._comm.size != launched and how.mode != "gloo":
             raise Error(
                 f"{world.launch.name} started {launched} ranks, but Horovod sees "
                 f"{self._comm.size}.",
@@ -195,6 +196,16 @@ class Horovod:
             )
         world.comm = self._comm
 
+    def _choose(self, elastic: ElasticConfig) -> Choice:
+        if self.recovers:
+            return choose(elastic.mode)
+        if elastic.mode not in ("off", "auto", "restart"):
+            raise Error(
+                f"--elastic {elastic.mode}: strategy '{self.name}' cannot go on without a rank.",
+                hint="use --elastic restart, or another strategy.",
+            )
+        return choose("off" if elastic.mode == "auto" else elastic.mode)
+
     @property
     def joined(self) -> Any:
         """What a process that joins a run under way has to know; None: it began with it."""
@@ -202,7 +213,7 @@ class Horovod:
         return welcome._asdict() if welcome is not None else None
 
     @property
-    def elastic(self) -> Horovod | None:
+    def recovery(self) -> HorovodEngine | None:
         """This strategy, if it outlives losses."""
         return self if self._membership is not None else None
 
@@ -227,6 +238,14 @@ class Horovod:
     def share(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Start every rank from rank 0's model and optimizer state."""
         share(self.world.comm, model, optimizer)
+
+
+class Horovod(HorovodEngine):
+    """Synchronous data parallelism: gradients are averaged over all ranks, by ring all-reduce."""
+
+    name = "horovod"
+    Config = HorovodConfig
+    recovers = True
 
     def wrap(
         self,

@@ -13,19 +13,21 @@ import torch
 from torch import nn
 
 from hpctrain import process
-from hpctrain.config import PsConfig
+from hpctrain.config import ElasticConfig, PsConfig, Section
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.client import Client, dtype_name
+from hpctrain.ps.client.client import Client, dtype_name
+from hpctrain.ps.client.snapshot_fetch import ServerSnapshot
 from hpctrain.ps.consistency import consistency_of
-from hpctrain.ps.coordinator import AGAIN
 from hpctrain.ps.endpoint import Endpoint
-from hpctrain.ps.layout import Layout, Parameter, Slice, slice_bytes_for
-from hpctrain.ps.rules import rule_of
-from hpctrain.ps.snapshot_fetch import ServerSnapshot
+from hpctrain.ps.partition.layout import Layout, Parameter, Slice, slice_bytes_for
+from hpctrain.ps.protocol.messages import AGAIN
+from hpctrain.ps.update_rules import rule_of
 from hpctrain.strategies.base import (
+    Agreement,
     Change,
     DistributedOptimizer,
     Snapshot,
+    Strategy,
     check_shareable,
     check_trainable,
     ordered,
@@ -577,8 +579,16 @@ class PsOptimizer(DistributedOptimizer):
         self._client.pull().wait()
         self._show()
 
+    def world_parameters(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Return the servers' parameters of one point, while training goes on."""
+        found = self.snapshot().parameters
+        assert found is not None
+        return found
+
     def snapshot(self) -> Snapshot:
-        """Parameters and state of all slices at one point, while training goes on."""
+        """Return parameters and state of all slices at one point, while training goes on."""
+        if self._comm.rank != 0:  # nobody else needs them
+            return Snapshot(None, {}, {})
         found: ServerSnapshot = self._client.snapshot()
         # In lockstep nobody else changes them, and what this worker has changed it is yet to push.
         values = self._weights if self._consistency.lockstep else self._views(found.weights)
@@ -600,7 +610,7 @@ class PsOptimizer(DistributedOptimizer):
                 if "exp_avg" in entry:
                     entry["step"] = torch.tensor(float(steps))
                 state[numbers[parameter]] = entry
-        return Snapshot(weights, {**self.inner.state_dict(), "state": state})
+        return Snapshot(weights, {**self.inner.state_dict(), "state": state}, {})
 
     def changes(self) -> list[Change]:
         """Who was lost, and who joined, since the last time."""
@@ -656,34 +666,38 @@ class PsOptimizer(DistributedOptimizer):
         return values
 
 
-class ParameterServer:
-    """The parameter-server strategy; making it divides the ranks into workers and servers.
+class ParameterServer(Strategy):
+    """A parameter server: some ranks hold the parameters, others compute gradients.
+
+    Making it divides the ranks into workers and servers.
 
     Args:
         world: Who was launched; on a worker, its communicator becomes that of the workers.
         config: Servers, consistency, and the rest.
+        elastic: Not read: servers forget lost workers by themselves.
         timeout_seconds: Longest wait for another rank.
-
-    Attributes:
-        serves: Whether this rank only serves: it has nothing to do but ``serve()``.
 
     Raises:
         Error: The ranks do not fit, or MPI sees others than were launched.
     """
 
     name = "ps"
-    outlives = None
-    elastic = None  # servers forget lost workers by themselves
+    Config = PsConfig
+    averages_gradients = False
 
     def __init__(
-        self, world: World, config: PsConfig | None = None, timeout_seconds: float = 600.0
+        self,
+        world: World,
+        config: Section | None = None,
+        *,
+        elastic: ElasticConfig | None = None,
+        timeout_seconds: float = 600.0,
     ) -> None:
-        config = config or PsConfig()
-        self.world = world
+        super().__init__(world, config, elastic=elastic, timeout_seconds=timeout_seconds)
         launched = world.launch.size
-        self.ends = Endpoint(config, launched=launched, timeout_seconds=timeout_seconds)
-        self.lockstep = consistency_of(config).lockstep
-        self.serves = self.ends.client is None
+        self.ends = Endpoint(self.config, launched=launched, timeout_seconds=timeout_seconds)
+        if not consistency_of(self.config).lockstep:
+            self.agreement = Agreement.ON_SERVERS
         self._wrapped = False
         self._clocks: int | None = None
         if self.ends.record is not None and not self.serves:
@@ -709,6 +723,16 @@ class ParameterServer:
         if self.ends.recruit is None or self.ends.client is None:
             return None
         return self.ends.client.ask("recall").value
+
+    @property
+    def newcomers(self) -> bool:
+        """Whether workers may join."""
+        return self.config.workers is not None
+
+    @property
+    def serves(self) -> bool:
+        """Whether this rank holds parameters, and trains nothing."""
+        return self.ends.client is None
 
     def serve(self) -> None:
         """Serve until every worker has left.

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from hpctrain.config import ElasticConfig, Section
 from hpctrain.errors import Error
-from hpctrain.strategies.base import DistributedOptimizer, check_trainable
+from hpctrain.strategies.base import DistributedOptimizer, Strategy, check_trainable
 from hpctrain.world.world import World
 
 
@@ -38,27 +39,29 @@ class SingleOptimizer(DistributedOptimizer):
         return result
 
 
-class Single:
-    """The strategy of a world of one.
+class Single(Strategy):
+    """One process: clipping alone.
 
     Raises:
         Error: The launcher started several ranks; each would train and write for itself.
     """
 
     name = "single"
-    lockstep = True
-    stopped = False
-    joined = None
-    outlives = None
-    elastic = None
 
-    def __init__(self, world: World) -> None:
+    def __init__(
+        self,
+        world: World,
+        config: Section | None = None,
+        *,
+        elastic: ElasticConfig | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
         if world.size != 1:
             raise Error(
                 f"strategy 'single' on a world of {world.size} ranks: each would train alone.",
                 hint="use --strategy horovod, or start one process.",
             )
-        self.world = world
+        super().__init__(world, config, elastic=elastic, timeout_seconds=timeout_seconds)
 
     def wrap(
         self,

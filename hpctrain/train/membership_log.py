@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from hpctrain.elastic.membership import Meeting
 from hpctrain.strategies.base import Change
 from hpctrain.train.recorder import Recorder
 from hpctrain.train.state import Counters
@@ -51,6 +52,18 @@ class MembershipLog:
             self._noted.append(change)
             size = {"size": self._world.size, "reason": str(change)}
             counters.world.append({"step": counters.step, **size})
+
+    def note_meeting(self, counters: Counters, meeting: Meeting) -> None:
+        """Take note of who is no longer there, and who came, when the world was formed anew.
+
+        Args:
+            counters: Of the run.
+            meeting: Of the ranks that go on.
+        """
+        left = f"{self._world.size} ranks"
+        lost = [Change(each.number, "worker", each.host, "ended", left) for each in meeting.lost]
+        joined = [Change(each.number, "worker", each.host, None, left) for each in meeting.joined]
+        self.note(counters, lost + joined)
 
     def tell(self, counters: Counters, recorder: Recorder) -> None:
         """Record what is new, on rank 0, with how long the step took in which it was noticed."""

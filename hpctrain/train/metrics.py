@@ -30,17 +30,17 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0.0) + wide * samples
             self._samples[name] = self._samples.get(name, 0) + samples
 
-    def read(self, comm: Communicator, *, lockstep: bool = True) -> dict[str, float]:
+    def read(self, comm: Communicator, *, in_step: bool = True) -> dict[str, float]:
         """The world's means, each over the samples of the batches that had it.
 
-        Every rank calls this. In lockstep every rank gets them; a rank that had no samples takes
+        Every rank calls this. In step every rank gets them; a rank that had no samples takes
         part. What the metrics are called ranks tell each other when one of them has a new one.
         Otherwise rank 0 gets what has come together.
 
-        In lockstep what was read counts until :meth:`settle`: it is read again if a rank is lost
+        In step what was read counts until :meth:`settle`: it is read again if a rank is lost
         meanwhile.
         """
-        if not lockstep:
+        if not in_step:
             return self._read_pool(comm)
         sums, samples, news = self._totals(comm)
         if news:
@@ -86,15 +86,15 @@ class Meter:
         return {name: totals[f"sum.{name}"] / count for name, count in counts.items() if count}
 
 
-def total(comm: Communicator, values: dict[str, float], *, lockstep: bool) -> dict[str, float]:
-    """The sums of values over ranks; where they do not go in lockstep, rank 0 alone gets them.
+def total(comm: Communicator, values: dict[str, float], *, in_step: bool) -> dict[str, float]:
+    """The sums of values over ranks; where they do not go in step, rank 0 alone gets them.
 
     Args:
         comm: Of the world.
         values: The same names on every rank.
-        lockstep: Whether all ranks call this at the same step.
+        in_step: Whether all ranks call this at the same step.
     """
-    if not lockstep:
+    if not in_step:
         return comm.give("totals", values)
     sums = torch.tensor(list(values.values()), dtype=torch.float64)
     comm.all_reduce(sums)

@@ -108,6 +108,18 @@ class UnusedParameters:
         self._named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._hooks = [p.register_post_accumulate_grad_hook(self._used.add) for _, p in self._named]
 
+    def warning(self, comm: Communicator | None) -> str:
+        """Return what is to be said of those that no rank used; nothing: all were.
+
+        Args:
+            comm: Of the ranks that ask together; None: this one alone.
+        """
+        names = self.names(comm)
+        if not names:
+            return ""
+        shown = ", ".join(f"'{name}'" for name in names[:4]) + (", ..." if len(names) > 4 else "")
+        return f"no gradient came to {shown} in the first step; is that meant?"
+
     def names(self, comm: Communicator | None) -> list[str]:
         """Those that no rank used.
 

@@ -6,12 +6,14 @@ ranks come together anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from hpctrain.errors import Error
+from hpctrain.train.state import Counters
 from hpctrain.world.broadcast import gather_numbers
 from hpctrain.world.world import Communicator
 
@@ -94,6 +96,67 @@ class Watch:
         """Forget the losses that were looked at."""
         del self._losses[: self._seen]
         self._seen = 0
+
+
+class Health:
+    """Whether the losses and parameters of a run are finite, and what follows where not.
+
+    Args:
+        model: Its parameters.
+        counters: Gives those of the run.
+        mode: ``stop``, ``skip`` or ``allow``.
+
+    Attributes:
+        unfit: For a checkpoint: a parameter is not finite.
+    """
+
+    def __init__(self, model: nn.Module, counters: Callable[[], Counters], mode: str) -> None:
+        self._watch = Watch(model)
+        self._counters = counters
+        self._mode = mode
+        self.unfit = False
+
+    def count(self, computed: list[tuple[dict[str, Any], int]]) -> None:
+        """Count the losses of a step in, before the step counts.
+
+        Args:
+            computed: Means over samples, ``loss`` among them.
+        """
+        self._watch.settle()
+        for means, _ in computed:
+            self._watch.add(self._counters().step + 1, means["loss"])
+
+    def look(self, comm: Communicator | None, say: Callable[[str], None]) -> None:
+        """Look whether all is finite still.
+
+        Args:
+            comm: Of the ranks that look together; None: this one alone.
+            say: Tells the person who watches.
+
+        Raises:
+            Error: It is not, and that is to end the run.
+        """
+        counters = self._counters()
+        seen = self._watch.look(comm)
+        self.unfit = bool(seen.parameter)
+        counters.nonfinite_losses += seen.losses
+        if not seen:
+            return
+        if self._mode == "stop":
+            raise Error(f"step {counters.step}: {seen}.", hint=HINT)
+        say(f"warning: step {counters.step}: {seen}.")
+
+    def check_end(self) -> None:
+        """Refuse to call a run completed that trained nothing.
+
+        Raises:
+            Error: Its parameters are not finite, or every step was left out.
+        """
+        counters = self._counters()
+        if self.unfit:
+            raise Error("the run's parameters are not finite at its end.", hint=HINT)
+        if counters.skipped_steps and counters.skipped_steps >= counters.step:
+            raise Error("every step was left out: no gradient was finite.", hint=HINT)
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 
 from hpctrain.elastic.membership import Meeting, Progress, Regroup
 from hpctrain.errors import PeerLost
-from hpctrain.strategies.base import Elastic
+from hpctrain.strategies.base import Recovery
 
 Stage = Callable[[Meeting | None], None]
 """Does its work from the start, or, after a meeting, does it again or goes on with it."""
 
 
 def outlive(
-    strategy: Elastic | None,
+    recovery: Recovery | None,
     stages: Sequence[Stage],
     progress: Callable[[int], Progress],
     *,
@@ -29,7 +29,7 @@ def outlive(
     """Go through the stages of a run, whoever is lost meanwhile.
 
     Args:
-        strategy: None: a loss ends the run.
+        recovery: Forms the world anew; None: a loss ends the run.
         stages: What to do, in order. Each can be done again from its start.
         progress: How far this rank has come, being in the stage of that number.
         begin: The stage to begin with.
@@ -40,16 +40,16 @@ def outlive(
     """
     stage = begin
     meeting: Meeting | None = None
-    if joins and strategy is not None:
-        meeting = strategy.meet(progress(stage))
+    if joins and recovery is not None:
+        meeting = recovery.meet(progress(stage))
         stage = min(each.stage for each in meeting.progress)
     while stage < len(stages):
         try:
             stages[stage](meeting)
         except (PeerLost, Regroup):
-            if strategy is None:
+            if recovery is None:
                 raise
-            meeting = strategy.meet(progress(stage))
+            meeting = recovery.meet(progress(stage))
             stage = min(each.stage for each in meeting.progress)
         else:
             stage, meeting = stage + 1, None

@@ -12,23 +12,21 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from hpctrain import process
 from hpctrain.errors import Error
-
-if TYPE_CHECKING:
-    from hpctrain.world.world import World
+from hpctrain.world.launcher import Launch
 
 RELUCTANT_SECONDS = 1.0
 """Rank 0 speaks first: what is wrong on every rank is said once; the launcher ends the others."""
 
 
-def install(world: World) -> None:
+def install(launch: Launch, abort: Callable[[str, int], None]) -> None:
     """Have uncaught exceptions end this process so, from here on.
 
     Args:
-        world: This process's; its peers are told.
+        launch: How this process was started.
+        abort: Tells its peers why, and with which exit code.
     """
     before = sys.excepthook
     if getattr(before, "is_hpctrain", False):
@@ -36,23 +34,23 @@ def install(world: World) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
         sys.excepthook = before  # nothing may come back here
-        _end(world, before, kind, error, at)
+        _end(launch, abort, before, kind, error, at)
 
     hook.is_hpctrain = True  # type: ignore[attr-defined]
     sys.excepthook = hook
 
 
 def _end(
-    world: World,
+    launch: Launch,
+    abort: Callable[[str, int], None],
     report: Callable[[type[BaseException], BaseException, TracebackType | None], object],
     kind: type[BaseException],
     error: BaseException,
     at: TracebackType | None,
 ) -> None:
-    launch = world.launch
     code = error.exit_code if isinstance(error, Error) else 1
     if launch.size > 1:
-        world.comm.abort(f"rank {launch.rank}: {kind.__name__}: {error}", code)
+        abort(f"rank {launch.rank}: {kind.__name__}: {error}", code)
     if isinstance(error, Error):
         if launch.rank > 0:
             time.sleep(RELUCTANT_SECONDS)

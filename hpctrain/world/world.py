@@ -297,7 +297,7 @@ def init() -> World:
     world = World(launch)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    uncaught.install(world)
+    uncaught.install(launch, lambda reason, code: world.comm.abort(reason, code))
     return world
 
 

@@ -7,13 +7,13 @@ import types
 import torch
 
 from hpctrain.config import PsConfig
-from hpctrain.ps import messages
-from hpctrain.ps.client import Client
-from hpctrain.ps.layout import Layout, Parameter
-from hpctrain.ps.link import LocalLink
-from hpctrain.ps.rules import rule_of
-from hpctrain.ps.server import Server
-from hpctrain.ps.shared import Regions, region_bytes
+from hpctrain.ps.client.client import Client
+from hpctrain.ps.partition.layout import Layout, Parameter
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import LocalLink
+from hpctrain.ps.protocol.regions import Regions, region_bytes
+from hpctrain.ps.server.server import Server
+from hpctrain.ps.update_rules import rule_of
 
 SIZES = (7, 150, 3, 64, 33)
 

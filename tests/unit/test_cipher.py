@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.errors import Error
-from hpctrain.ps.cipher import Cipher, read_key
+from hpctrain.ps.protocol.cipher import Cipher, read_key
 from tests.waiting import SECONDS
 
 KEY = bytes(range(32))

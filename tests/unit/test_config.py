@@ -56,7 +56,6 @@ def test_every_key_is_described_and_the_reference_is_the_config(tmp_path):
         ({"train": {"epochs": "many"}}, "train.epochs = 'many'"),
         ({"train": {"batch_size": 0}}, "greater than or equal to 1"),
         ({"train": 3}, "unknown key 'train'"),
-        ({"strategy": "horvod"}, "strategy = 'horvod'"),
     ],
 )
 def test_what_is_wrong_is_named(layer, message):

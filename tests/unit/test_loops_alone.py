@@ -11,7 +11,7 @@ from mpi4py import MPI
 from torch import nn
 
 from hpctrain.errors import Error
-from hpctrain.ps import sharing
+from hpctrain.ps.protocol import shared_memory
 from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_ready
 from hpctrain.strategies.single import Single
 from hpctrain.train.state import Counters
@@ -50,8 +50,8 @@ def test_an_uncaught_error_is_one_line():
 @pytest.mark.parametrize("free", [2**12, 2**62])
 def test_windows_that_do_not_fit_are_not_made(monkeypatch, free):
     """MPI would make them, and the first to write there be killed."""
-    monkeypatch.setattr(sharing, "_free_bytes", lambda: free)
-    shared = sharing.Sharing(MPI.COMM_SELF, {0: 0}, True, contextlib.nullcontext)
+    monkeypatch.setattr(shared_memory, "_free_bytes", lambda: free)
+    shared = shared_memory.Sharing(MPI.COMM_SELF, {0: 0}, True, contextlib.nullcontext)
     shared.offer(2**20)
     while not shared.done.is_set():
         shared.poll()

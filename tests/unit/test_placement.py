@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.placement import place, without
+from hpctrain.ps.partition.placement import place, without
 
 KIB, MIB = 2**10, 2**20
 RESNET50 = 25_557_032 * 4  # bytes
@@ -94,7 +94,7 @@ def test_slices_of_many_sizes():
 
 def test_the_same_everywhere():
     program = (
-        "from hpctrain.ps.placement import place, without\n"
+        "from hpctrain.ps.partition.placement import place, without\n"
         "p = place([9, 5, 5, 3] * 20, [70, 3, 2**33, 5, 11], replicas=2)\n"
         "print(p, without(p, [9, 5, 5, 3] * 20, 3, [70, 2**33, 5, 11]))"
     )

@@ -66,7 +66,7 @@ def test_sync_is_single_with_the_whole_batch(
     assert difference(simulation.final(), single(simulation, 5, clip)) < 1e-12
 
 
-def replay(simulation, logs):
+def replay(simulation, logs, by_delay=None):
     """The recorded order, done again one by one: an oracle that knows nothing of servers."""
     layout, rule = simulation.layout, simulation.rule
     config = simulation.config
@@ -80,7 +80,8 @@ def replay(simulation, logs):
     for index, log in logs.items():
         for _, worker, clock, read in log:
             reads.setdefault((worker, clock), {})[index] = read
-    rounds = config.consistency.startswith(("sync", "backup"))
+    if by_delay is None:
+        by_delay = config.consistency.startswith(("async", "ssp"))
 
     def gradient(worker, clock, piece):
         read = reads[worker, clock]
@@ -112,11 +113,8 @@ def replay(simulation, logs):
                 continue
             _, worker, clock, read = update[0]
             delay = len(history) - 1 - read
-            total, factor = parts[0], 1.0
-            if rounds:
-                total = sum(parts) / len(parts)
-            else:
-                factor = 1.0 / max(1, delay)
+            total = sum(parts) / len(parts)
+            factor = 1.0 / max(1, delay) if by_delay else 1.0
             weights = history[-1].clone()
             steps[piece.number] += 1
             drift = weights - history[read]

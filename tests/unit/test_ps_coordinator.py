@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpctrain.ps import messages
-from hpctrain.ps.coordinator import AGAIN, SHIFT, Coordinator
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.messages import AGAIN
+from hpctrain.ps.server.coordinator import SHIFT, Coordinator
 from hpctrain.strategies.parameter_server import PsCommunicator
 
 WORKERS = [0, 1, 2, 5]  # ranks between them serve

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.errors import Dismissed
-from hpctrain.ps import messages
-from hpctrain.ps.client import Client
-from hpctrain.ps.link import LocalLink
+from hpctrain.ps.client.client import Client
+from hpctrain.ps.protocol import messages
+from hpctrain.ps.protocol.link import LocalLink
 from hpctrain.strategies.parameter_server import PsCommunicator
 from tests.unit.ps_simulation import Simulation
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hpctrain.ps import messages
+from hpctrain.ps.protocol import messages
 from tests.unit.ps_simulation import Simulation
 from tests.unit.test_ps import OPTIMIZERS, PHASES, slow_choice
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpctrain.ps.layout import Layout, Parameter
-from hpctrain.ps.memory import HUGE_PAGE, zeros
-from hpctrain.ps.shared import Regions, region_bytes
+from hpctrain.ps.huge_pages import HUGE_PAGE, zeros
+from hpctrain.ps.partition.layout import Layout, Parameter
+from hpctrain.ps.protocol.regions import Regions, region_bytes
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, HUGE_PAGE - 1, HUGE_PAGE, 3 * HUGE_PAGE + 8])

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 
 from hpctrain.optim.lamb import Lamb
-from hpctrain.ps import slice_state as holding
-from hpctrain.ps.consistency import Rounds
-from hpctrain.ps.layout import Layout, Parameter
-from hpctrain.ps.rules import rule_of
+from hpctrain.ps.consistency.schedules import Rounds
+from hpctrain.ps.partition.layout import Layout, Parameter
+from hpctrain.ps.server import slice_state as holding
+from hpctrain.ps.update_rules import rule_of
 
 MAKE = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),

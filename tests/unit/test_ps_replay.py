@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.order_log import Record, check_unused
+from hpctrain.ps.server.order_log import Record, check_unused
 from tests.unit.ps_simulation import Simulation
 from tests.unit.test_ps import OPTIMIZERS, PHASES, slow_choice
 

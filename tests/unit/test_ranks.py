@@ -13,8 +13,8 @@ from hpctrain.errors import Error
 from hpctrain.strategies.single import Single
 from hpctrain.tasks.task import Task
 from hpctrain.train.buffer_averaging import average_buffers
+from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import Silent
-from hpctrain.train.trainer import Trainer
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World
 from tests.unit.threads import on_ranks, train_on_ranks
@@ -78,7 +78,7 @@ def test_synchronised_batchnorm_is_that_of_one_process(tmp_path, size, batch, ac
     if accumulate == 1:
         alone = single(tmp_path / "alone", Net(), **settings)
         for each in ranks:
-            same(each, alone)
+            same(each, alone, 1e-11)  # BatchNorm of few samples makes rounding grow
     for each in ranks[1:]:
         same(each, ranks[0], 0.0)
 

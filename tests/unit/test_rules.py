@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, SparseAdam
 
 from hpctrain.errors import Error
 from hpctrain.optim.lamb import Lamb
-from hpctrain.ps.rules import GRAIN, rule_named, rule_of
+from hpctrain.ps.update_rules import GRAIN, rule_named, rule_of
 
 SETTINGS = [
     (SGD, {"lr": 0.1}),

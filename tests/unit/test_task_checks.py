@@ -15,9 +15,9 @@ from hpctrain.errors import Error
 from hpctrain.strategies.single import Single
 from hpctrain.tasks.checks import model_of, no_means, warnings_of
 from hpctrain.tasks.task import Task, load_task, make_task
+from hpctrain.train.loop import Trainer
 from hpctrain.train.model_setup import averaged, begin_training, evaluating, prepared
 from hpctrain.train.recorder import Silent
-from hpctrain.train.trainer import Trainer
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World
 

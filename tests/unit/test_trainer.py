@@ -17,8 +17,8 @@ from hpctrain.errors import Error
 from hpctrain.optim.schedule import factor, peak_scale
 from hpctrain.strategies.single import Single
 from hpctrain.tasks.task import Task, load_task, make_task
+from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import Silent
-from hpctrain.train.trainer import Trainer
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from hpctrain.strategies.base import DistributedOptimizer
+from hpctrain.strategies.base import DistributedOptimizer, Strategy
+from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import Silent
-from hpctrain.train.trainer import Trainer
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import Alone, World
 from tests.waiting import SECONDS
@@ -95,18 +95,13 @@ class AveragingOptimizer(DistributedOptimizer):
         self._done = False
 
 
-class Averaging:
-    """A strategy in lockstep, of threads."""
+class Averaging(Strategy):
+    """A strategy in step, of threads."""
 
     name = "threads"
-    lockstep = True
-    stopped = False
-    joined = None
-    outlives = None
-    elastic = None
 
     def __init__(self) -> None:
-        self.world = World(ALONE)
+        super().__init__(World(ALONE))
 
     def wrap(self, model: Any, optimizer: Any, *, clip_norm: float | None = None) -> Any:
         """Every rank has begun with the same model."""

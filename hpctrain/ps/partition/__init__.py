@@ -1,0 +1,1 @@
+"""How parameters are cut into slices, and which rank has which slice and which role."""

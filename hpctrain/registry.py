@@ -1,0 +1,87 @@
+"""Named classes that users choose from, and add to: one idiom for strategies, tasks and the like.
+
+A name is one of hpctrain's own, or of a package that is installed and declares it as an entry point
+(https://packaging.python.org/en/latest/specifications/entry-points/). Without either,
+``package.module:Class`` says where a class is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hpctrain.errors import Error, nearest
+
+
+class Registry:
+    """The classes of one kind, by name; none is imported before it is asked for.
+
+    Args:
+        kind: What they are, for people: ``"strategy"``.
+        group: The group of entry points by which packages add theirs: ``"hpctrain.strategies"``.
+        builtin: hpctrain's own: by name, ``"package.module:Class"``.
+
+    Example:
+        >>> modes = Registry("number", "example.numbers", {"ratio": "fractions:Fraction"})
+        >>> modes.get("ratio")(1, 2)
+        Fraction(1, 2)
+        >>> modes.get("decimal:Decimal")("0.5")
+        Decimal('0.5')
+    """
+
+    def __init__(self, kind: str, group: str, builtin: Mapping[str, str]) -> None:
+        self.kind = kind
+        self.group = group
+        self._builtin = dict(builtin)
+
+    def names(self) -> list[str]:
+        """Return the names there are, hpctrain's own first; nothing is imported for it."""
+        found = {point.name for point in metadata.entry_points(group=self.group)}
+        return [*self._builtin, *sorted(found - self._builtin.keys())]
+
+    def get(self, name: str) -> Any:
+        """Return the class of that name.
+
+        Args:
+            name: A name, or ``package.module:Class``.
+
+        Raises:
+            Error: There is none, or it cannot be imported.
+        """
+        place = self._builtin.get(name)
+        if place is None and ":" in name:
+            place = name
+        if place is None:
+            points = metadata.entry_points(group=self.group, name=name)
+            place = next((point.value for point in points), None)
+        if place is None:
+            raise Error(
+                f"there is no {self.kind} '{name}'.",
+                hint=f"{nearest(name, self.names())} One of your own is package.module:Class.",
+            )
+        return self._import(name, place)
+
+    def _import(self, name: str, place: str) -> Any:
+        module, _, attribute = place.partition(":")
+        here = str(Path.cwd())
+        if place == name and here not in sys.path:
+            sys.path.insert(0, here)  # as `python -m` has it
+        try:
+            found: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except ImportError as error:
+            raise Error(
+                f"{self.kind} '{name}' cannot be imported: {error}.",
+                hint="is its package installed, and spelled as in `import package.module`?",
+            ) from error
+        except AttributeError as error:
+            raise Error(
+                f"{self.kind} '{name}': {error}.",
+                hint=nearest(attribute, [n for n in vars(sys.modules[module]) if n[0] != "_"]),
+            ) from error
+        return found

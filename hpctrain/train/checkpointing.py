@@ -1,0 +1,160 @@
+"""When a run saves its state, and what it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
+from hpctrain.train.buffer_averaging import average_buffers
+from hpctrain.train.evaluation import check_agreed
+from hpctrain.train.nonfinite import Health, all_finite
+from hpctrain.train.run_metrics import RunMetrics
+from hpctrain.train.sample_trace import launches
+from hpctrain.train.state import Counters, TrainState
+from hpctrain.world.broadcast import broadcast_tree
+
+
+class Checkpointing:
+    """Saves a run's state on rank 0, and gives every rank what a checkpoint holds.
+
+    Args:
+        strategy: Connected.
+        state: What is trained.
+        store: Where checkpoints go; rank 0 alone writes there.
+        metrics: Of the run.
+        health: Whether the parameters are fit for a checkpoint.
+
+    Attributes:
+        launch: How often the run was started before.
+        strategy_state: What the strategy is to go on from, until it has it.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        state: TrainState,
+        store: CheckpointStore,
+        metrics: RunMetrics,
+        health: Health,
+    ) -> None:
+        self._strategy = strategy
+        self._world = strategy.world
+        self._state = state
+        self._store = store
+        self._metrics = metrics
+        self._health = health
+        self._averaged_at = 0  # samples of this rank when buffers were last the world's
+        self.launch = 0
+        self.strategy_state: dict[str, Any] = {}
+
+    def restore(self, snapshot: Any | None, *, prepared: bool) -> dict[str, Any] | None:
+        """Take over rank 0's snapshot, if it has one; what other ranks pass is ignored.
+
+        Args:
+            snapshot: To go on from.
+            prepared: Whether this rank has looked for one.
+
+        Returns:
+            What a rank has to know that joins later; None: rank 0 has not looked for a snapshot,
+            because the one that had is lost.
+        """
+        folder = self._store.folder.parent
+        launch = launches(folder) if self._world.rank == 0 else 0
+        mine = {"snapshot": snapshot, "prepared": prepared, "launch": launch}
+        told = broadcast_tree(self._world.comm, mine)
+        if not told["prepared"]:
+            return None
+        self.launch = told["launch"]
+        found = told["snapshot"]
+        counters = self._state.counters = Counters()
+        reason = "start"
+        if found is not None:
+            self._state.load_state_dict(found)
+            counters = self._state.counters
+            self.strategy_state = found.get("strategy", {}).get(self._strategy.name, {})
+            reason = f"resumed at step {counters.step}"
+        size = self._world.size
+        counters.world.append({"step": counters.step, "size": size, "reason": reason})
+        return {
+            "out": str(folder.resolve()),
+            "loader": self._state.loader.state_dict(),
+            "step": counters.step,
+            "samples": counters.samples,
+        }
+
+    def hand_over(self, optimizer: DistributedOptimizer) -> None:
+        """Give the strategy what it is to go on from."""
+        if self.strategy_state:
+            optimizer.load_strategy_state(self.strategy_state)
+            self.strategy_state = {}
+
+    @torch.no_grad()
+    def save(self, optimizer: DistributedOptimizer, *, best: bool) -> None:
+        """Save the state that the world has; every rank calls this, or rank 0 alone.
+
+        Nothing is saved that is not finite: it would push good checkpoints out.
+
+        Args:
+            optimizer: The wrapped one.
+            best: Whether it is the best so far.
+        """
+        self.agree()
+        if self._health.unfit:
+            return
+        if not self._strategy.agreement.in_step and self._world.rank != 0:
+            return
+        snapshot = optimizer.snapshot()
+        if self._strategy.agreement is Agreement.AT_ROUNDS:
+            check_agreed(self._strategy, self._state, snapshot.parameters)
+        if self._world.rank != 0:
+            return
+        state = self._state.state_dict()
+        if snapshot.parameters is not None:
+            if not all_finite(snapshot.parameters.values()):
+                self._health.unfit = True
+                return
+            named = self._state.model.named_parameters(remove_duplicate=False)
+            values = snapshot.parameters
+            state["model"].update({name: values[p] for name, p in named if p in values})
+        state["optimizer"] = snapshot.optimizer
+        if snapshot.strategy:
+            state["strategy"] = {self._strategy.name: snapshot.strategy}
+        self._store.save(self._state.counters.step, state, best=best)
+
+    def settled(self) -> None:
+        """What was due after a step is done: buffers are the world's up to here."""
+        self._averaged_at = self._metrics.consumed
+
+    def agree(self) -> None:
+        """Make the world's what each rank's batches gave it a little different.
+
+        Such are running statistics, and where ranks agree at rounds the averaged weights: the mean
+        of averages is the average of means.
+        """
+        agreement, comm = self._strategy.agreement, self._world.comm
+        if self._world.size == 1 or not agreement.in_step:
+            return
+        ema = self._state.ema
+        modules = [m for m in (self._state.model, ema) if m is not None]
+        average_buffers(comm, modules, self._metrics.consumed - self._averaged_at)
+        if ema is not None and agreement is Agreement.AT_ROUNDS:
+            for parameter in ema.parameters():
+                if parameter.is_floating_point() or parameter.is_complex():
+                    comm.all_reduce(parameter.data)
+                    parameter.data /= self._world.size
+
+    def newest(self, say: Callable[[Any], None] = lambda damage: None) -> Any | None:
+        """Return the newest good checkpoint of this run, if there is one.
+
+        Args:
+            say: Told of damaged ones.
+        """
+        return self._store.newest(say) if self._store.steps() else None
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk."""
+        self._store.wait()

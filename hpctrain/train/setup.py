@@ -1,0 +1,150 @@
+"""What a rank trains: the task's model and optimizer, made ready, and loaders of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from hpctrain.config import RunConfig
+from hpctrain.data.loader import Loader
+from hpctrain.data.source import Source
+from hpctrain.errors import Error
+from hpctrain.optim.schedule import peak_scale
+from hpctrain.strategies.base import Agreement, Strategy
+from hpctrain.tasks.checks import (
+    Read,
+    check_defined,
+    model_of,
+    optimizer_of,
+    splits_of,
+    warnings_of,
+)
+from hpctrain.tasks.seeds import set_start_seeds
+from hpctrain.tasks.task import Task, TaskTransform
+from hpctrain.train.model_setup import averaged, prepared
+from hpctrain.train.state import TrainState
+from hpctrain.train.sync_batchnorm import has_batchnorm, synchronize_batchnorm
+from hpctrain.world.launcher import ALONE
+from hpctrain.world.world import World
+
+
+class Setup(NamedTuple):
+    """What a rank trains.
+
+    Attributes:
+        splits: The task's samples.
+        state: Model, optimizer, and the loader of the training samples.
+        validation: The loader of the validation samples, in their own order; None without any.
+        peaks: Of each parameter group, the learning rate that the schedule multiplies.
+        warnings: What the task or the configuration has, and nothing reads.
+    """
+
+    splits: Mapping[str, Source]
+    state: TrainState
+    validation: Loader | None
+    peaks: list[float]
+    warnings: list[str]
+
+
+def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
+    """Make what a rank trains; the same start on every rank.
+
+    Args:
+        config: Resolved.
+        task: The user's side.
+        strategy: Connected.
+
+    Raises:
+        Error: The task gives what cannot be trained, or settings do not go together.
+    """
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    check_defined(task)
+    _check_together(config, strategy)
+    world = strategy.world
+    set_start_seeds(config.seed)
+    read = Read(config)
+    splits = splits_of(task, read)
+    validation = _validation(config, task, splits)
+    set_start_seeds(config.seed)
+    model = prepared(model_of(task, world.size), world.device, config.train.dtype)
+    if config.train.sync_batchnorm:
+        synchronize_batchnorm(model, world)
+    optimizer = optimizer_of(task, model, read)
+    scale = peak_scale(config.optimizer, config.train.batch_size)
+    loader = Loader(
+        splits["train"],
+        config.train.batch_size,
+        world=world,
+        seed=config.seed,
+        shuffle=config.data.order,
+        transform=_transform(config, task, training=True),
+        workers=config.data.workers,
+        worker_kind=config.data.worker_kind,
+        timeout_seconds=config.timeout_seconds,
+        drop_last=config.data.drop_last,
+        least_part=_least_part(config, model),
+    )
+    state = TrainState(model, optimizer, loader)
+    if config.train.ema_decay is not None:
+        state.ema = averaged(model, config.train.ema_decay)
+    state.check()
+    return Setup(
+        splits,
+        state,
+        validation,
+        [group["lr"] * scale for group in optimizer.param_groups],
+        [*warnings_of(task), *read.unread(task)],
+    )
+
+
+def _check_together(config: RunConfig, strategy: Strategy) -> None:
+    if strategy.averages_gradients and strategy.agreement is Agreement.ALWAYS:
+        return
+    refused = f"cannot be used with strategy '{strategy.name}'"
+    if config.train.nonfinite == "skip":
+        raise Error(
+            f"train.nonfinite=skip {refused}: no rank knows the world's gradient before it is "
+            "used.",
+            hint="use stop or allow, or --strategy horovod.",
+        )
+    if config.train.sync_batchnorm:
+        raise Error(
+            f"train.sync_batchnorm {refused}.",
+            hint="use --strategy horovod.",
+        )
+
+
+def _validation(config: RunConfig, task: Task, splits: Mapping[str, Source]) -> Loader | None:
+    samples = splits.get("validation")
+    if samples is None:
+        for key in ("patience", "validate_every_steps"):
+            if getattr(config.train, key) is not None:
+                raise Error(
+                    f"train.{key} is set, but task {type(task).__name__} has no "
+                    "validation samples.",
+                    hint="have data() give a split 'validation', or leave it unset.",
+                )
+        return None
+    return Loader(
+        samples,
+        config.train.batch_size,
+        world=World(ALONE),
+        shuffle="none",
+        transform=_transform(config, task, training=False),
+        workers=config.data.workers,
+        worker_kind=config.data.worker_kind,
+        timeout_seconds=config.timeout_seconds,
+    )
+
+
+def _least_part(config: RunConfig, model: nn.Module) -> int:
+    """Samples that a pass has at least: BatchNorm's statistics are of two."""
+    return 1 if config.train.sync_batchnorm or not has_batchnorm(model) else 2
+
+
+def _transform(config: RunConfig, task: Task, *, training: bool) -> TaskTransform:
+    return TaskTransform(task, training, config.task, config.options, config.seed)

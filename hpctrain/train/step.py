@@ -1,0 +1,206 @@
+"""A training step: forward and backward passes over this rank's samples, and the update."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from hpctrain.config import RunConfig
+from hpctrain.data.batch import Batch
+from hpctrain.errors import Error
+from hpctrain.optim.schedule import factor
+from hpctrain.strategies.base import DistributedOptimizer, Strategy
+from hpctrain.tasks.checks import checked_loss
+from hpctrain.tasks.seeds import set_seeds
+from hpctrain.tasks.task import Task
+from hpctrain.train.nonfinite import HINT, all_finite
+from hpctrain.train.sample_trace import SampleTrace
+from hpctrain.train.state import TrainState
+from hpctrain.train.step_timer import StepTimer
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
+"""Of samples."""
+
+SKIPPED_IN_A_ROW = 100
+"""Steps left out one after the other, because their gradients are not finite, that end a run."""
+
+
+class TrainStep:
+    """Takes the steps of a run.
+
+    Args:
+        config: Resolved.
+        task: Gives the loss.
+        strategy: Connected.
+        state: What is trained.
+        peaks: Of each parameter group, the learning rate that the schedule multiplies.
+        timer: Told where a step's time goes.
+
+    Attributes:
+        computed: Of the step under way: means over samples, and how many samples those are.
+        trace: Of the samples, where that is asked for.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        strategy: Strategy,
+        state: TrainState,
+        peaks: list[float],
+        timer: StepTimer,
+    ) -> None:
+        self._config = config
+        self._task = task
+        self._strategy = strategy
+        self._state = state
+        self._peaks = peaks
+        self._timer = timer
+        self._skipped_in_a_row = 0
+        self.computed: list[tuple[dict[str, Any], int]] = []
+        self.trace: SampleTrace | None = None
+
+    def take(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
+        """Take a step: the parameters are updated by a global batch's gradient.
+
+        Args:
+            optimizer: The wrapped one.
+            batch: This rank's samples, maybe none.
+
+        Raises:
+            PeerLost: Another rank is gone.
+            Error: The task's loss is none, or too many steps had to be left out.
+        """
+        counters, world = self._state.counters, self._strategy.world
+        set_seeds(self._config.seed, counters.step, world.rank)
+        multiplier = self._multiplier(batch)
+        for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * multiplier
+        optimizer.zero_grad()
+        optimizer.weight = batch.weight
+        self.computed = []
+        if self.trace is not None:
+            self.trace.begin(counters.step + 1, self._world()[0], self._state.loader.epoch, batch)
+        self._forward_backward(optimizer, batch)
+        self._timer.lap("compute")
+        if self._config.train.nonfinite == "skip" and not self._gradients_are_finite(optimizer):
+            self._leave_out(optimizer)
+        else:
+            self._skipped_in_a_row = 0
+            # A rank without samples steps too: the others wait for its zeros.
+            optimizer.step()
+            if self._state.ema is not None:
+                self._state.ema.update_parameters(self._state.model)
+
+    def _forward_backward(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
+        parts = self._parts(batch)
+        for number, part in enumerate(parts, start=1):
+            with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
+                loss, means = self.loss(self._state.model, part, training=True)
+                (loss * part.weight).backward()
+            if part.samples:
+                self.computed.append((means, part.samples))
+
+    def count(self, batch: Batch) -> None:
+        """Count a step in, after all ranks have taken it."""
+        counters = self._state.counters
+        counters.step += 1
+        counters.samples += batch.global_samples
+        if self.trace is not None:
+            self.trace.end(counters.step, *self._world())
+
+    def loss(
+        self, model: nn.Module, batch: Batch, *, training: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return the task's loss of a batch, and means over its samples by name.
+
+        Args:
+            model: The one that is trained, or its average.
+            batch: On the CPU.
+            training: Whether the loss has to have a gradient.
+
+        Raises:
+            Error: The task gives something else.
+        """
+        device, train = self._strategy.world.device, self._config.train
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=train.dtype == "bf16"):
+                result = self._task.loss(model, batch.to(device, DTYPES[train.dtype]))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise Error(
+                f"BatchNorm cannot take statistics of one sample: step "
+                f"{self._state.counters.step + 1}, a batch of {batch.global_samples}.",
+                hint="data.drop_last=true leaves an epoch's incomplete batch out; else use another "
+                "batch size, fewer ranks or train.sync_batchnorm=true.",
+            ) from error
+        loss, means = checked_loss(self._task, result, training=training)
+        return loss, {"loss": loss.detach(), **means}
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """This rank's samples of a batch, pass by pass; it may have none."""
+        passes = self._passes()
+        if self._config.train.sync_batchnorm:  # every rank comes to every exchange of statistics
+            return list(batch.split(passes, empty=True))
+        least = self._state.loader.least_part
+        return list(batch.split(max(1, min(passes, batch.samples // least))))
+
+    def _passes(self) -> int:
+        """In how many passes a rank takes its part of a batch: more on a world that has shrunk."""
+        passes = self._config.train.accumulate
+        if self._strategy.recovery is not None and self._config.elastic.batch == "keep-global":
+            first = int(self._state.counters.world[0]["size"])
+            passes *= -(-first // self._strategy.world.size)
+        return passes
+
+    def _gradients_are_finite(self, optimizer: DistributedOptimizer) -> bool:
+        """Whether the world's gradient is: the same on every rank; waits for the device."""
+        optimizer.synchronize()
+        parameters = self._state.model.parameters()
+        return all_finite(p.grad for p in parameters if p.requires_grad and p.grad is not None)
+
+    def _leave_out(self, optimizer: DistributedOptimizer) -> None:
+        """Let a step change nothing.
+
+        Raises:
+            Error: So many were left out one after the other that no more is to be hoped for.
+        """
+        counters = self._state.counters
+        optimizer.zero_grad()
+        self._timer.lap("update")
+        counters.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= SKIPPED_IN_A_ROW:
+            raise Error(
+                f"step {counters.step + 1}: {self._skipped_in_a_row} steps in a row had a gradient "
+                "that is not finite.",
+                hint=HINT,
+            )
+
+    def _multiplier(self, batch: Batch) -> float:
+        """Of the peak learning rate, at a step."""
+        schedule, train = self._config.schedule, self._config.train
+        loader = self._state.loader
+        if loader.batch_size == train.batch_size:
+            if train.steps is not None:
+                return factor(schedule, self._state.counters.step, train.steps, len(loader))
+            # Not by steps done: with another batch size, before a resume, there were others.
+            step = loader.epoch * len(loader) + batch.start // loader.batch_size
+            return factor(schedule, step, train.epochs * len(loader), len(loader))
+        # Batches have changed with the world: as far as the run is, with steps as at first.
+        epoch_steps = -(-loader.samples // train.batch_size)
+        step = round((loader.epoch + batch.start / loader.samples) * epoch_steps)
+        steps = train.steps or train.epochs * epoch_steps
+        return factor(schedule, step, steps, epoch_steps) * loader.batch_size / train.batch_size
+
+    def _world(self) -> tuple[int, list[int]]:
+        """How often the world was formed anew, and who is in it."""
+        recovery = self._strategy.recovery
+        if recovery is None:
+            return 0, list(range(self._strategy.world.size))
+        membership = recovery.membership
+        return membership.generation, [member.number for member in membership.members]

@@ -1,0 +1,1 @@
+"""Strategies that hpctrain does not know of, each in one file."""
