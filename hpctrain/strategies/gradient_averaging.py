@@ -141,6 +141,7 @@ class AveragedGradients:
         self._buckets = [_Bucket(f"{self._prefix}.bucket.{n}", g) for n, g in enumerate(groups)]
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self._local_only = False
+        self._alone = False  # in the present pass
         self._warm = False  # whether a pass has been seen
         self._reentrant = False  # whether passes have been seen within others
         self._steps = 0
@@ -174,7 +175,6 @@ class AveragedGradients:
         finally:
             self._local_only = before
 
-    @torch.no_grad()
     def ready(self, parameter: nn.Parameter) -> None:
         """To be called by autograd when a parameter's gradient of one pass is whole."""
         task = torch._C._current_graph_task_id()
@@ -182,8 +182,14 @@ class AveragedGradients:
             self._enter(task)
         self._fired.add(parameter)
         self._owed = True
+        if not self._alone:
+            self._take(parameter)
+
+    @torch.no_grad()
+    def _take(self, parameter: nn.Parameter) -> None:
+        """Put a gradient into its bucket, and begin to exchange those that are whole."""
         bucket = self._bucket_of.get(parameter)
-        if bucket is None or self._exchange.alone:
+        if bucket is None:
             return
         if self._local_only:
             adopt(bucket.view(parameter), parameter)
@@ -202,6 +208,7 @@ class AveragedGradients:
             self._complete.append(bucket)
 
     def _enter(self, task: int) -> None:
+        self._alone = self._exchange.alone
         within = is_within_another_pass()
         if not within and self._tasks:
             self._abandon()

@@ -85,7 +85,8 @@ class HorovodOptimizer(ElasticOptimizer):
             sparse_tables(model),
             lambda part: this.mark(part),
         )
-        call_when_ready(parameters, self._gradients.ready)
+        if not comm.stays_alone:
+            call_when_ready(parameters, self._gradients.ready)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""

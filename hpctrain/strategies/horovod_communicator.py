@@ -48,6 +48,11 @@ class HorovodCommunicator:
         return self.size == 1
 
     @property
+    def stays_alone(self) -> bool:
+        """Whether there is no other rank, and none can join."""
+        return self._membership is None and self.alone
+
+    @property
     def local_rank(self) -> int:
         """This process among those of its host."""
         return int(self._hvd.local_rank())
