@@ -24,17 +24,17 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test test-fast check mpi-test slurm-test unit-test campaign conformance horovod \
-        chaos requeues strangers fuzz matrix format clean
+.PHONY: help train test test-fast check mpi-test slurm-test e2e-test unit-test campaign conformance \
+        horovod chaos requeues strangers fuzz matrix docs format clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 train: horovod  ## set up, then train the digits on 2 ranks over Horovod
 	horovodrun -np $(NP) hpctrain train digits
 
 test: check horovod  ## set up, then every check and test
-	$(MAKE) -j 2 slurm-test unit-test
+	$(MAKE) -j 3 slurm-test e2e-test unit-test
 	$(MAKE) mpi-test
 
 test-fast: $(VENV)/.installed  ## the tests that need no world and take no time (under three minutes)
@@ -45,13 +45,18 @@ check: $(VENV)/.installed  ## lint, format and types
 	ruff format --check .
 	mypy
 
-# It mostly waits, so it runs beside the others; what it prints comes in one piece.
-slurm-test: horovod  ## tests on a Slurm cluster of their own
-	mkdir -p build
-	pytest tests/slurm > build/slurm-test.log 2>&1; code=$$?; cat build/slurm-test.log; exit $$code
+# Those on a cluster and those of worlds wait for much, and the others use one core; so they run
+# beside one another, and what two of the three print comes in one piece.
+IN_ONE_PIECE = mkdir -p build; $(1) > build/$@.log 2>&1; code=$$?; cat build/$@.log; exit $$code
 
-unit-test: horovod  ## tests that start their own worlds, or need none
-	pytest tests/unit tests/e2e
+slurm-test: horovod  ## tests on a Slurm cluster of their own
+	$(call IN_ONE_PIECE,pytest tests/slurm)
+
+e2e-test: horovod  ## tests that start their own worlds
+	pytest tests/e2e
+
+unit-test: horovod  ## tests that need no world
+	$(call IN_ONE_PIECE,pytest tests/unit)
 
 # An mpirun that was killed leaves files named after its process number, and a later one with that
 # number does not start. So here it has a folder of its own for them.
@@ -84,6 +89,10 @@ requeues: horovod  ## jobs told that time is up at random moments, 200 times (ab
 	$(BIN)/python -m benchmarks.requeues --requeues 200
 
 horovod: $(VENV)/.horovod
+
+docs: $(VENV)/.installed  ## the documentation with a reference of the Python names, into build/site
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 format: $(VENV)/.installed  ## mend what ruff can
 	ruff check --fix .

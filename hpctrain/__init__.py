@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hpctrain.strategies.base import Strategy as Strategy
     from hpctrain.tasks.task import Task as Task
     from hpctrain.train.loop import Trainer as Trainer
+    from hpctrain.trained_model import load as load
     from hpctrain.world.world import World as World
     from hpctrain.world.world import init as init
 
@@ -37,6 +38,7 @@ _PLACES = {
     "Trainer": "hpctrain.train.loop",
     "World": "hpctrain.world.world",
     "init": "hpctrain.world.world",
+    "load": "hpctrain.trained_model",
     "strategy": "hpctrain.strategies",
 }
 __all__ = ["__version__", *_PLACES]

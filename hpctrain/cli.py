@@ -16,6 +16,7 @@ from hpctrain.costmodel import cli as model
 from hpctrain.data import cli as data
 from hpctrain.errors import Error
 from hpctrain.horovod_build import cli as horovod_build
+from hpctrain.inference import cli as inference
 from hpctrain.launch import cli as elastic
 from hpctrain.report import cli as report
 from hpctrain.slurm import cli as slurm
@@ -190,6 +191,28 @@ def strategies(as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("source", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("out", metavar="FILE", type=click.Path(path_type=Path))
+@click.option(
+    "--which", metavar="best|newest", help="Of a run's checkpoints. Default: best, if there is one."
+)
+def export(source: Path, out: Path, which: str | None) -> None:
+    """Write a trained model's parameters and buffers as a plain safetensors FILE.
+
+    They are those that the run's metric is of: the averaged ones, where train.ema_decay was set.
+    `hpctrain.load(RUN)` gives the model itself, in a program.
+    """
+    from hpctrain.checkpoint.weights import export as write
+    from hpctrain.checkpoint.weights import read_weights
+
+    weights = read_weights(source, which, lambda text: click.echo(text, err=True))
+    for name in write(weights, out):
+        click.echo(f"warning: '{name}' is left out: it is no tensor.", err=True)
+    size = out.stat().st_size / 1e6
+    click.echo(f"{out}: {weights.kind} of {weights.folder}, {size:.3g} MB")
+
+
+@cli.command()
 def doctor() -> None:
     """Check this machine: MPI, Horovod, cores, GPUs, HDF5, Slurm; and say what to do."""
     from hpctrain.doctor import examine
@@ -206,6 +229,7 @@ def _config_of(parameters: dict[str, Any]) -> Any:
 
 
 for command in (
+    inference.evaluate, inference.predict,
     data.group, elastic.trace, elastic.chaos, elastic.launch, horovod_build.group,
     *slurm.submission(train, _config_of), slurm.job, slurm.group, slurm.trial, slurm.trials,
     report.compare, report.report, model.command(_config_of),

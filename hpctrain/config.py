@@ -214,6 +214,36 @@ class HorovodConfig(Section):
         ge=1,
         description="Gradients are all-reduced in flat buckets of about this size.",
     )
+    compression: str = Field(
+        "none",
+        description="Of gradients: none, fp16, bf16, int8, topk:FRACTION, or powersgd:RANK.",
+    )
+    compression_feedback: bool = Field(
+        True,
+        description="What int8, topk and powersgd leave out is kept, and sent with the next "
+        "gradients (error feedback).",
+    )
+    compression_warmup_steps: NonNegativeInt = Field(
+        0,
+        description="First steps in which powersgd sends all, and topk begins with a fourth of "
+        "the values and sends ever fewer.",
+    )
+    compression_momentum: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Momentum that each rank applies before topk chooses values (momentum "
+        "correction, Lin et al., 2018), in place of the optimizer's.",
+    )
+    compression_warm_start: bool = Field(
+        True, description="powersgd begins with the last step's factors instead of random ones."
+    )
+    compression_min_rate: float = Field(
+        2.0,
+        ge=0,
+        description="powersgd sends matrices as they are that would become less than so many "
+        "times as small; vectors always.",
+    )
 
 
 class ElasticConfig(Section):

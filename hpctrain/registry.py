@@ -38,10 +38,27 @@ class Registry:
         self.group = group
         self._builtin = dict(builtin)
 
-    def names(self) -> list[str]:
-        """Return the names there are, hpctrain's own first; nothing is imported for it."""
+    def names(self, *, builtin_alone: bool = False) -> list[str]:
+        """Return the names there are, hpctrain's own first; nothing is imported for it.
+
+        Args:
+            builtin_alone: Without those of installed packages.
+        """
+        if builtin_alone:
+            return list(self._builtin)
         found = {point.name for point in metadata.entry_points(group=self.group)}
         return [*self._builtin, *sorted(found - self._builtin.keys())]
+
+    def place(self, name: str) -> str | None:
+        """Return where the class of a name is, ``package.module:Class``; None: there is no such.
+
+        Args:
+            name: hpctrain's own, or an installed package's.
+        """
+        if name in self._builtin:
+            return self._builtin[name]
+        points = metadata.entry_points(group=self.group, name=name)
+        return next((point.value for point in points), None)
 
     def get(self, name: str) -> Any:
         """Return the class of that name.
@@ -52,12 +69,9 @@ class Registry:
         Raises:
             Error: There is none, or it cannot be imported.
         """
-        place = self._builtin.get(name)
+        place = self.place(name)
         if place is None and ":" in name:
             place = name
-        if place is None:
-            points = metadata.entry_points(group=self.group, name=name)
-            place = next((point.value for point in points), None)
         if place is None:
             raise Error(
                 f"there is no {self.kind} '{name}'.",

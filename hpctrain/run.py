@@ -29,6 +29,7 @@ from hpctrain.elastic.membership import Meeting, Progress
 from hpctrain.errors import Dismissed, Error, PeerLost
 from hpctrain.files import write_text
 from hpctrain.run_folder import (
+    CONFIG,
     INTERRUPTED,
     INTERRUPTED_CODE,
     RESULT,
@@ -42,19 +43,18 @@ from hpctrain.strategies import STRATEGIES, strategy, strategy_class
 from hpctrain.strategies.base import Strategy
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, load_task, make_task
-from hpctrain.train import dynamo, gc_control
+from hpctrain.train import compiler, gc_control
 from hpctrain.train.fingerprint import of_start, of_training
 from hpctrain.train.interruption import Interruption
 from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder, plain
 from hpctrain.train.recovery import outlive
-from hpctrain.train.state import parameters_sha256
+from hpctrain.train.state import TrainState, parameters_sha256
 from hpctrain.world.agreement import compare
 from hpctrain.world.broadcast import broadcast_json
 from hpctrain.world.failure_record import FOLDER
 from hpctrain.world.world import World, init
 
-CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"
 
 
@@ -119,8 +119,8 @@ def run(config: RunConfig, say: Callable[[str], None]) -> int:
     """
     if config.resume == "auto" and config.out is None:
         raise Error("--resume auto without --out.", hint="say which run to go on with: --out DIR.")
+    compiler.import_when_wanted()
     kind = load_task(config.task, config.seed)
-    dynamo.import_when_used()
     set_start_seeds(config.seed)  # for what is drawn while the task is made, alike on all ranks
     task = make_task(kind, config.options)
     world = init()
@@ -229,14 +229,15 @@ class _Run:
         mine = os.fsencode(self._out).decode("utf-8", "surrogateescape") if prepares else ""
         out = Path(broadcast_json(world.comm, mine))
         store = CheckpointStore(out / CHECKPOINTS, config.checkpoint.keep)
-        snapshot = _prepare(out, config, store, self._say) if prepares else None
         trainer = self._make(out)
         state = trainer.state
+        snapshot = _prepare(out, config, store, self._say, state) if prepares else None
         compare(world.comm, of_training(state.model, state.optimizer, trainer.splits))
         while not trainer.restore(snapshot, prepared=prepares):
             # Rank 0 was lost; it is another now.
             if world.rank == 0 and not prepares:
-                snapshot, prepares = _prepare(out, config, store, self._say), True
+                snapshot = _prepare(out, config, store, self._say, state)
+                prepares = True
         if meeting is not None:
             trainer.note(meeting)
 
@@ -347,10 +348,17 @@ def _ranks(world: World) -> str:
 
 
 def _prepare(
-    out: Path, config: RunConfig, store: CheckpointStore, say: Callable[[str], None]
+    out: Path,
+    config: RunConfig,
+    store: CheckpointStore,
+    say: Callable[[str], None],
+    state: TrainState,
 ) -> Any | None:
-    """Read the checkpoint to start from, and make the run folder; on rank 0 alone."""
-    snapshot = _snapshot(out, config, store, say)
+    """Read the checkpoint to start from, and make the run folder; on rank 0 alone.
+
+    What is found is read into the state's own tensors as far as it fits, which spares a copy.
+    """
+    snapshot = _snapshot(out, config, store, say, state)
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
         # Who looks after a job has removed an old `stop`; a new one may be there already.
@@ -364,7 +372,11 @@ def _prepare(
 
 
 def _snapshot(
-    out: Path, config: RunConfig, store: CheckpointStore, say: Callable[[str], None]
+    out: Path,
+    config: RunConfig,
+    store: CheckpointStore,
+    say: Callable[[str], None],
+    state: TrainState,
 ) -> Any | None:
     if config.resume is None:
         if store.steps():
@@ -374,9 +386,11 @@ def _snapshot(
             )
         return None
     if config.resume == "auto":
-        return store.newest(lambda damage: say(f"{damage} Going back to the one before."))
+        return store.newest(
+            lambda damage: say(f"{damage} Going back to the one before."), state.tensors()
+        )
     try:
-        return load_verified(Path(config.resume))
+        return load_verified(Path(config.resume), state.tensors())
     except Error as error:
         raise Error(error.message, hint="name another checkpoint, or use --resume auto.") from error
 

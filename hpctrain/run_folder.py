@@ -13,6 +13,7 @@ from typing import IO
 
 from hpctrain.errors import Error
 
+CONFIG = "config.toml"
 RESULT = "result.json"
 """Written last, and only at success: its being there is the proof."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hpctrain.checkpoint.tensor_file import DTYPES
 from hpctrain.errors import Error
 
 _TENSOR = "$tensor"
@@ -30,13 +31,6 @@ _LAYOUTS = {
     torch.sparse_bsr: ("bsr", "crow_indices", "col_indices"),
     torch.sparse_bsc: ("bsc", "ccol_indices", "row_indices"),
 }
-_HELD = {
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-    torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.uint16, torch.uint32,
-    torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz,
-    torch.float8_e5m2fnuz,
-}  # fmt: skip
-"""What safetensors knows."""
 
 
 def split(tree: Any, name: str = "") -> tuple[dict[str, torch.Tensor], Any]:
@@ -104,7 +98,7 @@ def _split_tensor(tensor: torch.Tensor, path: str, tensors: dict[str, torch.Tens
     elif tensor.dtype == torch.complex128:
         parts = {"pairs": torch.view_as_real(tensor.resolve_conj())}
         mark = {_COMPLEX: True}
-    elif tensor.layout == torch.strided and tensor.dtype in _HELD:
+    elif tensor.layout == torch.strided and tensor.dtype in DTYPES:
         while path in tensors:  # "a.b" beside "a" that holds "b"
             path += "+"
         tensors[path] = tensor
@@ -154,6 +148,32 @@ def join(tensors: dict[str, torch.Tensor], tree: Any) -> Any:
     if _SPARSE in tree or _QUANTIZED in tree or _COMPLEX in tree:
         return _join_tensor(tree, join(tensors, tree["parts"]))
     return {key: join(tensors, value) for key, value in tree.items()}
+
+
+def names(tree: Any) -> list[str]:
+    """The tensors that a tree names, as ``split`` made it."""
+    if isinstance(tree, list):
+        return [name for value in tree for name in names(value)]
+    if not isinstance(tree, dict):
+        return []
+    if _TENSOR in tree:
+        return [tree[_TENSOR]]
+    return [name for value in tree.values() for name in names(value)]
+
+
+def merge(one: Any, other: Any) -> Any:
+    """Make one tree of two that ``split`` has made: dicts are united, the first has the last word.
+
+    Args:
+        one: A tree.
+        other: Has what the first lacks, and may have what it has.
+    """
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one
+    return {
+        key: merge(one[key], other[key]) if key in one and key in other else {**one, **other}[key]
+        for key in {**one, **other}
+    }
 
 
 def _join_tensor(mark: dict[str, Any], parts: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,37 +1,41 @@
 """Checkpoints: atomic, verified, written while training goes on.
 
-A checkpoint is a folder ``step-NNNNNNNN`` with the tensors (safetensors) and the rest (JSON), which
-also holds both files' SHA-256. It is written under another name and renamed, so whatever happens at
-whatever instant, each folder of that name is whole, and older ones are untouched until it is.
+A checkpoint is a folder ``step-NNNNNNNN`` with tensors (safetensors) and the rest (JSON), which
+also holds the tensors' checksums: see ``pieces``. It is written under another name and renamed, so
+whatever happens at whatever instant, each folder of that name is whole, and older ones are
+untouched until it is.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
-
-from hpctrain.checkpoint import state_tree
+from hpctrain.checkpoint.pieces import (
+    INDEX,
+    TENSORS,
+    Box,
+    Checkpoint,
+    Piece,
+    Range,
+    commit,
+    copy_piece,
+    discard,
+    publish,
+    write_file,
+    write_index,
+    write_piece,
+)
+from hpctrain.checkpoint.tensor_file import Memory
 from hpctrain.errors import Error
-from hpctrain.files import open_regular, read_json, sha256, sync
 
-TENSORS = "tensors.safetensors"
-REST = "state.json"
+REST = INDEX
 BEST = "best"
-FORMAT = "hpctrain-checkpoint"
-VERSION = 2
-READABLE = (1, 2)
-"""Version 1 did not keep the versions of a module's layers, nor tuples as such."""
 
 
 def save(folder: Path, state: Any) -> None:
@@ -44,68 +48,33 @@ def save(folder: Path, state: Any) -> None:
     Raises:
         OSError: It could not be written; nothing that was there is lost.
     """
-    tensors, rest = state_tree.split(state)
+    _write(folder, copy_piece(state, Memory()))
+
+
+def _write(folder: Path, piece: Piece) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary / TENSORS)
-        head = {
-            "format": FORMAT,
-            "version": VERSION,
-            "tensors_sha256": sha256(temporary / TENSORS),
-            "state": rest,
-        }
-        with (temporary / REST).open("w", encoding="utf-8") as file:
-            json.dump({**head, "sha256": _digest(head)}, file)
-        for path in (temporary / TENSORS, temporary / REST, temporary):
-            sync(path)
-        if folder.exists():
-            discard(folder)
-        temporary.rename(folder)
-        sync(folder.parent)
-    except SafetensorError as error:  # the library's wrapper around what the disk said
-        raise OSError(str(error)) from error
+        write_index(temporary, [write_file(temporary, TENSORS, piece)])
+        publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_verified(folder: Path) -> Any:
+def load_verified(folder: Path, into: Any = None) -> Any:
     """Read a checkpoint and check that every byte is what was written.
 
+    Args:
+        folder: Of the checkpoint.
+        into: A tree with tensors that may be written to where they fit, such as those that training
+            goes on with: ``pieces.Checkpoint.state`` has the conditions.
+
     Raises:
-        Error: It is missing, incomplete or damaged; the file at fault is named.
+        Error: It is missing, incomplete or damaged; the file at fault is named. Tensors of ``into``
+            may have been written to.
     """
-    try:
-        head = read_json(folder / REST)
-        expected = head.pop("sha256")
-        if head["format"] != FORMAT or _digest(head) != expected:
-            raise Error(f"checkpoint {folder / REST} is damaged: its checksum differs.")
-        if head["version"] not in READABLE:
-            raise Error(
-                f"checkpoint {folder} is of version {head['version']}, not {VERSION}.",
-                hint="use the hpctrain that wrote it.",
-            )
-        with open_regular(folder / TENSORS) as file:
-            data = file.read()
-        if hashlib.sha256(data).hexdigest() != head["tensors_sha256"]:
-            raise Error(f"checkpoint {folder / TENSORS} is damaged: its checksum differs.")
-        return state_tree.join(load(data), head["state"])
-    except OSError as error:
-        raise Error(
-            f"checkpoint {error.filename or folder} cannot be read: {error.strerror}."
-        ) from error
-    except Error:
-        raise
-    except Exception as error:  # whatever it makes its readers say
-        raise Error(f"checkpoint {folder} is damaged: {type(error).__name__}: {error}.") from error
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint: out of sight in one step, then in pieces."""
-    doomed = folder.with_name(f".{folder.name}.discarded.{os.getpid()}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    with Checkpoint(folder) as checkpoint:
+        return checkpoint.state(into=into)
 
 
 class CheckpointStore:
@@ -119,6 +88,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self._memory = Memory()
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._saved_step = -1
@@ -144,20 +114,74 @@ class CheckpointStore:
             Error: The checkpoint before this one could not be written.
         """
         self.wait()
-        copy = state_tree.join(*_copied(state)) if step != self._saved_step else None
-        self._saved_step = step
+        piece = copy_piece(state, self._memory) if step != self._saved_step else None
 
         def write() -> None:
+            if piece is not None:
+                _write(self.path(step), piece)
+            if best:
+                self._mark_best(step)
+            self._prune()
+
+        self._in_background(step, write)
+
+    def save_piece(
+        self,
+        step: int,
+        state: Any,
+        *,
+        rank: int,
+        ranks: int,
+        attempt: str,
+        timeout_seconds: float,
+        shares: Mapping[str, Box | Range] | None = None,
+        best: bool = False,
+    ) -> None:
+        """Copy this rank's piece of a checkpoint now and write it in the background.
+
+        All ranks call this, with a store of the same shared folder; none has to wait for others.
+        When all pieces are on disk, rank 0's thread makes them a checkpoint.
+
+        Args:
+            step: Names the checkpoint.
+            state: A tree of what this rank owns; what another owns is left out.
+            rank: Of this process.
+            ranks: How many write.
+            attempt: The same on all ranks, and on no others that ever tried to save this step: what
+                a run left that was killed is not taken for part of this.
+            timeout_seconds: How long rank 0's thread waits for the other pieces.
+            shares: Where tensors lie that are parts of larger ones, by path.
+            best: Keep it until a better one comes.
+
+        Raises:
+            Error: The checkpoint before this one could not be written.
+        """
+        self.wait()
+        piece = copy_piece(state, self._memory, shares)
+        pending = self.folder / f".{self.path(step).name}.{attempt}"
+
+        def write() -> None:
+            pending.mkdir(parents=True, exist_ok=True)
+            write_piece(pending, rank, piece)
+            if rank != 0:
+                return
+            commit(pending, self.path(step), ranks, timeout_seconds=timeout_seconds)
+            if best:
+                self._mark_best(step)
+            self._prune()
+
+        self._in_background(step, write)
+
+    def _in_background(self, step: int, write: Callable[[], None]) -> None:
+        self._saved_step = step
+
+        def run() -> None:
             try:
-                if copy is not None:
-                    save(self.path(step), copy)
-                if best:
-                    self._mark_best(step)
-                self._prune()
+                write()
             except BaseException as error:  # handed to the thread that waits
                 self._failure = error
 
-        self._writer = threading.Thread(target=write, name="hpctrain-checkpoint")
+        self._writer = threading.Thread(target=run, name="hpctrain-checkpoint")
         self._writer.start()
 
     def wait(self) -> None:
@@ -179,11 +203,12 @@ class CheckpointStore:
                 "checkpoints before it are whole.",
             ) from failure
 
-    def newest(self, complain: Callable[[str], None]) -> Any | None:
+    def newest(self, complain: Callable[[str], None], into: Any = None) -> Any | None:
         """The newest checkpoint that is good, or None where there are none at all.
 
         Args:
             complain: Told of each one that is passed over.
+            into: A tree with tensors that may be written to, as ``load_verified`` has it.
 
         Raises:
             Error: There are checkpoints, and all are damaged.
@@ -191,7 +216,7 @@ class CheckpointStore:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return load_verified(self.path(step))
+                return load_verified(self.path(step), into)
             except Error as error:
                 complain(str(error))
         if steps:
@@ -222,14 +247,3 @@ class CheckpointStore:
         for step in self.steps()[: -self.keep]:
             if self.path(step).resolve() != best:
                 discard(self.path(step))
-
-
-def _copied(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    tensors, rest = state_tree.split(state)
-    return {
-        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
-    }, rest
-
-
-def _digest(head: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from hpctrain.compression.codec import ErrorFeedback, make_codec
 from hpctrain.config import RunConfig
 from hpctrain.costmodel.inputs import Buckets
 from hpctrain.costmodel.strategies import Compression
@@ -20,7 +21,6 @@ from hpctrain.data.random import key
 from hpctrain.errors import Error
 from hpctrain.optim.lamb import Lamb
 from hpctrain.process import cores
-from hpctrain.ps.codec import ErrorFeedback, make_codec
 from hpctrain.tasks.task import TaskTransform, load_task, make_task
 from hpctrain.train.step import DTYPES
 from hpctrain.world.world import World, init

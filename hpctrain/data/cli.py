@@ -50,8 +50,9 @@ def group() -> None:
 )
 @click.option(
     "--kind",
-    type=click.Choice(["images", "webdataset", "tables", "text"]),
-    help="What SOURCE is, where it could be read in several ways.",
+    metavar="KIND",
+    help="What SOURCE is, where it could be read in several ways: images, webdataset, tables, "
+    "text; or an importer of your own, package.module:Class.",
 )
 @click.option("--fields", default="", help="Arrays, columns or members to take, with commas.")
 @click.option(

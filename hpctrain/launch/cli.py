@@ -101,6 +101,8 @@ def chaos(
               show_default=True, help="Folder for those jobs' logs.")  # fmt: skip
 @click.option("--min-np", "least", type=click.IntRange(1),
               help="Ranks to begin with; the others join as they come. Default: all.")  # fmt: skip
+@click.option("--starter", metavar="PACKAGE.MODULE:CLASS",
+              help="What starts the -np ranks, in place of processes of this host.")  # fmt: skip
 @click.option("--address", help="Of this host, by which ranks reach it. Default: found out.")
 def launch(
     command: tuple[str, ...],
@@ -110,6 +112,7 @@ def launch(
     options: tuple[str, ...],
     logs: Path,
     least: int | None,
+    starter: str | None,
     address: str | None,
 ) -> None:
     """Start COMMAND, an `hpctrain train`, on ranks that outlive one another, and keep them up.
@@ -131,5 +134,5 @@ def launch(
     def say(text: str) -> None:
         click.echo(f"hpctrain launch: {text}")
 
-    way = way_for(count, named, pool, options, logs)
+    way = way_for(count, named, pool, options, logs, starter)
     sys.exit(run(command, way, least=least, address=address, say=say))

@@ -15,19 +15,28 @@ from hpctrain.errors import Error
 from hpctrain.launch.driver import Driver, listen
 from hpctrain.launch.listener import Strangers
 from hpctrain.launch.rendezvous import opener
-from hpctrain.launch.starters import Here, Pool, RankProcess, Srun, Ssh, Starter, address_for
+from hpctrain.launch.starters import Pool, RankProcess, Srun, Ssh, Starter, address_for
 from hpctrain.launch.worker_slots import WorkerSlots, place_variables
 from hpctrain.process import search_path, which
+from hpctrain.registry import Registry
 from hpctrain.slurm import hosts
 
 END_SECONDS = 10.0
 """So long ranks may take to end by themselves when the run is over."""
 
+STARTERS = Registry("starter", "hpctrain.starters", {"here": "hpctrain.launch.starters:Here"})
+"""By name, classes whose instances start so many ranks."""
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def way_for(
-    count: int | None, named: str | None, pool: int | None, options: Sequence[str], logs: Path
+    count: int | None,
+    named: str | None,
+    pool: int | None,
+    options: Sequence[str],
+    logs: Path,
+    starter: str | None = None,
 ) -> Starter:
     """How ranks are to be started.
 
@@ -37,18 +46,22 @@ def way_for(
         pool: Of jobs of one rank each.
         options: For sbatch.
         logs: Folder for those jobs' logs.
+        starter: What starts ``count`` ranks in place of this host's processes.
 
     Raises:
         Error: Nothing says how, or more than one thing does.
     """
     if sum(each is not None for each in (count, named, pool)) > 1:
         raise Error("-np, --hosts and --pool exclude one another.", hint="give one of them.")
+    if starter is not None and count is None:
+        raise Error("--starter without -np.", hint="say how many ranks it is to start: -np 4.")
     if pool is not None:
         return Pool(pool, options, logs)
     if named is not None:
         return Ssh(_hosts(named))
     if count is not None:
-        return Here(count)
+        made: Starter = STARTERS.get(starter or "here")(count)
+        return made
     if "SLURM_JOB_NODELIST" in os.environ:
         if which("srun") is None:
             raise Error("srun is not on PATH.", hint="say how many ranks: -np 2.")

@@ -148,7 +148,7 @@ class Endpoint:
         self._fence = ProcessReaper(dict(enumerate(identities.tolist())))
 
     def host(self, rank: int) -> str:
-        """The name of a rank's host; empty where that is not known: one of them came later."""
+        """Return the name of a rank's host; empty where it is not known: a rank came later."""
         return self._names[rank] if rank < len(self._names) else ""
 
     def _check(self) -> None:
@@ -372,7 +372,7 @@ class Endpoint:
         return self._spawner is None or self._spawner.over
 
     def close(self) -> None:
-        """Leave: a worker has done all of its steps. Nothing may be called afterwards."""
+        """Leave when a worker has done all of its steps; nothing may be called afterwards."""
         if self.client is not None and self._loop is not None:
             self.client.leave()
             if self.server is not None:
@@ -390,7 +390,7 @@ class Endpoint:
                 end.close()
 
     def abort(self, reason: str, code: int = 1) -> None:
-        """This worker has failed: the run is to end for everybody.
+        """End the run for everybody, because this worker has failed.
 
         Args:
             reason: Why.

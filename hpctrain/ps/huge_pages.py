@@ -16,7 +16,7 @@ HUGE_PAGE = 2**21
 
 
 def zeros(size: int) -> torch.Tensor:
-    """So many bytes, all zero."""
+    """Return so many bytes of memory, all zero."""
     if size < HUGE_PAGE or sys.platform != "linux":
         return torch.zeros(size, dtype=torch.uint8)
     whole = -(-size // HUGE_PAGE) * HUGE_PAGE

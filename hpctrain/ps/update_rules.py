@@ -47,7 +47,7 @@ class Rule(ABC):
     per_tensor = False
 
     def hyper(self, group: Mapping[str, Any]) -> list[float]:
-        """The numbers of one parameter group of an optimizer.
+        """Return the numbers of one parameter group of an optimizer.
 
         Raises:
             Error: The group asks for what the rule does not do.
@@ -58,7 +58,7 @@ class Rule(ABC):
         return [float(numbers[name]) for name in self.hyper_names]
 
     def new_state(self, weights: Tensor) -> State:
-        """The state before the first update of these weights."""
+        """Return the state before the first update of these weights."""
         return {
             name: zeros(weights.nbytes).view(weights.dtype).view_as(weights)
             for name in self.state_names
@@ -255,7 +255,7 @@ _NAMED = {rule.name: rule for rule in _OF.values()}
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
-    """The rule that does what this optimizer does.
+    """Return the rule that does what this optimizer does.
 
     Raises:
         Error: There is none, or not for one of its groups.
@@ -272,7 +272,7 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
 
 
 def rule_named(name: str) -> Rule:
-    """The rule of this name.
+    """Return the rule of this name.
 
     Raises:
         Error: There is none.

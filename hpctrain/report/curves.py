@@ -117,11 +117,14 @@ def parts(runs: Sequence[Run]) -> list[Figure]:
 
 
 def exchange(runs: Sequence[Run]) -> Section:
-    """What a parameter server's runs record of it: staleness, delay, bytes."""
-    found = Section("Parameter server")
-    found.text.append(
-        "Staleness: a worker's clock minus the slowest worker's. Delay: updates that a push missed."
-    )
+    """What runs record of the exchange of gradients: bytes; of a parameter server also lateness."""
+    found = Section("Exchange")
+    found.text.append("Bytes of all ranks together, with headers left out.")
+    if any("staleness_mean" in record for run in runs for record in run.of("exchange")):
+        found.text.append(
+            "Staleness: a worker's clock minus the slowest worker's. Delay: updates that a push "
+            "missed."
+        )
     for name in ("staleness", "delay"):
         unit = "clocks" if name == "staleness" else "updates"
         found.figures += _plot(
@@ -136,6 +139,10 @@ def exchange(runs: Sequence[Run]) -> Section:
     found.figures += _plot(
         runs, "exchange", lambda r: (number(r.get("moved_bytes")) or 0) / 1e6,
         "bytes moved between lines of the log", "MB", from_zero=True,
+    )  # fmt: skip
+    found.figures += _plot(
+        runs, "exchange", lambda r: (number(r.get("dense_bytes")) or 0) / 1e6,
+        "the same bytes without compression", "MB", from_zero=True,
     )  # fmt: skip
     found.figures += _plot(
         runs, "exchange", "compression", "compression", "dense bytes / moved bytes"

@@ -32,11 +32,14 @@ OURS = ("--out", "--resume", "--world-size")
 
 
 def split(arguments: tuple[str, ...], known: Mapping[str, bool]) -> tuple[list[str], list[str]]:
-    """What is for ``hpctrain train``, TASK first if there is one, and what is for sbatch.
+    """Split arguments into those of ``hpctrain train`` and those of sbatch.
 
     Args:
-        arguments: As they were given.
-        known: Options of ``hpctrain train``, and whether they take a value.
+        arguments: The arguments as given.
+        known: The options of ``hpctrain train``, and whether they take a value.
+
+    Returns:
+        The arguments of ``hpctrain train``, with TASK first if there is one; and sbatch's.
     """
     task: list[str] = []
     train: list[str] = []
@@ -70,11 +73,11 @@ def split(arguments: tuple[str, ...], known: Mapping[str, bool]) -> tuple[list[s
 def submission(
     train: click.Command, config_of: Callable[[dict[str, Any]], Any]
 ) -> list[click.Command]:
-    """The commands `hpctrain submit` and `hpctrain sweep`.
+    """Make the commands `hpctrain submit` and `hpctrain sweep`.
 
     Args:
-        train: The command `hpctrain train`, whose options it takes too.
-        config_of: The resolved configuration by that command's parameters.
+        train: The command `hpctrain train`, whose options they take, too.
+        config_of: Resolves the configuration from that command's parameters.
     """
     known = {
         name: not getattr(parameter, "is_flag", False)
@@ -277,7 +280,7 @@ def _unchecked(asked: options.Options) -> None:
 
 @contextlib.contextmanager
 def _hinted(request: Request, known: Iterable[str]) -> Iterator[None]:
-    """Where Slurm refuses a request, say what might have been meant by options not known here."""
+    """If Slurm refuses a request, suggest what was meant by options that are not known."""
     try:
         yield
     except commands.Unanswered:
@@ -308,7 +311,7 @@ def _name(task: str) -> str:
 
 
 def _without(words: list[str]) -> list[str]:
-    """The words of a training command without what the batch script gives itself."""
+    """Remove the options that the batch script gives itself from a training command."""
     kept: list[str] = []
     left = list(words)
     while left:
@@ -435,7 +438,7 @@ def columns(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _waited(wait: Callable[[], int], runs_on: str) -> NoReturn:
-    """End with what a wait returns; where it is ended by the keyboard, say what that changes."""
+    """Exit with the code that a wait returns; on Ctrl-C say that the job runs on."""
     try:
         sys.exit(wait())
     except KeyboardInterrupt:

@@ -35,13 +35,13 @@ class Unanswered(Error):  # noqa: N818 - of what was asked for, nobody knows whe
 
 @dataclass(frozen=True)
 class State:
-    """What Slurm says of a job.
+    """The state of a job, as Slurm reports it.
 
     Attributes:
         name: ``RUNNING``, ``PENDING``, ``COMPLETED``, ``NODE_FAIL``, ...
-        reason: Why it waits, or the nodes it has.
-        left: Of its time limit, as Slurm writes it.
-        restarts: How often Slurm has started it again, where that was asked for.
+        reason: Why the job is pending, or the nodes it runs on.
+        left: What is left of its time limit, in Slurm's notation.
+        restarts: How often Slurm has restarted the job; only :func:`look` asks for this.
     """
 
     name: str
@@ -51,7 +51,7 @@ class State:
 
     @property
     def over(self) -> bool:
-        """Whether it will not run any more."""
+        """Whether the job has ended for good."""
         return self.name not in RUNNING | WAITING
 
 
@@ -61,17 +61,20 @@ def call(
     timeout_seconds: float = TIMEOUT_SECONDS,
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """What one of Slurm's commands prints.
+    """Run one of Slurm's commands and return what it prints.
 
     Args:
-        program: Which one.
-        arguments: For it.
-        timeout_seconds: So long it may take.
-        environment: Instead of this process's.
+        program: The command, such as ``squeue``.
+        arguments: Its arguments.
+        timeout_seconds: The longest the command may take.
+        environment: The command's environment; None: this process's.
+
+    Returns:
+        Its standard output and standard error.
 
     Raises:
-        Unanswered: It cannot tell whether it was heard.
-        Error: It is not there, or it fails; with what it says.
+        Unanswered: Slurm did not answer, so the request may or may not have been carried out.
+        Error: The command is not installed, or it fails; the message quotes what it says.
     """
     if process.which(program) is None:
         raise Error(f"{program} is not on PATH: no Slurm here.", hint=NO_SLURM)
@@ -94,16 +97,26 @@ def call(
 
 
 def not_started(words: str) -> bool:
-    """Whether srun has started nothing because Slurm did not answer, by what it says."""
+    """Return whether srun's output shows that Slurm did not answer and so nothing was started."""
     began = re.search("unable to (confirm allocation|allocate|create step)", words, re.IGNORECASE)
     return began is not None and _SILENCE.search(words) is not None
 
 
+def expired(words: str) -> bool:
+    """Return whether srun's output shows that a node took a step's credential for expired.
+
+    They are valid for a time that the site sets (``cred_expire``), and a busy node may take longer.
+    """
+    return re.search("credential expired", words, re.IGNORECASE) is not None
+
+
 def checked(job: str) -> str:
-    """A job's number, as ``12``, ``12_3`` or ``12;cluster``; it may come from anybody's file.
+    """Return a job ID unchanged if it is valid: ``12``, ``12_3`` or ``12;cluster``.
+
+    Job IDs may come from files that others wrote, and end up in Slurm's command lines.
 
     Raises:
-        Error: It is not one.
+        Error: It is not a job ID.
     """
     if not _JOB.fullmatch(job):
         raise Error(f"{job[:40]!r} is no number of a job.", hint="such as 1234, or 1234_5.")
@@ -111,7 +124,7 @@ def checked(job: str) -> str:
 
 
 def _aimed(job: str) -> tuple[str, list[str]]:
-    """A job's number, and the option that says on which cluster."""
+    """Split a job ID into its number and the option that selects its cluster."""
     number, _, cluster = checked(job).partition(";")
     return number, [f"--clusters={cluster}"] if cluster else []
 
@@ -120,30 +133,33 @@ def submit(script: Path, *arguments: str, environment: Mapping[str, str] | None 
     """Submit a batch script.
 
     Args:
-        script: Which one.
-        arguments: More of sbatch's.
-        environment: Of the job, instead of this process's.
+        script: The script's path.
+        arguments: Further arguments of sbatch.
+        environment: The job's environment; None: this process's.
 
     Returns:
-        The job's number, with ``;cluster`` where it was sent to another one.
+        The job ID, followed by ``;cluster`` if the job went to another cluster.
 
     Raises:
-        Unanswered: It may be submitted.
-        Error: Slurm refuses it.
+        Unanswered: Slurm did not answer; the job may have been submitted.
+        Error: Slurm refuses the job.
     """
     said = call("sbatch", "--parsable", *arguments, str(script), environment=environment)
     return checked(said.strip().splitlines()[-1].strip())
 
 
 def would_start(script: Path, environment: Mapping[str, str] | None = None) -> str:
-    """When Slurm would start a batch script.
+    """Ask Slurm when it would start a batch script, without submitting it.
 
     Args:
-        script: Which one.
-        environment: Of the job, instead of this process's.
+        script: The script's path.
+        environment: The job's environment; None: this process's.
+
+    Returns:
+        Slurm's estimate, as one line.
 
     Raises:
-        Error: Never, and why.
+        Error: Slurm would not accept the job; the message says why.
     """
     said = call("sbatch", "--test-only", str(script), environment=environment).strip()
     return said.splitlines()[-1].removeprefix("sbatch: ") if said else "Slurm would take it"
@@ -153,28 +169,28 @@ def requeue(job: str) -> None:
     """Put a running job back into the queue.
 
     Raises:
-        Unanswered: That may be done.
-        Error: Slurm refuses it.
+        Unanswered: Slurm did not answer; the job may be requeued now or later.
+        Error: Slurm refuses to requeue the job.
     """
     number, where = _aimed(job)
     call("scontrol", *where, "--", "requeue", number)
 
 
 def cancel(job: str) -> None:
-    """End a job.
+    """Cancel a job.
 
     Raises:
-        Error: That cannot be done, or it is no job's number.
+        Error: The job cannot be cancelled, or this is not a job ID.
     """
     number, where = _aimed(job)
     call("scancel", *where, "--", number)
 
 
 def look(job: str) -> State | None:
-    """What scontrol says of one job; None where Slurm knows none of that number.
+    """Return the state of one job according to scontrol; None if Slurm does not know the job.
 
     Raises:
-        Error: Slurm does not answer, or not to this.
+        Error: Slurm does not answer, or refuses this question.
     """
     number, where = _aimed(job)
     try:
@@ -195,7 +211,7 @@ def look(job: str) -> State | None:
 
 
 def depending_on(job: str) -> list[str]:
-    """This user's jobs that wait for the end of one.
+    """Return the IDs of this user's jobs that depend on the end of a job (``afterany``).
 
     Raises:
         Error: Slurm does not answer.
@@ -210,7 +226,7 @@ def depending_on(job: str) -> list[str]:
 
 
 def partitions() -> list[str]:
-    """Names of the partitions, hidden ones too.
+    """Return the names of all partitions, hidden ones included.
 
     Raises:
         Error: Slurm does not answer.
@@ -219,13 +235,13 @@ def partitions() -> list[str]:
 
 
 def fits(asked: options.Options) -> None:
-    """Check nodes and time against the partition: Slurm would let such a job wait for ever.
+    """Check the requested nodes and time against the partition's limits.
 
-    What sinfo does not show (other clusters, partitions that are kept from it) is sbatch's to
-    refuse.
+    Slurm accepts jobs that exceed them and leaves them pending for ever. What sinfo does not show
+    (other clusters, partitions that this user may not see) is left to sbatch to refuse.
 
     Raises:
-        Error: The partition has less than is asked for.
+        Error: The partition has fewer nodes, or a shorter time limit, than requested.
     """
     if {"clusters", "cluster-constraint"} & asked.keys():
         return
@@ -254,13 +270,14 @@ def fits(asked: options.Options) -> None:
 
 
 def states(jobs: Iterable[str]) -> dict[str, State]:
-    """What Slurm says of jobs, in one question for all; those it has forgotten are left out.
+    """Return the states of jobs, by job ID, with one query for all of them.
 
-    Asked is squeue, and of those that it does not know (any more) sacct; or scontrol alone.
+    squeue is asked first; sacct and then scontrol are asked about the jobs that squeue does not
+    know or no longer remembers. Jobs that none of them knows are left out.
 
     Raises:
-        Unanswered: None of these answers now.
-        Error: There is none of these.
+        Unanswered: None of these commands gets an answer at the moment.
+        Error: None of these commands is installed.
     """
     wanted = {checked(job) for job in jobs if job}
     found: dict[str, State] = {}
@@ -338,7 +355,10 @@ def _scontrol(jobs: set[str], where: list[str]) -> dict[str, State]:
 
 
 def _fields(line: str) -> dict[str, str]:
-    """The fields of a line of ``scontrol show``; the first of a name, for values may hold more."""
+    """Return the fields of a line of ``scontrol show``.
+
+    Where a name occurs twice the first one counts: later ones may be part of a value.
+    """
     found: dict[str, str] = {}
     for part in line.split():
         name, equals, value = part.partition("=")
@@ -348,7 +368,7 @@ def _fields(line: str) -> dict[str, str]:
 
 
 def node_is_up(name: str) -> bool:
-    """Whether Slurm counts a node among those that work, as far as it can be asked."""
+    """Return whether Slurm considers a node usable; True if Slurm cannot be asked."""
     try:
         state = call("sinfo", "--noheader", f"--nodes={name}", "--format=%T").split()
     except Error:
@@ -357,10 +377,10 @@ def node_is_up(name: str) -> bool:
 
 
 def this_job() -> str:
-    """The number of the job that this process is part of, as requeue and cancel take it.
+    """Return the ID of the job that this process belongs to, as requeue and cancel take it.
 
     Raises:
-        Error: There is none.
+        Error: This process is not part of a Slurm job.
     """
     if "SLURM_JOB_ID" not in os.environ:
         raise Error("this is no Slurm job.", hint="submit it by sbatch, or `hpctrain submit`.")

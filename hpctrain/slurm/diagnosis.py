@@ -93,7 +93,7 @@ def _code(code: int, rank: int | None) -> Failure:
 
 
 def said(output: str) -> Failure | None:
-    """What a launcher's output says went wrong first; None where it says nothing."""
+    """Return the first cause of a failure found in a launcher's output; None if there is none."""
     found = [
         (match.start(), order, make(match))
         for order, (pattern, make) in enumerate(_COMPILED)
@@ -110,7 +110,7 @@ _SRUN = re.compile(r"^srun: (?:error|fatal): (?!\S+: tasks? \d)(.+)$", re.MULTIL
 
 
 def _refused(output: str, returncode: int) -> Failure | None:
-    """What srun says where it has started nothing; None where it says nothing of its own."""
+    """Return srun's own error, if it refused to start anything; None if it reported none."""
     said = list(dict.fromkeys(_SRUN.findall(output)))
     if not said or returncode <= 0:
         return None
@@ -119,13 +119,13 @@ def _refused(output: str, returncode: int) -> Failure | None:
 
 
 def root_cause(folder: Path, output: str, returncode: int, launcher: str) -> Failure:
-    """Why a launch failed.
+    """Determine the root cause of a failed launch.
 
     Args:
-        folder: With the ranks' notes.
+        folder: The folder with the failure notes that ranks leave.
         output: The end of what the launcher and the ranks printed.
-        returncode: The launcher's; negative where a signal ended it.
-        launcher: Its name.
+        returncode: The launcher's exit code; negative if a signal ended it.
+        launcher: The launcher's name.
     """
     notes = read_notes(folder)
     own = [each for each in notes if not each.consequence]

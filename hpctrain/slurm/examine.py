@@ -1,4 +1,4 @@
-"""What `hpctrain doctor` says of the site's profile: whether this cluster is as it says."""
+"""The part of `hpctrain doctor` that compares the site's profile with this cluster."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ LIST_SECONDS = 30.0
 
 
 def examine(environment: Mapping[str, str] = os.environ) -> list[CheckResult]:
-    """The findings about the profile that ``HPCTRAIN_SITE`` or ``default.toml`` gives, if any.
+    """Check the profile that ``HPCTRAIN_SITE`` or ``default.toml`` gives against this machine.
+
+    Returns:
+        One note for each difference, or a single ``ok``; empty without a profile.
 
     Raises:
-        Error: The profile cannot be read, or is wrong.
+        Error: The profile cannot be read, or is invalid.
     """
     site = load(None, environment)
     if site == Site():

@@ -18,10 +18,14 @@ SHIM = Path(__file__).parent / "shim"
 
 
 def arguments(command: list[str], interface: str | None) -> list[str]:
-    """Horovodrun's command line for this job.
+    """Build the command line of horovodrun for this job.
+
+    Args:
+        command: The program that each rank runs, with its arguments.
+        interface: The network interface for Gloo; None: horovodrun finds one.
 
     Raises:
-        Error: This is no job.
+        Error: This process is not part of a Slurm job.
     """
     nodes = hosts.nodes()
     words = ["horovodrun", "--gloo", "-np", str(sum(node.tasks for node in nodes))]
@@ -35,7 +39,7 @@ def become(command: list[str]) -> NoReturn:
     """Replace this process by horovodrun.
 
     Raises:
-        Error: It is not installed, or this is no job.
+        Error: It is not installed, or this process is not part of a Slurm job.
     """
     program = which("horovodrun")
     if program is None:

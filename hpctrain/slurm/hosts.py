@@ -14,17 +14,17 @@ from hpctrain.world.network import address_towards, interface_of
 
 
 class Node(NamedTuple):
-    """A node of this job, and how many tasks it is for."""
+    """A node of this job, and the number of tasks on it."""
 
     name: str
     tasks: int
 
 
 def expand(text: str) -> list[str]:
-    """A host list as names: ``n[1-3,7],gpu-a[01-02]`` is n1, n2, n3, n7, gpu-a01, gpu-a02.
+    """Expand a host list: ``n[1-3,7],gpu-a[01-02]`` is n1, n2, n3, n7, gpu-a01, gpu-a02.
 
     Raises:
-        Error: It is not one.
+        Error: The text is not a host list.
     """
     names: list[str] = []
     parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text)
@@ -49,10 +49,10 @@ def _numbers(text: str) -> list[str]:
 
 
 def nodes(environment: Mapping[str, str] = os.environ) -> list[Node]:
-    """The nodes of the job that this process is part of, with its tasks on each.
+    """Return the nodes of the job that this process belongs to, with the tasks on each.
 
     Raises:
-        Error: There is no job.
+        Error: This process is not part of a Slurm job.
     """
     names = expand(environment.get("SLURM_JOB_NODELIST", ""))
     if not names:
@@ -62,7 +62,7 @@ def nodes(environment: Mapping[str, str] = os.environ) -> list[Node]:
 
 
 def interface(others: list[str]) -> str | None:
-    """The network interface by which this host reaches the first of others that has an address."""
+    """Return the network interface towards the first reachable one of other hosts, or None."""
     for other in others:
         try:
             mine = address_towards(other)

@@ -1,4 +1,4 @@
-"""Submitted runs: what Slurm says of them, how far they are, and how they ended."""
+"""Submitted runs: their state in Slurm, their progress, and how they ended."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from hpctrain.slurm.commands import State
 from hpctrain.slurm.supervise import FAILURE, SUBMISSION
 
 MOST = 2.0**63
-"""No step, time or loss is as large."""
+"""Bound on steps, times and losses: larger values are taken for damage."""
 
 POLL_SECONDS = 2.0
 TAIL_BYTES = 2**16
 MOST_BYTES = 2**24
 LOST_SECONDS = 60.0
-"""So long a job may be unknown to Slurm."""
+"""How long a job may be unknown to Slurm before it counts as lost."""
 
 SILENCE_SECONDS = 3600.0
-"""So long Slurm may not answer."""
+"""How long Slurm may stay silent before a wait gives up."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Submitted:
     """A run that was submitted.
 
     Attributes:
-        run: Its folder.
-        job: The number of the job that has it now.
-        name: Its name.
-        before: The jobs that had it before, where Slurm would not start them again.
-        log: Where its logs are, with Slurm's patterns such as %j; empty: in the folder.
+        run: The run folder.
+        job: The ID of the job that owns the run now.
+        name: The job's name.
+        before: The IDs of earlier jobs of the run, which Slurm would not requeue.
+        log: The log's path, with Slurm's patterns such as %j; empty: in the run folder.
     """
 
     run: Path
@@ -55,7 +55,7 @@ class Submitted:
 
 
 class _Submission(msgspec.Struct):
-    """What a submission.json is read for; it may come from anybody."""
+    """The fields of submission.json that are used. The file may have been written by anyone."""
 
     job: owner.JobNumber
     name: Annotated[str, msgspec.Meta(max_length=1000)]
@@ -65,15 +65,15 @@ class _Submission(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, from its metrics.jsonl.
+    """A run's progress, as recorded in its metrics.jsonl.
 
     Attributes:
-        step: Steps done.
-        steps: Of the whole run; 0 where that is not known.
-        loss: The last one recorded.
-        samples_per_second: Likewise.
-        seconds_left: By the speed so far; None where nothing can be said.
-        restarts: How often it was started again.
+        step: Steps completed.
+        steps: Steps of the whole run; 0 if not known.
+        loss: The training loss recorded last.
+        samples_per_second: The throughput recorded last.
+        seconds_left: Estimated time to completion at the speed so far; None if not known.
+        restarts: How often the run was restarted.
     """
 
     step: int = 0
@@ -85,11 +85,11 @@ class Progress:
 
 
 def find(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[Submitted]:
-    """The submitted runs in a folder, and in the folders in it, oldest first.
+    """Find the submitted runs in a folder and its immediate subfolders, oldest first.
 
     Args:
-        folder: Where to look.
-        say: Told of each that cannot be read.
+        folder: The folder to search.
+        say: Called with a line for each submission.json that cannot be read.
     """
     found = []
     for path in [folder / SUBMISSION, *folder.glob(f"*/{SUBMISSION}")]:
@@ -108,7 +108,7 @@ def find(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[S
 
 
 def _now(run: Submitted) -> Submitted:
-    """The same with the job that has its folder now."""
+    """Return the run with the job that owns its folder now, which may have changed."""
     had = list(dict.fromkeys(claim.job for claim in owner.claims(run.run)))
     number, *elsewhere = (run.before or (run.job,))[0].partition(";")
     if number not in had or had[-1] == number:
@@ -118,10 +118,14 @@ def _now(run: Submitted) -> Submitted:
 
 
 def named(which: str, folder: Path) -> Submitted:
-    """The run of a job's number or name (the newest of that name), or of a run folder.
+    """Find a submitted run.
+
+    Args:
+        which: A job ID, a job's name (the newest run of that name counts), or a run folder.
+        folder: The folder to search for IDs and names.
 
     Raises:
-        Error: There is none.
+        Error: There is no such run.
     """
     runs = find(folder)
     for run in [*find(Path(which)), *reversed(runs)]:
@@ -133,7 +137,7 @@ def named(which: str, folder: Path) -> Submitted:
 
 
 def progress(run: Path) -> Progress:
-    """How far a run is."""
+    """Read a run's progress from its metrics; all zero if there are none yet."""
     path = run / "metrics.jsonl"
     try:
         with open_regular(path) as file:
@@ -172,13 +176,13 @@ def _records(data: bytes) -> Iterable[dict[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or nothing."""
+    """Return a value if it is a finite number, else None."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if usable and abs(value) < MOST else None
 
 
 def outcome(run: Path) -> tuple[str, int] | None:
-    """How a run ended by its own account, and its exit code; None where it says nothing."""
+    """Return how a run ended according to its own files, and its exit code; None if not known."""
     if (run / RESULT).exists():
         return "completed", 0
     if (run / FAILURE).exists():
@@ -193,7 +197,12 @@ def outcome(run: Path) -> tuple[str, int] | None:
 
 
 def describe(run: Submitted, state: State | None) -> str:
-    """A job's state, in a few words."""
+    """Describe a run's state in a few words.
+
+    Args:
+        run: The run.
+        state: Its job's state in Slurm; None if Slurm does not know the job.
+    """
     ended = outcome(run.run)
     if state is not None and not state.over:
         return f"{state.name} ({state.reason})" if state.reason else state.name
@@ -203,10 +212,10 @@ def describe(run: Submitted, state: State | None) -> str:
 
 
 class Silence:
-    """Slurm's silence, which a wait outlives for a while.
+    """Job states for a wait that tolerates periods in which Slurm does not answer.
 
     Args:
-        say: Told when it begins.
+        say: Called with a line when such a period begins.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -214,10 +223,10 @@ class Silence:
         self._since: float | None = None
 
     def states(self, jobs: Iterable[str]) -> dict[str, State] | None:
-        """What Slurm says of jobs; None while it says nothing.
+        """Return the states of jobs; None while Slurm does not answer.
 
         Raises:
-            Error: It has not for ``SILENCE_SECONDS``, or there is no Slurm here.
+            Error: Slurm has not answered for ``SILENCE_SECONDS``, or is not installed.
         """
         try:
             states = commands.states(jobs)
@@ -233,11 +242,11 @@ class Silence:
 
 
 def wait(run: Submitted, say: Callable[[str], None]) -> int:
-    """Return when a run is over, however often it was started again, and as whichever job.
+    """Wait until a run is over, across restarts and successor jobs.
 
     Args:
-        run: Which one.
-        say: Told what happens.
+        run: The run.
+        say: Called with a line for each change of state.
 
     Returns:
         The training's exit code.
@@ -277,14 +286,14 @@ def wait(run: Submitted, say: Callable[[str], None]) -> int:
 
 
 def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
-    """Return when all of these jobs are over.
+    """Wait until all of several jobs are over.
 
     Args:
-        numbers: Theirs.
-        say: Told what happens.
+        numbers: The job IDs.
+        say: Called with a line for each change of state.
 
     Raises:
-        Error: Slurm has not answered for ``SILENCE_SECONDS``, or knows none of them.
+        Error: Slurm has not answered for ``SILENCE_SECONDS``, or knows none of the jobs.
     """
     before = ""
     known: dict[str, State] = {}
@@ -307,7 +316,10 @@ def wait_for_all(numbers: Sequence[str], say: Callable[[str], None]) -> None:
 
 
 def cancel(run: Submitted) -> list[str]:
-    """End a run's jobs, all that are not over; their numbers.
+    """Cancel all jobs of a run that are not over.
+
+    Returns:
+        The IDs of the cancelled jobs.
 
     Raises:
         Error: Slurm does not answer.
@@ -326,12 +338,12 @@ def cancel(run: Submitted) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """A text without what a terminal would take for orders."""
+    """Replace characters that a terminal would interpret as control sequences by ``?``."""
     return "".join(each if each.isprintable() or each in "\n\t" else "?" for each in text)
 
 
 def log(run: Submitted) -> Path | None:
-    """A run's newest log."""
+    """Return the path of a run's newest log; None if there is none."""
     paths = list(run.run.glob("*.out"))
     if run.log:
         where = Path(run.log)
@@ -347,7 +359,7 @@ def log(run: Submitted) -> Path | None:
 
 
 def _part(run: Submitted, pattern: str) -> str:
-    """What Slurm puts for a pattern of a log's name, as a pattern of glob."""
+    """Translate one of Slurm's filename patterns, such as ``%j``, to a glob pattern."""
     numbers = [job.partition(";")[0] for job in (*run.before, run.job)]
     known = {"%%": "%", "%x": glob.escape(run.name), "%j": numbers[0] if len(numbers) == 1 else "*"}
     return known.get(pattern, "*")

@@ -53,20 +53,20 @@ FAMILIES = (
 """Options that answer one question in several ways."""
 
 Options = dict[str, str]
-"""Of sbatch: long name -> value; a flag's is empty."""
+"""Options of sbatch: long name -> value; the value of a flag is empty."""
 
 
 def known(name: str) -> bool:
-    """Whether this is an option of sbatch; a newer one, or a plugin's, may not be known here."""
+    """Return whether this is a known option of sbatch; newer ones and plugins' may not be."""
     return name in FLAGS or name in VALUED
 
 
 def misspelt(names: Iterable[str], more: Iterable[str] = ()) -> str:
-    """A hint for options that sbatch did not take; empty where all of them are known here.
+    """Suggest what was meant by unknown options; empty if all of them are known.
 
     Args:
-        names: Options as they were given.
-        more: Others that might have been meant.
+        names: The options' names.
+        more: Further valid names that might have been meant.
     """
     valid = FLAGS | VALUED | {name.lstrip("-") for name in more}
     return " ".join(
@@ -75,10 +75,10 @@ def misspelt(names: Iterable[str], more: Iterable[str] = ()) -> str:
 
 
 def long(word: str) -> str:
-    """An option with a short name as it is written with its long one: ``-N2`` is ``--nodes=2``.
+    """Rewrite a short option as its long form: ``-N2`` becomes ``--nodes=2``.
 
     Raises:
-        Error: There is no such option.
+        Error: There is no such short option.
     """
     if word.startswith("--"):
         return word
@@ -91,12 +91,12 @@ def long(word: str) -> str:
 
 
 def parse(arguments: Iterable[str]) -> Options:
-    """Options as they are typed: ``--name=value``, ``--name value``, ``--flag``, ``-N 2``.
+    """Parse options as typed: ``--name=value``, ``--name value``, ``--flag``, ``-N 2``.
 
-    What is not known here is for sbatch to judge; its value follows an equals sign.
+    Unknown options are left to sbatch to judge; their values must follow an equals sign.
 
     Raises:
-        Error: One lacks its value, or has none to take.
+        Error: An option lacks its value, or a flag was given one.
     """
     found: Options = {}
     left = list(arguments)
@@ -119,7 +119,7 @@ def parse(arguments: Iterable[str]) -> Options:
 
 
 def merge(*layers: Options) -> Options:
-    """Options of which later ones win: also over others that answer the same question."""
+    """Merge layers of options. Later ones win, also over different options for the same thing."""
     found: Options = {}
     for layer in layers:
         for family in FAMILIES:
@@ -138,7 +138,7 @@ def merge(*layers: Options) -> Options:
 
 
 def gpus_of(gres: str) -> int:
-    """The GPUs on each node of a ``--gres``: ``gpu:4``, ``gpu:a100:4``, ``gpu``; 0: none."""
+    """Return the GPUs a node that a ``--gres`` asks for: ``gpu:4``, ``gpu:a100:4``, ``gpu``."""
     total = 0
     for each in gres.removeprefix("gres:").split(","):
         name, *rest = re.split(r"[:=/]", each.partition("(")[0])
@@ -148,16 +148,16 @@ def gpus_of(gres: str) -> int:
 
 
 def ranks(asked: Options) -> Options:
-    """How many ranks there are where that follows from the GPUs: one for each.
+    """Derive the number of ranks from the number of GPUs: one rank for each GPU.
 
     Args:
-        asked: All options.
+        asked: All options of the job.
 
     Returns:
-        The option that says so; none where the ranks are given, or there are no GPUs.
+        The option that sets the number of ranks; empty if it is given already, or without GPUs.
 
     Raises:
-        Error: It does not follow.
+        Error: The options do not determine the number of ranks.
     """
     if any(name in asked for name in FAMILIES[0]):
         return {}
@@ -180,7 +180,7 @@ def ranks(asked: Options) -> Options:
 
 
 def _count(name: str, text: str) -> int:
-    """``4``, ``a100:4``, or ``a100:2,v100:2``."""
+    """Return the total of an option's counts: ``4``, ``a100:4``, or ``a100:2,v100:2``."""
     numbers = [each.rpartition(":")[2] for each in text.split(",")]
     if not all(number.isdigit() for number in numbers):
         raise Error(f"--{name} {text} is no number of GPUs.", hint="such as 4, or a100:4.")
@@ -188,10 +188,10 @@ def _count(name: str, text: str) -> int:
 
 
 def directive(name: str, value: str) -> str:
-    """The line of a batch script that gives an option.
+    """Format an option as an ``#SBATCH`` line of a batch script.
 
     Raises:
-        Error: The value cannot be written there.
+        Error: The value contains characters that such a line cannot hold.
     """
     if any(character in value for character in "\n\r\0\"'\\"):
         raise Error(f"--{name} = {value!r} cannot stand in a batch script.", hint="no quotes.")
@@ -205,13 +205,13 @@ def directive(name: str, value: str) -> str:
 
 
 def seconds(text: str) -> int:
-    """A time limit in seconds.
+    """Convert one of Slurm's time limits to seconds.
 
     Args:
         text: ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, or ``days-hours[:...]``.
 
     Raises:
-        Error: It is not one.
+        Error: The text is not a time limit.
     """
     days, dash, rest = text.rpartition("-")
     parts = rest.split(":")

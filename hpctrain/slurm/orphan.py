@@ -31,20 +31,21 @@ END_SECONDS = 10.0  # where only the script has ended, Slurm ends the job by its
 
 
 def end_job(lost_hosts: Iterable[str]) -> None:
-    """Have Slurm start the job again, if the script's host is among those where ranks were lost."""
+    """Have Slurm restart the job if the batch script's host is among those lost."""
     if os.environ.get(SUPERVISOR) in set(lost_hosts):
         _requeue()
 
 
 @contextlib.contextmanager
 def watched(node: str) -> Iterator[None]:
-    """Have another node of the job watch this one, on which the batch script runs.
+    """Have another node of the job watch this host, on which the batch script runs.
 
-    It asks for connections at a port of this host that is taken, but at which nothing listens: a
-    host that is there refuses them. So nobody can connect, and there is nothing to prove.
+    The watcher tries to connect to a port that is bound here but at which nothing listens: as long
+    as the host is up it refuses the connection. So nobody can connect, and no authentication is
+    needed.
 
     Args:
-        node: Which one.
+        node: The node that watches.
     """
     with socket.socket() as refusing:
         refusing.bind(("", 0))
@@ -66,10 +67,10 @@ def watched(node: str) -> Iterator[None]:
 
 
 def watch(address: str) -> None:
-    """Return when the script has ended in good order; else, if its host is lost, end the job.
+    """Wait for the batch script's orderly end; if its host is lost, have the job restarted.
 
     Args:
-        address: ``HOST:PORT`` at which the script's host refuses connections.
+        address: ``HOST:PORT`` at which the batch script's host refuses connections.
     """
     host, _, port = address.rpartition(":")
     if not answers(host, int(port), SILENCE_SECONDS):
@@ -86,7 +87,7 @@ def watch(address: str) -> None:
 
 
 def _over() -> bool:
-    """Whether the script says within some seconds that it has ended."""
+    """Return whether the batch script reports within ``LOOK_SECONDS`` that it has ended."""
     ready, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
     if not ready:
         return False

@@ -23,11 +23,11 @@ FOLDER = "owners"
 MOST_BYTES = 2**16
 ASK_SECONDS = 2.0
 SILENCE_SECONDS = 600.0
-"""So long Slurm may leave the question open whether another job is over."""
+"""How long Slurm may leave open whether another job is over."""
 
 
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What a file that anybody may have written can give when it is decoded."""
+"""Exceptions from decoding a file that anyone may have written."""
 
 JobNumber = Annotated[
     str, msgspec.Meta(pattern=r"^\d{1,18}(_\d{1,18})?(;[A-Za-z0-9_.-]{1,255})?\Z")
@@ -36,13 +36,13 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """That a job has a run folder.
+    """A job's claim to a run folder.
 
     Attributes:
-        job: Its number.
-        restarts: How often Slurm had started that job again.
-        again: How often the run was started again, by whatever.
-        continues: The job before, whose run this one goes on with.
+        job: The job ID.
+        restarts: How often Slurm had restarted the job when it made the claim.
+        again: How often the run was restarted, by requeueing or by successor jobs.
+        continues: The ID of the job whose run this one continues.
     """
 
     job: JobNumber
@@ -52,13 +52,13 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Elsewhere(Error):  # noqa: N818 - nothing went wrong
-    """The run goes on as another job, or as another start of this one; nothing is to be done."""
+    """The run continues as another job, or a later start of this one: nothing is left to do."""
 
     exit_code = 0
 
 
 def claims(run: Path) -> list[Claim]:
-    """All that had a run folder and can be read, the one that has it now last."""
+    """Return all readable claims to a run folder; the last one is the current owner's."""
     found = []
     with contextlib.suppress(OSError):
         for path in sorted((run / FOLDER).glob("*.json")):
@@ -68,7 +68,11 @@ def claims(run: Path) -> list[Claim]:
 
 
 def _add(run: Path, number: int, claim: Claim) -> bool:
-    """Make the claim of this number; False: somebody else has."""
+    """Write the claim of this number.
+
+    Returns:
+        False if another process has written one of this number already.
+    """
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     try:
@@ -85,17 +89,20 @@ def _add(run: Path, number: int, claim: Claim) -> bool:
 
 
 def claim(run: Path, job: str, restarts: int, continues: str | None) -> Claim:
-    """Have a run folder for this start of this job.
+    """Claim a run folder for this start of this job.
 
     Args:
-        run: The folder.
-        job: This job's number.
-        restarts: How often Slurm has started it again.
-        continues: The job whose run this one was submitted to go on with.
+        run: The run folder.
+        job: This job's ID.
+        restarts: How often Slurm has restarted this job.
+        continues: The ID of the job whose run this one was submitted to continue.
+
+    Returns:
+        The claim that holds now.
 
     Raises:
-        Elsewhere: Another job, or another start of this one, has taken the run over.
-        Error: The folder is another job's, which is not over; or it cannot be written.
+        Elsewhere: Another job, or a later start of this one, has taken the run over.
+        Error: The folder belongs to a job that is not over, or cannot be written.
     """
     while True:
         number, known = _settled(run)
@@ -127,7 +134,7 @@ def _next(run: Path, last: Claim | None, wanted: Claim, known: list[Claim]) -> C
 
 
 def _over(run: Path, job: str) -> None:
-    """Return if a job is over, or unknown to Slurm."""
+    """Check that a job is over, or unknown to Slurm; else raise an error."""
     deadline = time.monotonic() + SILENCE_SECONDS
     while True:
         try:
@@ -146,15 +153,15 @@ def _over(run: Path, job: str) -> None:
 
 
 def hand_over(run: Path, job: str, to: str) -> None:
-    """Make a run folder that of the job that goes on with this one's run.
+    """Hand a run folder over to the job that continues this job's run.
 
     Args:
-        run: The folder.
-        job: This one, whose it is.
-        to: The other one.
+        run: The run folder.
+        job: The ID of this job, its present owner.
+        to: The ID of the job that continues the run.
 
     Raises:
-        OSError: It cannot be written; the other job will claim it for itself.
+        OSError: The folder cannot be written; the other job will claim it by itself.
     """
     number = _count(run)
     last = next(reversed(claims(run)), None)
@@ -168,9 +175,9 @@ def _count(run: Path) -> int:
 
 
 def _settled(run: Path) -> tuple[int, list[Claim]]:
-    """The number of the next claim, and all before it, when the last one is written whole.
+    """Return the number of the next claim and all claims so far, once the last is fully written.
 
-    The number comes first: if there is one more meanwhile, the next one is that.
+    The number is read first: if a claim is added in between, writing the next one fails.
     """
     deadline = time.monotonic() + ASK_SECONDS
     while True:

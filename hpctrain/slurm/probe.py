@@ -24,18 +24,18 @@ PAUSE_SECONDS = 1.0
 
 
 class Doubt(Error):  # noqa: N818 - it says that nothing was found out
-    """Srun starts nothing at all; the message is what it says."""
+    """srun starts nothing on any node, so nothing is known of them; the message is its own."""
 
 
 def present(nodes: list[Node], environment: Mapping[str, str] = os.environ) -> list[Node]:
-    """The nodes that are left.
+    """Return the nodes on which srun still starts processes.
 
     Args:
-        nodes: Those of this job.
-        environment: For srun; with ``SLURMD_NODENAME``, this host's name for Slurm.
+        nodes: The nodes of this job.
+        environment: The environment of srun; ``SLURMD_NODENAME`` is Slurm's name of this host.
 
     Raises:
-        Doubt: Nothing can be found out by srun.
+        Doubt: srun starts nothing on this host either, so it is srun that fails.
     """
     names = [node.name for node in nodes]
     mine = environment.get("SLURMD_NODENAME")
@@ -59,7 +59,7 @@ def present(nodes: list[Node], environment: Mapping[str, str] = os.environ) -> l
 
 
 def _refusal(node: str, environment: Mapping[str, str]) -> Error | None:
-    """What srun says where it does not start a process on a node of this job."""
+    """Return srun's error if it does not start a process on a node; None if it does."""
     try:
         commands.call(
             "srun", "--overlap", "--mpi=none", "--nodes=1", "--ntasks=1", f"--nodelist={node}",

@@ -14,11 +14,14 @@ HERE = Path(__file__).parent / "templates"
 
 
 def render(template: str, blocks: dict[str, str]) -> str:
-    """A template's text with some of its blocks replaced.
+    """Render a template with some of its blocks replaced.
 
     Args:
-        template: Its name; ``.sbatch`` may be left out.
-        blocks: New text, by name of the block.
+        template: The template's name; ``.sbatch`` may be left out.
+        blocks: The new text of blocks, by their names.
+
+    Returns:
+        The batch script.
 
     Raises:
         Error: The template has no such block.

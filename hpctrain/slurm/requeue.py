@@ -16,10 +16,10 @@ from hpctrain.errors import Error
 from hpctrain.slurm import commands, owner
 
 CONTINUES = "HPCTRAIN_CONTINUES"
-"""The environment variable that names the job whose run a job goes on with."""
+"""The environment variable with the ID of the job whose run this job continues."""
 
 REQUEUE_SECONDS = 120.0
-"""So long Slurm may take to end a script that it has put back into the queue."""
+"""How long Slurm may take to end the batch script of a job that it has requeued."""
 
 SILENCE_SECONDS = 900.0
 PAUSE_SECONDS = 2.0
@@ -30,12 +30,12 @@ def requeue(job: str, restarts: int, ended: Callable[[], bool]) -> Error | None:
     """Put this job back into the queue, and wait until Slurm ends this script.
 
     Args:
-        job: This one.
-        restarts: How often Slurm has started it again.
-        ended: Whether Slurm has told this script to end.
+        job: This job's ID.
+        restarts: How often Slurm has restarted it so far.
+        ended: Returns whether Slurm has told this script to end.
 
     Returns:
-        None where the job is in the queue, or being ended; else why Slurm refuses.
+        None if the job is requeued or being ended; otherwise Slurm's refusal.
 
     Raises:
         Unanswered: Slurm has been silent for ``SILENCE_SECONDS``.
@@ -56,7 +56,7 @@ def requeue(job: str, restarts: int, ended: Callable[[], bool]) -> Error | None:
 
 
 def _asked(job: str) -> Error | None:
-    """Ask for it; why Slurm refuses."""
+    """Ask Slurm to requeue a job; return its refusal, if it refuses."""
     try:
         commands.requeue(job)
     except commands.Unanswered:
@@ -67,14 +67,14 @@ def _asked(job: str) -> Error | None:
 
 
 def runs(job: str, restarts: int) -> bool:
-    """Whether this start of a job still runs by Slurm's account, not to be ended.
+    """Return whether, according to Slurm, this start of a job is still running.
 
     Args:
-        job: Its number.
-        restarts: How often Slurm had started it again.
+        job: The job ID.
+        restarts: How often Slurm had restarted the job before this start.
 
     Raises:
-        Unanswered: Slurm is silent.
+        Unanswered: Slurm does not answer.
     """
     try:
         state = commands.look(job)
@@ -86,7 +86,7 @@ def runs(job: str, restarts: int) -> bool:
 
 
 def wait(ended: Callable[[], bool]) -> None:
-    """Return when Slurm ends this script: to go first would look like an end of the job."""
+    """Wait until Slurm ends this script; to exit earlier would look as if the job had ended."""
     deadline = time.monotonic() + REQUEUE_SECONDS
     while not ended() and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
@@ -99,20 +99,22 @@ def _pause(ended: Callable[[], bool]) -> None:
 
 
 def chain(job: str, run: Path, home: Path, ended: Callable[[], bool]) -> str | None:
-    """Submit a job that goes on with this one's run when it is over; once, whatever is answered.
+    """Submit a job that continues this job's run when it is over; exactly once.
+
+    Where an answer is lost, it is looked whether the job was submitted before it is tried again.
 
     Args:
-        job: This one.
+        job: This job's ID.
         run: The run folder.
-        home: The folder that the batch script calls its run, with the script; it is written there
-            if it is not.
-        ended: Whether Slurm has told this script to end.
+        home: The folder that the batch script takes for its run, with the script; if the script is
+            not there, it is written.
+        ended: Returns whether Slurm has told this script to end.
 
     Returns:
-        The other job's number; None where this script is to end before that is known.
+        The new job's ID; None if this script was told to end before it was known.
 
     Raises:
-        Error: Slurm refuses it, or is silent.
+        Error: Slurm refuses the job, or has not answered for ``SILENCE_SECONDS``.
     """
     # Nothing that Slurm has said of this job holds for the next.
     environment = {

@@ -1,4 +1,4 @@
-"""Batch scripts for schedulers other than Slurm: what sbatch's options are called there.
+"""Batch scripts for schedulers other than Slurm: their equivalents of sbatch's options.
 
 From the manuals of PBS Professional (qsub), LSF (bsub) and Flux (flux-batch). Only scripts are
 made: in such a job nobody starts the run again, and `hpctrain jobs` does not know it.
@@ -18,13 +18,13 @@ TEMPLATE = "unattended.sh"
 
 @dataclass(frozen=True)
 class Size:
-    """How large a job is.
+    """The size of a job.
 
     Attributes:
-        nodes: How many.
-        tasks: Ranks on each.
-        cores: Of each rank; 0: as the scheduler has it.
-        gpus: On each node.
+        nodes: Number of nodes.
+        tasks: Ranks per node.
+        cores: Cores per rank; 0: the scheduler's default.
+        gpus: GPUs per node.
     """
 
     nodes: int
@@ -34,7 +34,7 @@ class Size:
 
     @property
     def places(self) -> dict[str, str]:
-        """What may stand in a site's launcher, and what it is here."""
+        """The placeholders of a site's launcher, with their values for this job."""
         return {
             "{nodes}": str(self.nodes),
             "{ranks}": str(self.nodes * self.tasks),
@@ -45,15 +45,15 @@ class Size:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """How a scheduler is told what a job needs.
+    """The directives and the command of a scheduler.
 
     Attributes:
-        prefix: Of its lines in a script.
-        names: Its options, by sbatch's.
-        time: Its option for a time limit in seconds.
-        size: Its options for nodes, ranks, cores and GPUs.
-        start: Lines of shell that go first.
-        submit: Its command.
+        prefix: The start of its directives in a script, such as ``#PBS``.
+        names: Its options, by sbatch's name; ``{}`` stands for the value.
+        time: Formats its option for a time limit in seconds.
+        size: Formats its options for nodes, ranks, cores and GPUs.
+        start: Lines of shell that come first in the script.
+        submit: The command that submits a script.
     """
 
     prefix: str
@@ -125,10 +125,10 @@ SCHEDULERS = {
 
 
 def size_of(asked: Options) -> Size:
-    """How large a job is that sbatch would be asked for by these options.
+    """Return the size of the job that these options of sbatch ask for.
 
     Raises:
-        Error: They do not say it in whole numbers a node.
+        Error: They do not give a whole number of ranks per node.
     """
     nodes = asked.get("nodes", "1")
     tasks = asked.get("ntasks-per-node")
@@ -144,16 +144,19 @@ def size_of(asked: Options) -> Size:
 
 
 def directives(name: str, asked: Options, more: list[str]) -> list[str]:
-    """The lines of a script that tell a scheduler what sbatch would be told by options.
+    """Translate sbatch's options to the directives of another scheduler.
 
     Args:
-        name: Of the scheduler.
-        asked: The options.
-        more: Others, as the scheduler itself has them; one with ``select=`` or ``--nodes`` says the
-            job's size instead of them.
+        name: The scheduler's name in :data:`SCHEDULERS`.
+        asked: The options of sbatch.
+        more: Further directives in the scheduler's own notation. If one of them gives the job's
+            size (``select=``, ``--nodes``, ...), the options do not.
+
+    Returns:
+        The lines of the script.
 
     Raises:
-        Error: An option has no counterpart there.
+        Error: An option has no counterpart in that scheduler.
     """
     scheduler = SCHEDULERS[name]
     size = size_of(asked)

@@ -1,4 +1,4 @@
-"""A cluster, described once in a TOML file: what its jobs need, and how they are launched there."""
+"""Site profiles: TOML files that say what jobs on a cluster need, and how ranks are launched."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLACES = {
     "{ranks_per_node}": '"$((SLURM_NTASKS / SLURM_JOB_NUM_NODES))"',
     "{cores}": '"${SLURM_CPUS_PER_TASK:-1}"',
 }
-"""What may stand in a launcher of the site's own, and bash's words for it."""
+"""The placeholders of a site's own launcher, and the bash expressions that replace them."""
 
 _VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", re.ASCII)
 _SPECIAL, _ESCAPED = r'([\\"`$])', r"\\\1"
@@ -34,7 +34,7 @@ _FIRST = re.compile(r"\s*(?:module|ml)\s+(?:-\S+\s+)*(?:purge|reset|restore|use|
 
 
 def quote(word: str) -> str:
-    """A word for bash: literal but for variables (``$SCRATCH``, ``${USER}``)."""
+    """Quote a word for bash; only variables (``$SCRATCH``, ``${USER}``) are expanded."""
     if not _VARIABLE.search(word):
         return shlex.quote(word)
     text = ""
@@ -46,7 +46,7 @@ def quote(word: str) -> str:
 
 
 class Container(Section):
-    """What the ranks run in."""
+    """A container image that the ranks run in."""
 
     image: str = Field(description="An image file; see slurm/hpctrain.def.")
     runtime: Literal["apptainer", "singularity"] = Field("apptainer", description="The program.")
@@ -54,13 +54,13 @@ class Container(Section):
     options: list[str] = Field([], description="More of its options, such as --nv or --rocm.")
 
     def line(self) -> list[str]:
-        """What stands before a command that is to run inside."""
+        """Return the words that run a command inside the container when put before it."""
         binds = [word for bind in self.binds for word in ("--bind", bind)]
         return [self.runtime, "exec", *self.options, *binds, self.image]
 
 
 class Site(Section):
-    """What jobs on a cluster have in common."""
+    """A site's profile: what jobs on a cluster have in common."""
 
     scheduler: Literal["slurm", "pbs", "lsf", "flux"] = Field(
         "slurm", description="For others than Slurm scripts are made, and no more (`--dry-run`)."
@@ -95,7 +95,7 @@ class Site(Section):
     container: Container | None = Field(None, description="What the ranks run in.")
 
     def sbatch(self) -> Options:
-        """Its options of sbatch."""
+        """Return the options of sbatch that the profile gives to every job."""
         return {
             name: "" if value is True else str(value)
             for name, value in self.options.items()
@@ -109,15 +109,15 @@ class Site(Section):
         elastic: bool = False,
         places: Mapping[str, str] = PLACES,
     ) -> str:
-        """The words that start ranks, as the elements of a bash array.
+        """Return the command that starts the ranks, as the elements of a bash array.
 
         Args:
-            launcher: Instead of the site's own.
-            elastic: Whether others may live when a rank fails; `hpctrain job` decides.
-            places: What {nodes} and the like in a command of the site's own are.
+            launcher: A launcher to use instead of the profile's.
+            elastic: Whether ranks may outlive the failure of another; if not, srun ends them.
+            places: The values of {nodes} and the other placeholders in a command.
 
         Raises:
-            Error: It is no command.
+            Error: The launcher is not a valid command.
         """
         chosen = launcher or self.launcher
         end = [] if elastic else ["--kill-on-bad-exit=1"]
@@ -134,7 +134,7 @@ class Site(Section):
         return " ".join([*first, *map(quote, inside)])
 
     def prepare(self) -> str:
-        """The lines of shell that make a job's environment."""
+        """Return the lines of shell that set up a job's environment."""
         first = [line for line in self.setup if _FIRST.match(line)]
         lines = [*first, *(f"module load {shlex.quote(module)}" for module in self.modules)]
         lines += [line for line in self.setup if line not in first]
@@ -164,15 +164,16 @@ def _filled(word: str, places: Mapping[str, str]) -> str:
 
 
 def load(name: str | None, environment: Mapping[str, str] = os.environ) -> Site:
-    """A site's profile.
+    """Load a site's profile.
 
     Args:
-        name: A TOML file, or the name of one in ``~/.config/hpctrain/sites`` or of those that come
-            with hpctrain. None: what ``HPCTRAIN_SITE`` says, else ``default``, if there is one.
-        environment: With ``HPCTRAIN_SITE``, and ``XDG_CONFIG_HOME``.
+        name: A TOML file, or the name of a profile in ``~/.config/hpctrain/sites`` or among those
+            that come with hpctrain. None: the one that ``HPCTRAIN_SITE`` names, or ``default``
+            if that exists, or an empty profile.
+        environment: The environment, for ``HPCTRAIN_SITE`` and ``XDG_CONFIG_HOME``.
 
     Raises:
-        Error: There is none, or it is wrong.
+        Error: There is no such profile, or it is invalid.
     """
     home = environment.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     own = Path(home) / "hpctrain" / "sites"

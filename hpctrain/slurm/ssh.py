@@ -20,7 +20,7 @@ KEPT = ("SLURM_CONF", "SLURM_JOB_ID", "SLURM_JOBID")
 
 
 def split(arguments: list[str]) -> tuple[str, str]:
-    """The host, and the command, of ssh's arguments."""
+    """Return the host and the command that arguments of ssh name."""
     words: list[str] = []
     left = list(arguments)
     while left:
@@ -33,7 +33,11 @@ def split(arguments: list[str]) -> tuple[str, str]:
 
 
 def one_task(host: str) -> tuple[list[str], dict[str, str]]:
-    """The start of the command that runs one task on a node of this job, and its environment."""
+    """Prepare to run one task on a node of this job by srun.
+
+    Returns:
+        The srun command, to which the task's own is to be appended; and its environment.
+    """
     environment = {
         name: value
         for name, value in show(os.environ).items()
@@ -46,7 +50,7 @@ def one_task(host: str) -> tuple[list[str], dict[str, str]]:
 
 
 def main() -> NoReturn:
-    """Become srun."""
+    """Replace this process by srun, which starts the command that ssh was asked to run."""
     host, command = split(sys.argv[1:])
     arguments, environment = one_task(host)
     program = which("srun")

@@ -1,4 +1,4 @@
-"""Submitting a run: a script from a template, checked, kept in the run folder, and queued."""
+"""Submitting a run: its batch script is rendered, checked, kept in the run folder, and queued."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KEPT = frozenset(
     UCX_NET_DEVICES UCX_TLS USER VIRTUAL_ENV
     """.split()  # noqa: SIM905 - a list of them would be a page long
 )
-"""Environment variables that say what a run had, and hold no secret."""
+"""Environment variables that are recorded with a run; none of them holds secrets."""
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH", re.IGNORECASE)
 _GIVEN = re.compile(rf"(.*?(?:{_SECRET.pattern})[\w.-]*=).", re.IGNORECASE | re.DOTALL)
@@ -47,11 +47,11 @@ _SIGNAL = re.compile(r"(?:(?:[RB]+):)?(\w+)(?:@(\d{1,5}))?", re.ASCII)
 
 @dataclass(frozen=True)
 class Warn:
-    """How Slurm tells a job that its time is up.
+    """How Slurm warns a job that its time limit is near.
 
     Attributes:
-        signal: By which signal.
-        seconds: So long before.
+        signal: The signal's name, without ``SIG``.
+        seconds: How long before the limit it is sent.
     """
 
     signal: str = "USR1"
@@ -59,10 +59,10 @@ class Warn:
 
     @classmethod
     def parse(cls, text: str) -> Warn:
-        """Read what sbatch takes as its ``--signal``: ``USR1``, ``USR1@300``, ``B:USR1@300``.
+        """Parse a value of sbatch's ``--signal``: ``USR1``, ``USR1@300``, ``B:USR1@300``.
 
         Raises:
-            Error: It is not that, or the signal cannot be caught.
+            Error: The value is invalid, or the signal cannot be caught.
         """
         found = _SIGNAL.fullmatch(text)
         if found is None:
@@ -73,19 +73,19 @@ class Warn:
 
 @dataclass
 class Request:
-    """What is to be submitted.
+    """A run that is to be submitted.
 
     Attributes:
-        name: The job's.
-        train: The command of each rank, without ``--out`` and the like.
-        options: Of sbatch; they win over the site's.
-        site: Where.
-        template: Its name.
+        name: The job's name.
+        train: The command of each rank, without ``--out``, ``--resume`` and ``--world-size``.
+        options: Options of sbatch; they win over the site's.
+        site: The profile of the cluster.
+        template: The name of the batch script's template.
         run: The run folder.
-        launcher: Another than the site's.
-        max_requeues: How often the job may be started again.
-        warn: How Slurm tells that time is up; None: as the site says.
-        blocks: More of the template's blocks.
+        launcher: A launcher to use instead of the site's.
+        max_requeues: How often the job may be restarted.
+        warn: The warning before the time limit; None: as the options or the site say.
+        blocks: Further blocks of the template.
     """
 
     name: str
@@ -107,10 +107,10 @@ class Request:
             self.run = self.run.absolute()
 
     def resolved(self) -> Options:
-        """All options of sbatch: hpctrain's, the site's, and what was asked for.
+        """Return all options of sbatch: hpctrain's defaults, the site's, and the user's.
 
         Raises:
-            Error: They do not say how many ranks there are, or ask for many runs.
+            Error: They do not determine the number of ranks, or ask for a job array.
         """
         array = self.template == "array"
         folder = str(self.run).replace("%", "%%")
@@ -155,7 +155,10 @@ class Request:
         return found
 
     def environment(self) -> dict[str, str]:
-        """For sbatch: with the values that ``--export`` gives, which nobody else may read."""
+        """Return the environment of sbatch.
+
+        The values that ``--export`` gives are in it, as nobody else can read them there.
+        """
         given = options.merge(self.site.sbatch(), self.options).get("export", "")
         values = [each.partition("=")[::2] for each in given.split(",") if "=" in each]
         gone = (CONTINUES, "HPCTRAIN_RUN", "SLURM_RESTART_COUNT", "SBATCH_ARRAY_INX")
@@ -163,13 +166,13 @@ class Request:
         return {**kept, **dict(values)}
 
     def script(self, made: str) -> str:
-        """The batch script.
+        """Render the batch script.
 
         Args:
-            made: The command that makes it.
+            made: The command line to name as the script's origin.
 
         Raises:
-            Error: A value cannot stand in a script.
+            Error: A value cannot be written in a batch script.
         """
         if self.site.scheduler != "slurm":
             return self._unattended(made)
@@ -200,7 +203,7 @@ class Request:
         return render(self.template, blocks)
 
     def _unattended(self, made: str) -> str:
-        """The batch script for another scheduler than Slurm."""
+        """Render the batch script for a scheduler other than Slurm."""
         if self.template not in ("train", "stage", "parameter-server"):
             raise Error(f"{self.template} jobs are for Slurm alone.", hint="this site has another.")
         asked = self.resolved()
@@ -223,17 +226,17 @@ class Request:
 
 
 def check(request: Request, made: str) -> str:
-    """Refuse what the cluster could not run, or would let wait for ever.
+    """Check that the cluster could run a job, without submitting it.
 
     Args:
-        request: What.
-        made: The command given.
+        request: The run.
+        made: The command line that was given.
 
     Returns:
-        When Slurm would start it.
+        When Slurm would start the job, in its words.
 
     Raises:
-        Error: So it is.
+        Error: Slurm would refuse the job or leave it pending for ever, or is not the scheduler.
     """
     scheduler = request.site.scheduler
     if scheduler != "slurm":
@@ -259,19 +262,19 @@ def check(request: Request, made: str) -> str:
 
 
 def submit(request: Request, made: str, config: str, *, keep_diff: bool = False) -> str:
-    """Keep everything in the run folder, and queue the job.
+    """Write the script and the configuration to the run folder, and queue the job.
 
     Args:
-        request: What.
-        made: The command given.
+        request: The run.
+        made: The command line that was given.
         config: The resolved configuration, as TOML.
-        keep_diff: Whether to keep what git says was changed.
+        keep_diff: Whether to record uncommitted changes, as a diff.
 
     Returns:
-        The job's number.
+        The job ID.
 
     Raises:
-        Error: It cannot be written, the folder is another job's, or Slurm refuses it.
+        Error: The folder cannot be written or belongs to another job, or Slurm refuses the job.
     """
     _free(request.run)
     check(request, made)
@@ -306,7 +309,7 @@ def submit(request: Request, made: str, config: str, *, keep_diff: bool = False)
 
 
 def _free(run: Path) -> None:
-    """Return if no job that is not over has a run folder."""
+    """Check that no job that is not over owns a run folder; else raise an error."""
     for before in jobs.find(run):
         if before.run == run:
             state = commands.states([before.job]).get(before.job)
@@ -316,11 +319,13 @@ def _free(run: Path) -> None:
 
 
 def _log(request: Request) -> Path:
-    """The log's path, with Slurm's patterns in it; its folder is made, which Slurm would not do.
+    """Return the path of a job's log, with Slurm's patterns, and make its folder.
+
+    Slurm itself makes no folders.
 
     Raises:
-        Error: That cannot be: it has a pattern in its own name, or nobody is to go there.
-        OSError: It cannot be made.
+        Error: The folder's name contains a pattern, or ``--chdir`` names no folder.
+        OSError: The folder cannot be made.
     """
     asked = request.resolved()
     here = Path(asked.get("chdir", ".")).expanduser()
@@ -339,10 +344,13 @@ def _log(request: Request) -> Path:
 
 
 def git_state(keep_diff: bool = False) -> dict[str, Any]:
-    """The commit of the folder that the command was given in, and whether it was changed since.
+    """Return the git commit of the current folder, and whether there are uncommitted changes.
 
     Args:
         keep_diff: Whether to add the changes themselves.
+
+    Returns:
+        ``commit``, ``changed`` and perhaps ``changes``; empty outside a repository.
     """
 
     def git(*arguments: str) -> str:
@@ -361,17 +369,21 @@ def git_state(keep_diff: bool = False) -> dict[str, Any]:
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """The variables that matter to a run, by a list of those that hold no secret."""
+    """Select the variables that are recorded with a run: those in :data:`KEPT`."""
     return {name: value for name, value in sorted(variables.items()) if name in KEPT}
 
 
 def _names(export: str) -> str:
-    """An ``--export`` without values: they go with sbatch's own environment."""
+    """Strip the values from an ``--export``; they are passed in sbatch's environment."""
     return ",".join(each.partition("=")[0] for each in export.split(","))
 
 
 def command_line(arguments: Iterable[str] | None = None) -> str:
-    """The command that was given, as it could be typed, without secrets in it."""
+    """Return a command line of hpctrain, quoted for a shell, with secrets left out.
+
+    Args:
+        arguments: Its arguments; None: those of this process.
+    """
     words = ["hpctrain"]
     exported = False
     for word in sys.argv[1:] if arguments is None else arguments:

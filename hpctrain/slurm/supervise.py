@@ -1,8 +1,8 @@
-"""Looking after a run from within its job's batch script: ``hpctrain job``.
+"""Supervising a run from within its job's batch script: ``hpctrain job``.
 
-It starts the launcher and passes on what that prints; hands on the signal by which Slurm says that
-time is up; proves success by the run's ``result.json``; puts the job back into the queue where the
-run was interrupted; and else names the root cause.
+It starts the launcher and passes its output on; forwards the signal by which Slurm announces the
+time limit; accepts only the run's ``result.json`` as proof of success; requeues the job if the run
+was interrupted; and otherwise reports the root cause of the failure.
 """
 
 from __future__ import annotations
@@ -39,17 +39,20 @@ SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
 LOOK_SECONDS = 0.1
 NOTES_SECONDS = 1.0
 HICCUP_SECONDS = 60.0
-"""So long a file system may fail before it counts."""
+"""How long a file system may fail before its error is raised."""
 
 TAIL_BYTES = 2**16
 GRACE_SECONDS = 15.0
-"""So long the launcher may take to end the other ranks when one has failed."""
+"""How long the launcher may take to end the other ranks when one has failed."""
+
+EXPIRED_SECONDS = 60.0
+"""How long srun may be too late with its credentials: a node may be busy, or its clock be wrong."""
 
 KILL_SECONDS = 5.0
 ENDING_SECONDS = 10.0
 MODE = "HPCTRAIN__ELASTIC__MODE"
 OUTLIVING = ["--no-kill", "--kill-on-bad-exit=0", "--wait=0"]
-"""By which srun lets a step go on without the processes and nodes that it loses."""
+"""Options by which srun lets a step continue without the processes and nodes it loses."""
 
 Engine = Literal["ulfm", "gloo", "restart"]
 GROWING = {
@@ -59,16 +62,16 @@ GROWING = {
 }
 
 LOSSES = ("node lost", "rank lost", "SIGKILL", "exit code", "srun")
-"""Failures that the loss of a node may look like."""
+"""Kinds of failure that the loss of a node may appear as."""
 
 T = TypeVar("T")
 
 
 def steadily(what: Callable[[], T]) -> T:
-    """What a function returns, tried again while a shared file system has a hiccup.
+    """Call a function, again and again while a shared file system fails, and return its result.
 
     Raises:
-        OSError: It lasts for longer than ``HICCUP_SECONDS``.
+        OSError: The function has failed for longer than ``HICCUP_SECONDS``.
     """
     deadline = time.monotonic() + HICCUP_SECONDS
     while True:
@@ -81,21 +84,21 @@ def steadily(what: Callable[[], T]) -> T:
 
 
 class Job:
-    """One job's run.
+    """The supervisor of a run within its Slurm job.
 
     Args:
-        command: The launcher with all it starts.
+        command: The launcher's command line, with the ranks' command.
         run: The run folder.
         max_requeues: How often the job may be put back into the queue.
-        relaunches: How often the run may be started again within this job, on the nodes left.
-        elastic: Whether ranks are to outlive others' loss in the same processes, where they can.
-        told_by: One more signal that tells that time is up, such as ``INT``.
-        watch: Called now and then while the launcher runs.
-        home: The folder that the batch script calls its run, where it is another one.
+        relaunches: How often the run may be restarted within this job, on the nodes left.
+        elastic: Whether ranks should outlive the loss of others in the same processes, if possible.
+        told_by: A further signal that announces the time limit, such as ``INT``.
+        watch: Called about once a second while the launcher runs.
+        home: The folder that the batch script takes for its run, if not the run folder itself.
 
     Raises:
-        Elsewhere: The run went on as another job.
-        Error: This is no job, the folder cannot be made, or it is another job's.
+        Elsewhere: The run continues as another job.
+        Error: This is no Slurm job, the folder cannot be made, or it belongs to another job.
     """
 
     def __init__(
@@ -138,7 +141,7 @@ class Job:
         self._again = owner.claim(run, self.number, self._restarts, continues).again
 
     def supervise(self) -> int:
-        """Run to the end; the exit code that tells the scheduler the truth."""
+        """Run the launcher to the end of the run, and return the exit code for the scheduler."""
         if self._again and _there(self._run / RESULT):
             self._say("the run is completed")  # by ranks that outlived the node of this script
             return 0
@@ -153,13 +156,13 @@ class Job:
                 signal.signal(number, handler)
 
     def _watched(self) -> contextlib.AbstractContextManager[None]:
-        """Ranks that outlive this host end the job themselves; where they do not, a watcher."""
+        """Watch this host from another node, unless ranks outlive it and end the job themselves."""
         if self._elastic and self._engine != "ulfm" and len(self._nodes) > 1:
             return watched(self._nodes[-1].name)
         return contextlib.nullcontext()
 
     def _go_on(self) -> int:
-        silent_since: float | None = None
+        refused_since: float | None = None
         while True:
             returncode = self._launch()
             if _there(self._run / RESULT):
@@ -169,10 +172,10 @@ class Job:
             if _there(self._run / INTERRUPTED):
                 return self._interrupted()
             failure = self._why(returncode)
-            if failure.what == "srun" and commands.not_started(failure.message):
-                silent_since = silent_since or time.monotonic()
-                if time.monotonic() - silent_since < requeue.SILENCE_SECONDS:
-                    self._say("Slurm does not answer; asking again")
+            if failure.what == "srun" and (patience := _patience(failure.message)):
+                refused_since = refused_since or time.monotonic()
+                if time.monotonic() - refused_since < patience:
+                    self._say(f"{str(failure).partition('. HINT')[0]}; asking again")
                     time.sleep(requeue.PAUSE_SECONDS)
                     continue
             try:
@@ -198,7 +201,7 @@ class Job:
     # The launch.
 
     def _choose(self) -> Engine:
-        """How ranks that srun starts here outlive one another."""
+        """Choose how ranks are to outlive the loss of others in this job."""
         launcher = self._launcher()
         ranks = sum(node.tasks for node in self._nodes)
         chosen = os.environ.get(MODE, "auto")
@@ -218,7 +221,7 @@ class Job:
         return list(itertools.takewhile(lambda word: word != "hpctrain", self._command))
 
     def _try(self, launcher: list[str]) -> tuple[bool, str]:
-        """Whether they do by MPI's fault tolerance: by a small launch."""
+        """Try MPI's fault tolerance by a small launch; whether it works, and what was seen."""
         launcher = [*launcher, *OUTLIVING, f"--nodes={min(2, len(self._nodes))}", "--ntasks=2"]
         try:
             return selftest.works(launcher, {**self._environment(), **_preload()})
@@ -226,7 +229,7 @@ class Job:
             return False, str(error)
 
     def _words(self) -> list[str]:
-        """The command that starts the ranks."""
+        """Return the command that starts the ranks, with the engine's options."""
         if self._engine == "ulfm":
             return self._command[:1] + OUTLIVING + self._command[1:]
         if self._engine == "gloo":
@@ -261,7 +264,7 @@ class Job:
         return process.returncode
 
     def _clear(self) -> None:
-        """Take away what an earlier start has left."""
+        """Remove the files that an earlier start of the run has left."""
         shutil.rmtree(self._notes, ignore_errors=True)
         self._notes.mkdir(parents=True, exist_ok=True)
         for name in (RESULT, INTERRUPTED, FAILURE):
@@ -278,7 +281,7 @@ class Job:
             del self._tail[:-TAIL_BYTES]
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        """Return when the launcher has ended; it is made to where it hangs on a rank's failure."""
+        """Wait for the launcher; end it if it still runs a while after the run is over."""
         ended = False
         looked = 0.0
         while process.poll() is None:
@@ -302,7 +305,7 @@ class Job:
                     os.killpg(process.pid, signal.SIGKILL)
 
     def _over(self) -> list[float]:
-        """Since when the launcher should be about to end, as far as the folder can be read."""
+        """Return the times at which the run failed or completed, as far as they can be read."""
         found: list[float] = []
         with contextlib.suppress(OSError):
             found += [each.time for each in read_notes(self._notes) if not each.consequence]
@@ -351,7 +354,7 @@ class Job:
         return {**defaults, **environment}
 
     def _say(self, text: str) -> None:
-        """A line of the log, whatever the launcher's last one looked like."""
+        """Write a line to the log, even where the launcher's last one is incomplete."""
         start = "" if not self._tail or self._tail.endswith(b"\n") else "\n"
         with contextlib.suppress(OSError):
             os.write(sys.stdout.fileno(), f"{start}hpctrain job: {text}\n".encode())
@@ -387,7 +390,7 @@ class Job:
         return self._requeue(progress)
 
     def _ends(self) -> bool:
-        """Whether SIGTERM was Slurm's, by which it ends a job; or just a signal."""
+        """Return whether Slurm is ending this job, as opposed to a stray SIGTERM."""
         deadline = time.monotonic() + ENDING_SECONDS
         while time.monotonic() < deadline:
             with contextlib.suppress(commands.Unanswered):
@@ -416,17 +419,25 @@ class Job:
         return INTERRUPTED_CODE
 
     def _present(self, failure: Failure) -> list[hosts.Node]:
-        """The nodes that are left, after a failure that may come from the loss of one.
+        """Return the nodes that are left after a failure that the loss of one may have caused.
 
         Raises:
-            Doubt: That cannot be found out.
+            Doubt: srun does not work on any node, so it cannot be determined.
         """
         if self._told is not None or not (failure.consequence or failure.what in LOSSES):
             return self._nodes
         return probe.present(self._nodes)
 
     def _relaunch(self, failure: Failure, present: list[hosts.Node]) -> bool:
-        """Whether the run can go on within this job: some of its nodes are left."""
+        """Prepare to restart the run within this job, on the nodes that are left.
+
+        Args:
+            failure: Why the last launch ended.
+            present: The nodes that are left.
+
+        Returns:
+            False if the run cannot be restarted here.
+        """
         lost = present != self._nodes or failure.consequence or failure.what in LOSSES
         if failure.what == "srun" and present == self._nodes:
             return False  # it would say the same again
@@ -441,8 +452,15 @@ class Job:
         return True
 
 
+def _patience(words: str) -> float:
+    """Return for how many seconds to try again what srun has refused to start, by its output."""
+    if commands.not_started(words):
+        return requeue.SILENCE_SECONDS
+    return EXPIRED_SECONDS if commands.expired(words) else 0.0
+
+
 def _preload() -> dict[str, str]:
-    """What keeps ranks from having Slurm cancel their step when they lose another one."""
+    """Return the environment that keeps Slurm from cancelling a step when a rank is lost."""
     before = os.environ.get("LD_PRELOAD", "")
     return {
         "LD_PRELOAD": f"{library()} {before}".strip(),
@@ -450,7 +468,7 @@ def _preload() -> dict[str, str]:
 
 
 def _has_gpus() -> bool:
-    """Whether this job has GPUs, on which Gloo's engine has not been tried."""
+    """Return whether this job has GPUs, on which the Gloo engine has not been tried."""
     return any(os.environ.get(name) for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS"))
 
 
@@ -459,7 +477,7 @@ def _without(nodes: list[hosts.Node], present: list[hosts.Node]) -> str:
 
 
 def _there(path: Path) -> bool:
-    """Whether a file is there, by its folder, of which a shared file system has news first."""
+    """Return whether a file exists, by listing its folder: NFS caches attributes for longer."""
 
     def look() -> bool:
         try:
@@ -479,10 +497,10 @@ def _progress(run: Path) -> str:
 
 
 def catchable(name: str) -> signal.Signals:
-    """A signal by which a job can be told that time is up.
+    """Return the signal of this name if a process can catch it.
 
     Raises:
-        Error: There is none of this name, or nobody can catch it.
+        Error: There is no signal of this name, or it cannot be caught.
     """
     short = name.upper().removeprefix("SIG")
     if short in ("KILL", "STOP"):

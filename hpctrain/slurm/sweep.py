@@ -1,9 +1,9 @@
-"""Choosing hyperparameters: trials of a training command, by Optuna, on one machine or many.
+"""Hyperparameter search: trials of a training command, chosen by Optuna, on one machine or many.
 
-A sweep's folder holds all that its trials tell each other, so that they may run anywhere that sees
-it, at any time::
+A sweep's folder holds everything that its trials share, so that they can run at any time on any
+machine that sees it::
 
-    space.toml     what to choose from, and by what to judge
+    space.toml     the search space and the metric
     journal.log    Optuna's record of all trials (https://optuna.org, journal storage)
     trial-0000/    a run folder each
     trials.csv, trials.png, best.toml    the results
@@ -30,22 +30,26 @@ from hpctrain.errors import Error
 from hpctrain.files import write_text
 from hpctrain.process import search_path
 from hpctrain.run_folder import INTERRUPTED_CODE, RESULT, STOP
+from hpctrain.slurm.requeue import CONTINUES
 
 SPACE, JOURNAL = "space.toml", "journal.log"
+JOB = "job"
+"""The attribute of a trial that names its task of a job array."""
+
 LOOK_SECONDS = 0.5
 STOP_SECONDS = 60.0
-"""So long a trial that is given up may take to save and end."""
+"""How long a pruned trial may take to save a checkpoint and end."""
 
 GOING_ON = (INTERRUPTED_CODE, 128 + signal.SIGTERM)
-"""Exit codes of a trial that is to go on when its job is started again: by itself, or by Slurm."""
+"""Exit codes of an interrupted trial, which continues when its job is restarted."""
 
 HINT = "see `hpctrain sweep --help`."
 Execute = Callable[[Sequence[str], Path, Callable[[], None]], int]
-"""Runs a trial's command, given its run folder and what to call now and then; the exit code."""
+"""Runs a trial's command, given its run folder and a function to call now and then."""
 
 
 class Choice(Section):
-    """What one key is chosen from: a list, or a range."""
+    """The values that a key may take: a list, or a range."""
 
     choices: list[str | int | float | bool] | None = Field(None, description="One of these.")
     low: int | float | None = Field(None, description="Least value.")
@@ -54,10 +58,14 @@ class Choice(Section):
     log: bool = Field(False, description="By its logarithm.")
 
     def suggest(self, trial: Any, key: str) -> Any:
-        """A trial's value.
+        """Choose a key's value for a trial.
+
+        Args:
+            trial: The Optuna trial.
+            key: The key, such as ``optimizer.lr``.
 
         Raises:
-            Error: It is neither a list nor a range.
+            Error: The space gives neither a list nor a range for the key.
         """
         if self.choices is not None:
             return trial.suggest_categorical(key, self.choices)
@@ -70,7 +78,7 @@ class Choice(Section):
 
 
 class Space(Section):
-    """What to choose from, and by what to judge."""
+    """The search space, and the metric to optimize."""
 
     metric: str = Field("val_loss", description="A metric of validation: val_NAME.")
     direction: Literal["minimize", "maximize"] = Field("minimize", description="What is better.")
@@ -83,10 +91,10 @@ class Space(Section):
 
 
 def read_space(path: Path) -> Space:
-    """What a file says.
+    """Read a search space from a TOML file.
 
     Raises:
-        Error: It cannot be read, or is wrong.
+        Error: The file cannot be read, or is invalid.
     """
     try:
         return Space.model_validate(read_toml(path))
@@ -97,7 +105,11 @@ def read_space(path: Path) -> Space:
 
 
 def study(folder: Path, space: Space) -> Any:
-    """The sweep's trials so far, and the choice of the next.
+    """Open a sweep's Optuna study, which holds its trials so far and suggests the next.
+
+    Args:
+        folder: The sweep's folder.
+        space: The search space.
 
     Raises:
         Error: Optuna is not installed.
@@ -127,10 +139,17 @@ def _sampler(seed: int | None) -> Any:
 
 
 def prepare(folder: Path, space_file: Path) -> Space:
-    """A sweep's folder, with its own copy of the space.
+    """Make a sweep's folder, with a copy of the search space, unless it exists.
+
+    Args:
+        folder: The sweep's folder.
+        space_file: The search space to copy.
+
+    Returns:
+        The search space.
 
     Raises:
-        Error: It cannot be made, or belongs to a sweep over another space.
+        Error: The folder cannot be made, or belongs to a sweep over another space.
     """
     own = folder / SPACE
     try:
@@ -150,29 +169,37 @@ def prepare(folder: Path, space_file: Path) -> Space:
 def run_trial(
     folder: Path, space_file: Path, command: Sequence[str], execute: Execute | None = None
 ) -> int:
-    """Train with values that were not tried yet, or go on where this task of an array was.
+    """Run a new trial, or continue the one that this task of a job array had begun.
 
     Args:
-        folder: The sweep's.
-        space_file: What to choose from, where the folder has no copy yet.
+        folder: The sweep's folder.
+        space_file: The search space, if the folder has no copy yet.
         command: A launcher, and ``hpctrain train TASK ...``.
-        execute: Runs a command to its end; None: as a process of this machine.
+        execute: Runs the command to its end; None: as a process of this machine.
 
     Returns:
-        The exit code; that of an interrupted run, which is to be gone on with, is 75.
+        The exit code; 75 for an interrupted trial, which continues when it is started again.
 
     Raises:
-        Error: The space is wrong, or Optuna is missing.
+        Error: The space is invalid, or Optuna is not installed.
     """
     import optuna
 
     space = prepare(folder, space_file)
     sweep = study(folder, space)
-    trial = _mine(sweep) or sweep.ask()
+    states = optuna.trial.TrialState
+    if (frozen := _mine(sweep)) is None:
+        trial = _begin(sweep)
+    elif frozen.state.is_finished():
+        # Its job was started again after the trial had ended, and before Slurm knew that.
+        print(f"trial {frozen.number}: {frozen.state.name.lower()} already", flush=True)
+        return 0
+    else:
+        trial = optuna.trial.Trial(sweep, frozen._trial_id)
+        if (job := _job()) is not None:
+            trial.set_user_attr(JOB, job)
     if space.seed is not None:  # other trials are chosen by processes of their own
         sweep.sampler = _sampler(space.seed + trial.number)
-    if (job := _job()) is not None:
-        trial.set_user_attr("job", job)
     chosen = {key: choice.suggest(trial, key) for key, choice in space.space.items()}
     run = folder / f"trial-{trial.number:04}"
     run.mkdir(exist_ok=True)
@@ -184,7 +211,6 @@ def run_trial(
     watcher = _Watcher(trial, space, run)
     code = (execute or _here)(words, run, watcher.look)
     result = run / RESULT
-    states = optuna.trial.TrialState
     if watcher.given_up and not result.exists():
         sweep.tell(trial, state=states.PRUNED)
         print(f"trial {trial.number}: ended early: worse than the median", flush=True)
@@ -211,14 +237,31 @@ def _job() -> str | None:
 
 
 def _mine(sweep: Any) -> Any:
-    """The trial that this task of a job array was at before it was started again."""
+    """Return the trial that this task of a job array had before it was restarted, if any.
+
+    A failed one does not count: the task may have been requeued to try other values.
+    """
+    from optuna.trial import TrialState
+
+    jobs = {_job(), os.environ.get(CONTINUES)} - {None}
+    states = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+    for frozen in sweep.get_trials(deepcopy=False, states=states):
+        if frozen.user_attrs.get(JOB) in jobs:
+            return frozen
+    return None
+
+
+def _begin(sweep: Any) -> Any:
+    """Begin a trial that names its job from the start, as the job may end at any instant."""
     import optuna
 
-    jobs = {_job(), os.environ.get("HPCTRAIN_CONTINUES")} - {None}
-    for frozen in sweep.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        if frozen.user_attrs.get("job") in jobs:
-            return optuna.trial.Trial(sweep, frozen._trial_id)
-    return None
+    if (job := _job()) is None:
+        return sweep.ask()
+    named = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.RUNNING, user_attrs={JOB: job}
+    )  # fmt: skip
+    number = sweep._storage.create_new_trial(sweep._study_id, template_trial=named)
+    return optuna.trial.Trial(sweep, number)
 
 
 def _toml(value: Any) -> str:
@@ -226,10 +269,10 @@ def _toml(value: Any) -> str:
 
 
 class _Watcher:
-    """Tells Optuna of a trial's validations, and has the run end where it is to be given up.
+    """Reports a trial's validations to Optuna, and stops the run if it is to be pruned.
 
     Attributes:
-        given_up: Whether it is.
+        given_up: Whether the trial is pruned.
     """
 
     def __init__(self, trial: Any, space: Space, run: Path) -> None:
@@ -241,7 +284,7 @@ class _Watcher:
         self._told = max(trial.storage.get_trial(trial._trial_id).intermediate_values, default=-1)
 
     def look(self) -> None:
-        """Look at the run."""
+        """Report new validations of the run, and stop it if Optuna prunes the trial."""
         for step, value in _values(self._run, self._metric):
             if step > self._told:
                 self._trial.report(value, step)
@@ -254,7 +297,16 @@ class _Watcher:
 
 
 def _here(words: Sequence[str], run: Path, look: Callable[[], None]) -> int:
-    """Run a trial's command on this machine; its exit code."""
+    """Run a trial's command on this machine.
+
+    Args:
+        words: The command.
+        run: The trial's run folder.
+        look: Called now and then while it runs.
+
+    Returns:
+        The command's exit code.
+    """
     environment = {**os.environ, "PATH": search_path()}
     (run / STOP).unlink(missing_ok=True)
     try:
@@ -291,7 +343,18 @@ def _values(run: Path, metric: str) -> list[tuple[int, float]]:
 
 
 def run_here(folder: Path, space_file: Path, command: Sequence[str], trials: int, jobs: int) -> int:
-    """Run so many trials on this machine, some at a time; how many failed."""
+    """Run trials on this machine.
+
+    Args:
+        folder: The sweep's folder.
+        space_file: The search space.
+        command: The training command.
+        trials: How many trials to run.
+        jobs: How many to run at a time.
+
+    Returns:
+        How many trials failed.
+    """
     from hpctrain.process import which
 
     program = which("hpctrain")
@@ -314,10 +377,10 @@ def run_here(folder: Path, space_file: Path, command: Sequence[str], trials: int
 
 
 def report(folder: Path) -> list[dict[str, Any]]:
-    """All trials, best first; also as trials.csv, a plot, and the best one's configuration.
+    """Return a sweep's trials, best first; write trials.csv, trials.png and best.toml.
 
     Raises:
-        Error: There is no sweep.
+        Error: The folder holds no sweep.
     """
     if not (folder / SPACE).exists():
         raise Error(f"{folder} is no sweep.", hint=HINT)
@@ -348,7 +411,7 @@ def report(folder: Path) -> list[dict[str, Any]]:
 
 
 def _plot(path: Path, space: Space, rows: list[dict[str, Any]]) -> None:
-    """The metric over each key, and over trials."""
+    """Plot the metric against the trials' numbers and against each key."""
     try:
         import matplotlib
 

@@ -8,7 +8,10 @@ from hpctrain.config import ElasticConfig, HorovodConfig, PsConfig, Section
 from hpctrain.errors import Error
 from hpctrain.registry import Registry
 from hpctrain.strategies.base import Strategy
+from hpctrain.world.logs import logger
 from hpctrain.world.world import World
+
+LOG = logger(__name__)
 
 STRATEGIES = Registry(
     "strategy",
@@ -85,6 +88,8 @@ def strategy(
     if name == "auto":
         name = "horovod" if world.size > 1 else "single"
     own = {"horovod": horovod, "ps": ps}.get(name)
-    return strategy_class(name)(
+    made = strategy_class(name)(
         world, config or own, elastic=elastic, timeout_seconds=timeout_seconds
     )
+    LOG.debug("strategy %s on %s", made.name, world)
+    return made

@@ -7,7 +7,7 @@ import enum
 import inspect
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
@@ -389,6 +389,17 @@ def ordered(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Param
     """
     given = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
     return list(dict.fromkeys([*(p for p in model.parameters() if p in given), *given]))
+
+
+def names_of(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[str]:
+    """Return the parameters' names in the model; those of others are numbered.
+
+    Args:
+        model: The model.
+        parameters: Of it, and maybe others; all ranks give them in the same order.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names.get(p, f"parameter {n} of no module") for n, p in enumerate(parameters)]
 
 
 def sparse_tables(model: nn.Module) -> dict[nn.Parameter, int]:

@@ -8,19 +8,21 @@ with a header, so that ranks that are not about the same thing find out before a
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 
+from hpctrain.compression.compressor import Collectives, Compressor, Exchange, Flat, Piece
 from hpctrain.errors import Error
 from hpctrain.strategies.views import adopt, dense_view
 
@@ -31,46 +33,24 @@ _REENTRANT_HINT = "use torch.utils.checkpoint.checkpoint(..., use_reentrant=Fals
 _numbers = itertools.count()  # of wrapped optimizers: all ranks wrap in the same order
 
 
-class Exchange(Protocol):
-    """How gradients are averaged over ranks."""
-
-    @property
-    def alone(self) -> bool:
-        """Whether gradients are averages as they are, at present: there is no other rank."""
-
-    def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to sum a contiguous tensor over ranks, in place; returns what to wait for."""
-
-    def start_average(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to average a contiguous tensor over ranks, in place; returns what to wait for."""
-
-    def wait(self, handle: Any) -> Any:
-        """Wait for one of them; every rank waits in the same order."""
-
-    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Return all ranks' rows, in the order of the ranks; shapes differ in their first number.
-
-        Args:
-            tensor: Contiguous, of shape (rows, bytes), uint8.
-            name: Of the exchange.
-        """
-
-
 @dataclass(eq=False)
 class _Bucket:
     """Gradients of one type and device, laid end to end in one flat tensor.
 
     ``flat`` is what the parameters' ``.grad`` are views of, once there are any. ``wire`` is what is
-    exchanged: the same memory, or a float32 copy where its type cannot be reduced.
+    exchanged: the same memory, or a float32 copy where its type cannot be reduced. ``exchange`` is
+    under way, and waits for ``handle``.
     """
 
     name: str
     parameters: list[nn.Parameter]
+    names: list[str]
     flat: torch.Tensor | None = None
     views: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)
     pending: set[nn.Parameter] = field(default_factory=set)
+    exchange: Exchange | None = None
     handle: Any = None
-    wire: torch.Tensor | None = None
+    wire: Flat | None = None
 
     def view(self, parameter: nn.Parameter) -> torch.Tensor:
         """The parameter's part of the flat."""
@@ -100,6 +80,15 @@ class _Bucket:
         assert self.flat is not None
         return self.flat
 
+    @functools.cached_property
+    def pieces(self) -> list[Piece]:
+        """Where its parameters lie in what is exchanged; a complex number is two real ones."""
+        width = 2 if self.parameters[0].is_complex() else 1
+        sizes = [width * p.numel() for p in self.parameters]
+        starts = itertools.accumulate(sizes, initial=0)
+        parts = zip(self.names, starts, sizes, self.parameters, strict=False)
+        return [Piece(name, start, start + size, _rows_of(p)) for name, start, size, p in parts]
+
 
 class AveragedGradients:
     """The gradients of a wrapped optimizer's parameters.
@@ -110,22 +99,31 @@ class AveragedGradients:
 
     Args:
         parameters: All of the optimizer's, trained at present or not; the first to be ready first.
-        exchange: With the other ranks.
+        names: Of those.
+        world: The other ranks.
+        compressor: How they are sent.
         bucket_bytes: A bucket is no larger, unless one parameter is.
         rows: Parameters whose gradients are sparse: their rows are exchanged.
         mark: Told when computing, and when exchanging has ended.
+        alone: Whether gradients are averages as they are: there is no other rank, at present.
     """
 
     def __init__(
         self,
         parameters: Sequence[nn.Parameter],
-        exchange: Exchange,
+        names: Sequence[str],
+        world: Collectives,
+        compressor: Compressor,
         bucket_bytes: int,
         rows: Collection[nn.Parameter],
         mark: Callable[[str], None],
+        alone: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._exchange = exchange
+        self._world = world
+        self._compressor = compressor
+        self._begun = False  # in the present world
         self._mark = mark
+        self._is_alone = alone
         self._number = next(_numbers)
         self._prefix = f"hpctrain.{self._number}"
         self._parameters = list(parameters)
@@ -138,7 +136,11 @@ class AveragedGradients:
             for trained in (True, False)
             for group in _grouped([p for p in dense if p.requires_grad is trained], bucket_bytes)
         ]
-        self._buckets = [_Bucket(f"{self._prefix}.bucket.{n}", g) for n, g in enumerate(groups)]
+        name_of = dict(zip(parameters, names, strict=True))
+        self._buckets = [
+            _Bucket(f"{self._prefix}.bucket.{n}", group, [name_of[p] for p in group])
+            for n, group in enumerate(groups)
+        ]
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self._local_only = False
         self._alone = False  # in the present pass
@@ -159,7 +161,8 @@ class AveragedGradients:
     def restart(self) -> None:
         """Forget the step, and the exchanges that were under way: the world was formed anew."""
         for bucket in self._buckets:
-            bucket.handle = bucket.wire = None
+            bucket.exchange = bucket.handle = bucket.wire = None
+        self._begun = False
         self._steps = 0
         self._averaged = self._waited_for = False
         self._forget()
@@ -194,7 +197,7 @@ class AveragedGradients:
         if self._local_only:
             adopt(bucket.view(parameter), parameter)
             return
-        if bucket.handle is not None:
+        if bucket.exchange is not None:
             raise Error(
                 "a parameter's gradient came twice in one backward pass, as with reentrant "
                 "activation checkpointing, when the first was with the other ranks already.",
@@ -202,13 +205,14 @@ class AveragedGradients:
             )
         # Only now those of earlier parameters: hooks of the user's may have come after this one.
         self._start_complete()
+        self._move_on()
         adopt(bucket.view(parameter), parameter)
         bucket.pending.discard(parameter)
         if not bucket.pending and self._warm and not self._reentrant:
             self._complete.append(bucket)
 
     def _enter(self, task: int) -> None:
-        self._alone = self._exchange.alone
+        self._alone = self._is_alone()
         within = is_within_another_pass()
         if not within and self._tasks:
             self._abandon()
@@ -226,7 +230,7 @@ class AveragedGradients:
     def _abandon(self) -> None:
         """The pass before failed in its midst, and the caller went on."""
         for bucket in self._buckets:
-            if bucket.handle is not None:
+            if bucket.exchange is not None:
                 self._finish(bucket)
         self._tasks.clear()
         self._complete.clear()
@@ -235,6 +239,14 @@ class AveragedGradients:
         for bucket in self._complete:
             self._start(bucket)
         self._complete.clear()
+
+    def _move_on(self) -> None:
+        """Have exchanges that take several collectives begin with the next one, if they can."""
+        if not self._compressor.staged:
+            return
+        for bucket in self._buckets:
+            if bucket.handle is not None and self._world.ready(bucket.handle):
+                self._advance(bucket)
 
     @torch.no_grad()
     def _pass_ended(self, task: int, within: bool) -> None:
@@ -255,6 +267,7 @@ class AveragedGradients:
     def forget_average(self) -> None:
         """The gradients were thrown away."""
         self._averaged = self._averaged and self._waited_for
+        self._compressor.rollback()
         self._owed = False
         self._left = {}
 
@@ -283,14 +296,16 @@ class AveragedGradients:
         """The optimizer has made its step."""
         self._steps += 1
         self._averaged = False
+        self._compressor.commit()
 
     def _round(self, *, in_step: bool) -> None:
         """Average all gradients; or, in ``step()``, find that all have come there."""
-        if self._exchange.alone:
+        if self._is_alone():
             self._settle()
             return
         buckets = [bucket for bucket in self._buckets if bucket.trained]
         closing = in_step and self._waited_for
+        self._begin()
         if not closing:
             self._start_all(buckets)
         ranks, in_steps, lacking = self._agree(in_step)
@@ -301,10 +316,12 @@ class AveragedGradients:
             self._start_all(buckets)
         unused = self._unused() if lacking else set()
         for bucket in buckets:
-            self._finish(bucket)
-            for parameter in bucket.parameters:
+            wire = self._finish(bucket)
+            for parameter, piece in zip(bucket.parameters, wire.pieces, strict=True):
                 if parameter.requires_grad and parameter not in unused:
                     parameter.grad = bucket.view(parameter)
+                else:
+                    self._compressor.left_out(wire, piece)
         for number, parameter in enumerate(self._rows):
             if parameter.requires_grad and parameter not in unused:
                 self._gather(parameter, f"{self._prefix}.rows.{number}")
@@ -316,10 +333,16 @@ class AveragedGradients:
         self._forget()
         self._tasks = tasks
 
+    def _begin(self) -> None:
+        """Before the first exchange in a world."""
+        if not self._begun:
+            self._compressor.begin(self._world)
+            self._begun = True
+
     def _start_all(self, buckets: list[_Bucket]) -> None:
         self._complete.clear()
         for bucket in buckets:
-            if bucket.handle is None:
+            if bucket.exchange is None:
                 self._start(bucket)
 
     def _agree(self, in_step: bool) -> tuple[int, int, bool]:
@@ -339,7 +362,7 @@ class AveragedGradients:
         ]
         lacks = any(p.requires_grad and p.grad is None for p in self._parameters)
         header = torch.tensor([1, in_step, lacks, *same], dtype=torch.float32)
-        self._exchange.wait(self._exchange.start_sum(header, "hpctrain.round"))
+        self._world.wait(self._world.start_sum(header, "hpctrain.round"))
         ranks, in_steps, lacking, *sums = (round(value) for value in header.tolist())
         differ = [0 < total < ranks for total in sums]
         if any(differ[:WRAP_BITS]):
@@ -364,31 +387,48 @@ class AveragedGradients:
     def _unused(self) -> set[nn.Parameter]:
         """Parameters that have no gradient on any rank."""
         used = torch.tensor([float(p.grad is not None) for p in self._parameters])
-        self._exchange.wait(self._exchange.start_sum(used, f"{self._prefix}.used"))
+        self._world.wait(self._world.start_sum(used, f"{self._prefix}.used"))
         return {p for p, n in zip(self._parameters, used.tolist(), strict=True) if not n}
 
     def _start(self, bucket: _Bucket) -> None:
-        flat = bucket.fill()
-        if flat.dtype.is_complex:
-            bucket.wire = torch.view_as_real(flat).view(-1)
-        elif flat.dtype in (torch.float16, torch.float32, torch.float64):
-            bucket.wire = flat
-        else:  # Horovod cannot reduce bfloat16 (horovod issue 4047)
-            bucket.wire = flat.to(torch.float32)
-        bucket.handle = self._exchange.start_average(bucket.wire, bucket.name)
+        self._begin()
+        values = bucket.fill()
+        if values.dtype.is_complex:
+            values = torch.view_as_real(values).view(-1)
+        if values.dtype not in self._compressor.dtypes:
+            # Horovod cannot reduce bfloat16 (horovod issue 4047), and residuals need the bits.
+            values = values.to(torch.float32)
+        bucket.wire = Flat(bucket.name, values, bucket.pieces)
+        bucket.exchange = self._compressor.average(bucket.wire, self._world)
+        bucket.handle = next(bucket.exchange, None)
 
-    def _finish(self, bucket: _Bucket) -> None:
-        assert bucket.wire is not None and bucket.flat is not None
-        self._exchange.wait(bucket.handle)
-        if bucket.wire.data_ptr() != bucket.flat.data_ptr():
-            bucket.flat.copy_(bucket.wire)
-        bucket.handle = bucket.wire = None
+    def _advance(self, bucket: _Bucket) -> bool:
+        """Wait for a bucket's collective and begin with its next one; False: it was the last."""
+        assert bucket.exchange is not None
+        if bucket.handle is None:
+            return False
+        try:
+            bucket.handle = bucket.exchange.send(self._world.wait(bucket.handle))
+        except StopIteration:
+            bucket.handle = None
+        return bucket.handle is not None
+
+    def _finish(self, bucket: _Bucket) -> Flat:
+        while self._advance(bucket):
+            pass
+        wire, flat = bucket.wire, bucket.flat
+        assert wire is not None and flat is not None
+        if wire.values.data_ptr() != flat.data_ptr():
+            flat.copy_(wire.values)
+        bucket.exchange = bucket.handle = bucket.wire = None
+        return wire
 
     def _gather(self, parameter: nn.Parameter, name: str) -> None:
         """Average the rows of a sparse gradient."""
         indices, values = _rows(parameter)
         data = torch.cat([_as_bytes(indices), _as_bytes(values)], dim=1)
-        found = self._exchange.gather(data, name)
+        found = self._world.wait(self._world.start_gather(data, name))
+        self._compressor.count((self._world.size - 1) * found.nbytes)
         width = indices.element_size()
         indices = found[:, :width].contiguous().view(torch.int64).view(-1).to(parameter.device)
         values = found[:, width:].contiguous().view(-1).view(parameter.dtype)
@@ -447,6 +487,15 @@ def _grouped(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list
         group.append(parameter)
         open_groups[kind] = group, size + parameter.nbytes
     return groups
+
+
+def _rows_of(parameter: nn.Parameter) -> int:
+    """Rows of its gradient as a matrix in the order of memory; 1: it is to be taken for none."""
+    if parameter.dim() < 2 or parameter.is_complex() or not parameter.numel():
+        return 1
+    # As a view of a flat has them: of the dimension with the longest stride.
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return parameter.shape[strides.index(max(strides))]
 
 
 def _version(gradient: torch.Tensor | None) -> int:

@@ -12,6 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from hpctrain.compression.compressor import Compressor, Options
+from hpctrain.compression.dense import Dense
+from hpctrain.compression.registry import make_compressor
+from hpctrain.compression.states import gather_states, load_states
 from hpctrain.config import ElasticConfig, HorovodConfig, Section
 from hpctrain.elastic.choose import Choice, choose, set_parameters
 from hpctrain.elastic.gloo import Gloo
@@ -24,6 +28,7 @@ from hpctrain.strategies.base import (
     Strategy,
     check_shareable,
     check_trainable,
+    names_of,
     ordered,
     sparse_tables,
 )
@@ -31,6 +36,7 @@ from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_
 from hpctrain.strategies.horovod_communicator import HorovodCommunicator
 from hpctrain.strategies.start import check_alike, share
 from hpctrain.world import pmix
+from hpctrain.world.agreement import compare
 from hpctrain.world.network import both_ways
 from hpctrain.world.world import Alone, World
 
@@ -65,6 +71,9 @@ class HorovodOptimizer(ElasticOptimizer):
 
     Each bucket is all-reduced in place in one piece, which leaves nothing for Horovod to fuse and
     makes the sums independent of timing.
+
+    Attributes:
+        compressor: How they are sent, with what it has not sent yet.
     """
 
     def __init__(
@@ -72,20 +81,26 @@ class HorovodOptimizer(ElasticOptimizer):
         model: nn.Module,
         inner: torch.optim.Optimizer,
         comm: HorovodCommunicator,
+        compressor: Compressor,
         bucket_bytes: int,
         clip_norm: float | None,
     ) -> None:
         super().__init__(inner, clip_norm)
         this = weakref.proxy(self)
         parameters = ordered(model, inner)[::-1]
+        self.compressor = compressor
+        self._comm = comm
         self._gradients = AveragedGradients(
             parameters,
+            names_of(model, parameters),
             comm,
+            compressor,
             bucket_bytes,
             sparse_tables(model),
             lambda part: this.mark(part),
+            lambda: isinstance(compressor, Dense) and comm.alone,
         )
-        if not comm.stays_alone:
+        if not (isinstance(compressor, Dense) and comm.stays_alone):
             call_when_ready(parameters, self._gradients.ready)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
@@ -114,6 +129,33 @@ class HorovodOptimizer(ElasticOptimizer):
         """Forget the step that failed, and the exchanges that were under way."""
         self._gradients.restart()
         self.zero_grad()
+
+    def strategy_state(self) -> dict[str, Any]:
+        """Return what all ranks have not sent yet, on rank 0; every rank calls this."""
+        if not self.compressor.takes:
+            return {}
+        return {"compression": gather_states(self._comm, self.compressor)}
+
+    def load_strategy_state(self, state: dict[str, Any]) -> None:
+        """Take up what was not sent yet.
+
+        Args:
+            state: As :meth:`strategy_state` gave it on rank 0, maybe of another number of ranks, or
+                of another compression.
+        """
+        load_states(self._comm, self.compressor, state.get("compression", []))
+
+    def statistics(self) -> dict[str, Any]:
+        """Return the bytes that all ranks have sent since the last time, beside dense ones."""
+        compressor = self.compressor
+        sent, dense = compressor.sent_bytes, compressor.dense_bytes
+        compressor.sent_bytes = compressor.dense_bytes = 0
+        if not sent:
+            return {}
+        found = {"moved_bytes": sent, "dense_bytes": dense, "compression": dense / sent}
+        if compressor.lost:
+            found["residuals_lost"] = compressor.lost
+        return found
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; the next ones are put into their buckets as they come."""
@@ -248,6 +290,18 @@ class Horovod(HorovodEngine):
     Config = HorovodConfig
     recovers = True
 
+    def __init__(
+        self,
+        world: World,
+        config: Section | None = None,
+        *,
+        elastic: ElasticConfig | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        knobs = config if isinstance(config, HorovodConfig) else HorovodConfig()
+        compressor_of(knobs)  # what makes no sense is said before anything starts
+        super().__init__(world, knobs, elastic=elastic, timeout_seconds=timeout_seconds)
+
     def wrap(
         self,
         model: nn.Module,
@@ -259,8 +313,46 @@ class Horovod(HorovodEngine):
         check_trainable(optimizer)
         check_shareable(model, optimizer)
         check_alike(self.world.comm, model, optimizer)
+        knobs = {f"horovod.{name}": str(value) for name, value in self.config}
+        compare(self.world.comm, knobs, hint="give every rank the same ones.")
+        compressor = compressor_of(self.config)
+        check_momentum(self.config, optimizer)
         self.share(model, optimizer)
-        return HorovodOptimizer(model, optimizer, self._comm, self.config.bucket_bytes, clip_norm)
+        return HorovodOptimizer(
+            model, optimizer, self._comm, compressor, self.config.bucket_bytes, clip_norm
+        )
+
+
+def compressor_of(config: HorovodConfig) -> Compressor:
+    """Make the compressor that a configuration asks for.
+
+    Raises:
+        Error: There is none such.
+    """
+    options = Options(
+        feedback=config.compression_feedback,
+        warmup_steps=config.compression_warmup_steps,
+        momentum=config.compression_momentum,
+        warm_start=config.compression_warm_start,
+        min_rate=config.compression_min_rate,
+    )
+    return make_compressor(config.compression, options)
+
+
+def check_momentum(config: HorovodConfig, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse momentum correction for an optimizer with momentum of its own.
+
+    Raises:
+        Error: There would be momentum twice.
+    """
+    if config.compression_momentum and any(
+        group.get("momentum") or "betas" in group for group in optimizer.param_groups
+    ):
+        raise Error(
+            f"horovod.compression_momentum takes the place of the optimizer's, and "
+            f"{type(optimizer).__name__} has momentum.",
+            hint="use plain SGD (optimizer.name=sgd, optimizer.momentum=0), or leave it at 0.",
+        )
 
 
 def _bounded(seconds: float, world: World) -> contextlib.AbstractContextManager[None]:

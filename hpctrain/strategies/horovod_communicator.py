@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,7 +15,7 @@ from hpctrain.elastic.membership import Membership
 from hpctrain.errors import PeerLost
 from hpctrain.world.world import Part, equal_part
 
-Handle = int | torch.Tensor
+Handle: TypeAlias = int | torch.Tensor
 """A collective under way: Horovod's number of it, or its result, where there is no other rank."""
 
 YIELDING_SECONDS = 2e-3
@@ -106,18 +106,33 @@ class HorovodCommunicator:
         with peers(self):
             return int(self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Average))
 
-    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Return all ranks' rows, in the order of the ranks; of one rank, its tensor itself.
+    def start_gather(self, tensor: torch.Tensor, name: str) -> Handle:
+        """Begin to collect all ranks' rows, in the order of ranks; :meth:`wait` returns them.
 
         Args:
             tensor: Contiguous, of shape (rows, ...); ranks may have other numbers of rows.
             name: As in :meth:`start_sum`.
         """
         if self.alone:
-            return tensor
+            return tensor.clone()
         with peers(self):
-            handle = self._hvd.allgather_async(tensor, name=name)
-        return self.wait(handle)
+            return int(self._hvd.allgather_async(tensor, name=name))
+
+    def start_all_to_all(self, tensor: torch.Tensor, name: str) -> Handle:
+        """Begin to give each rank its part; :meth:`wait` returns what all have given to this one.
+
+        Args:
+            tensor: Contiguous, of shape (n,); n is a multiple of the ranks, and the same on each.
+            name: As in :meth:`start_sum`.
+        """
+        if self.alone:
+            return tensor.clone()
+        with peers(self):
+            return int(self._hvd.alltoall_async(tensor, name=name))
+
+    def ready(self, handle: Handle) -> bool:
+        """Whether :meth:`wait` would take no time."""
+        return isinstance(handle, torch.Tensor) or bool(self._hvd.poll(handle))
 
     def wait(self, handle: Handle) -> torch.Tensor:
         """Wait for a collective, for ``timeout_seconds`` at most, and return what came of it.
@@ -148,7 +163,10 @@ class HorovodCommunicator:
                 )
             time.sleep(min(waited / 8, 1e-3))
         with peers(self):
-            result: torch.Tensor = self._hvd.synchronize(handle)
+            result = self._hvd.synchronize(handle)
+        if isinstance(result, tuple):  # of an all-to-all, with the sizes of the parts
+            result = result[0]
+        assert isinstance(result, torch.Tensor)
         return result
 
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hpctrain import process
+from hpctrain.compression.dense import Dense
 from hpctrain.config import ElasticConfig, PsConfig, Section
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.client.client import Client, dtype_name
@@ -30,6 +31,7 @@ from hpctrain.strategies.base import (
     Strategy,
     check_shareable,
     check_trainable,
+    names_of,
     ordered,
     sparse_tables,
 )
@@ -153,36 +155,56 @@ class PsCommunicator:
 class _Sums:
     """Averages gradients over workers by sums through a server, one after the other."""
 
-    alone = False  # with one worker, too, a server does the sums
-
     def __init__(self, comm: PsCommunicator) -> None:
         self._comm = comm
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> Callable[[], None]:
+    @property
+    def rank(self) -> int:
+        """This worker."""
+        return self._comm.rank
+
+    @property
+    def size(self) -> int:
+        """How many workers take part."""
+        return self._comm.size
+
+    def start_sum(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
         """Return what sums, when it is waited for."""
-        return lambda: self._comm.all_reduce(tensor)
 
-    def start_average(self, tensor: torch.Tensor, name: str) -> Callable[[], None]:
-        """Return what averages, when it is waited for."""
-
-        def average() -> None:
+        def add() -> torch.Tensor:
             self._comm.all_reduce(tensor)
-            tensor.div_(self._comm.size)
+            return tensor
 
-        return average
+        return add
 
-    def wait(self, handle: Callable[[], None]) -> None:
+    def start_average(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Return what averages, when it is waited for."""
+        add = self.start_sum(tensor, name)
+        return lambda: add().div_(self._comm.size)
+
+    def start_gather(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Return what collects all workers' rows, when it is waited for."""
+
+        def collect() -> torch.Tensor:
+            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            parts = [broadcast_bytes(self._comm, data, root) for root in range(self._comm.size)]
+            whole = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+            return whole.view(tensor.dtype).view(-1, *tensor.shape[1:])
+
+        return collect
+
+    def start_all_to_all(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
+        """Return what gives each worker its part, when it is waited for."""
+        collect = self.start_gather(tensor.view(1, self.size, -1), name)
+        return lambda: collect()[:, self.rank].reshape(-1)
+
+    def ready(self, handle: Callable[[], torch.Tensor]) -> bool:
+        """Nothing happens before it is waited for."""
+        return False
+
+    def wait(self, handle: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Do it."""
-        handle()
-
-    def gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Return all workers' rows."""
-        width = tensor.shape[1]
-        parts = [
-            broadcast_bytes(self._comm, tensor.numpy().tobytes(), root)
-            for root in range(self._comm.size)
-        ]
-        return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).view(-1, width)
+        return handle()
 
 
 class PsOptimizer(DistributedOptimizer):
@@ -218,6 +240,7 @@ class PsOptimizer(DistributedOptimizer):
         self._reentrant = False  # whether passes have been seen within others
         self._clip_here = clip_norm is not None and not self._consistency.rounds
         self._ordered = ordered(model, inner)
+        self._names = names_of(model, self._ordered)
         self._tables = sparse_tables(model)
         group_of = {p: n for n, group in enumerate(inner.param_groups) for p in group["params"]}
         config = ends.config
@@ -366,7 +389,8 @@ class PsOptimizer(DistributedOptimizer):
         if self._average is None:
             this = weakref.proxy(self)
             self._average = AveragedGradients(
-                self._ordered[::-1], _Sums(self._comm), AVERAGE_BYTES, self._tables,
+                self._ordered[::-1], self._names[::-1],
+                _Sums(self._comm), Dense(), AVERAGE_BYTES, self._tables,
                 lambda part: this.mark(part),
             )  # fmt: skip
         return self._average

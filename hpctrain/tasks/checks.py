@@ -18,8 +18,8 @@ from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
 from hpctrain.tasks.task import Task
 
-SPLITS = ("train", "validation")
-"""What the loop reads of ``Task.data()``."""
+SPLITS = ("train", "validation", "test")
+"""What is read of ``Task.data()``; the last not by the loop, but by `hpctrain evaluate`."""
 
 OWN_NAMES = (
     "kind", "step", "time", "epoch", "lr", "loss", "grad_norm", "samples_per_second",
@@ -56,7 +56,10 @@ _NO_MEAN = re.compile(
     r"pearson|spearman|correlation)(_|$)",
     re.IGNORECASE,
 )
-_OWN = ("model", "loss", "data", "transform", "optimizer", "defaults", "monitor", "mode")
+_OWN = (
+    "model", "loss", "data", "transform", "optimizer", "metrics", "predictions", "defaults",
+    "monitor", "mode", "gathers", "world",
+)  # fmt: skip
 
 
 def check_defined(task: Task) -> None:
@@ -71,6 +74,11 @@ def check_defined(task: Task) -> None:
         raise Error(
             f"task {kind.__name__} must define {' and '.join(f'{name}()' for name in missing)}.",
             hint="the README has a task in about 20 lines.",
+        )
+    if kind.world is not Task.world or "world" in getattr(kind, "__dataclass_fields__", ()):
+        raise Error(
+            f"task {kind.__name__} has something of its own by the name 'world'.",
+            hint="call it otherwise: self.world says who takes part.",
         )
 
 
@@ -132,7 +140,8 @@ def splits_of(task: Task, read: Read) -> dict[str, Source]:
     if not isinstance(given, Mapping):
         raise Error(f"data() of task {name} returned {_described(given)}.", hint=expected)
     for split in given:
-        if split not in SPLITS:
+        # A test set alone was meant to be validated on: nothing else would be.
+        if split not in SPLITS or (split == "test" and given.get("validation") is None):
             meant = _MEANT.get(str(split).lower()) or _close(str(split), SPLITS)
             hint = f"did you mean '{meant}'?" if meant and meant not in given else expected
             raise Error(f"data() of task {name} gives '{split}', which nothing reads.", hint=hint)
@@ -264,6 +273,37 @@ def _mean(task: str, name: Any, value: Any) -> torch.Tensor | float:
     )
 
 
+def checked_predictions(task: Task, result: Any, samples: int) -> dict[str, torch.Tensor]:
+    """What ``predictions()`` returned, by name, on the CPU.
+
+    Args:
+        task: Whose it is.
+        result: As it came.
+        samples: Of the batch.
+
+    Raises:
+        Error: It is not what ``predictions()`` must return.
+    """
+    name = type(task).__name__
+    hint = 'return {"preds": ..., "target": ...}: tensors with a row for each sample.'
+    if not isinstance(result, Mapping) or not result:
+        raise Error(f"predictions() of task {name} returned {_described(result)}.", hint=hint)
+    rows = {}
+    for key, value in result.items():
+        if not isinstance(value, torch.Tensor) or not isinstance(key, str):
+            raise Error(
+                f"predictions() of task {name} gives {key!r} as {_described(value)}.", hint=hint
+            )
+        if value.ndim == 0 or len(value) != samples:
+            raise Error(
+                f"predictions() of task {name} gives '{key}' as {_described(value)} for "
+                f"{samples} samples.",
+                hint=hint,
+            )
+        rows[key] = value.detach().cpu()
+    return rows
+
+
 def warnings_of(task: Task) -> list[str]:
     """What a task defines, and nothing reads, one line each."""
     said = []
@@ -287,7 +327,7 @@ def no_means(names: Iterable[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in found)
     return (
         f"{shown} is recorded as the mean of its values over batches, which is not that of all "
-        "samples (docs/tasks.md)."
+        "samples: have metrics() give it (docs/tasks.md)."
     )
 
 

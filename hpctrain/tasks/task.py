@@ -24,14 +24,21 @@ from hpctrain.data.source import Source
 from hpctrain.data.stage import folder_of
 from hpctrain.errors import Error, nearest
 from hpctrain.optim.lamb import Lamb
+from hpctrain.registry import Registry
 from hpctrain.tasks.seeds import set_start_seeds
+from hpctrain.world.launcher import ALONE
+from hpctrain.world.world import World
 
-READY = {
-    "digits": "hpctrain.tasks.digits:Digits",
-    "cifar10": "hpctrain.tasks.cifar10:Cifar10",
-    "charlm": "hpctrain.tasks.charlm:CharLM",
-    "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
-}
+TASKS = Registry(
+    "task",
+    "hpctrain.tasks",
+    {
+        "digits": "hpctrain.tasks.digits:Digits",
+        "cifar10": "hpctrain.tasks.cifar10:Cifar10",
+        "charlm": "hpctrain.tasks.charlm:CharLM",
+        "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
+    },
+)
 
 Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]
 
@@ -47,11 +54,16 @@ class Task:
             ``{"optimizer.lr": 0.1}``.
         monitor: The validation metric that picks the best model and stops a run early.
         mode: Whether the monitored metric should be large (``max``) or small (``min``).
+        gathers: Whether ``loss`` calls ``self.world.all_gather`` or ``gather_object``. Every rank
+            then comes to every pass, with a batch of no samples where it has none.
+        world: Who takes part; set by the trainer.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
     monitor: ClassVar[str] = "loss"
     mode: ClassVar[Literal["min", "max"]] = "min"
+    gathers: ClassVar[bool] = False
+    world: World = World(ALONE)
 
     def model(self) -> nn.Module:
         """A new model. Random numbers are seeded before, so every rank builds the same one."""
@@ -69,11 +81,35 @@ class Task:
         """
         raise _undefined(self, "loss(model, batch)", "return the mean loss over the batch.")
 
+    def metrics(self) -> Mapping[str, Any]:
+        """Metrics of a whole set by name, such as AUC or F1, that are no means over samples.
+
+        Each is an object with ``update(...)``, ``compute()`` and ``reset()``, as those of
+        torchmetrics are, or a function of all samples' rows, such as
+        ``sklearn.metrics.roc_auc_score``. What ``predictions`` gives is passed by name: each takes
+        what its parameters are called.
+        """
+        return {}
+
+    def predictions(self, model: nn.Module, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """What metrics of a whole set are made of, and ``hpctrain predict`` writes.
+
+        Args:
+            model: In evaluation mode; no gradients are recorded.
+            batch: As for ``loss``.
+
+        Returns:
+            Tensors by name, each with a row for each sample.
+        """
+        raise _undefined(
+            self, "predictions(model, batch)", 'return tensors by name, such as {"preds": ...}.'
+        )
+
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """Samples by split: ``train``, and where there is one ``validation``.
+        """Samples by split: ``train``, and where there are some ``validation`` and ``test``.
 
         The default is the shard set at ``data.path``; its split ``validation``, or else ``test``,
-        is what the model is validated on.
+        is what the model is validated on. ``test`` is for ``hpctrain evaluate`` and ``predict``.
 
         Raises:
             Error: No path was given, or no shard set is there.
@@ -95,8 +131,9 @@ class Task:
         sources = {"train": train}
         for name in ("validation", "test"):
             if name in shards.splits and len(shards.splits[name]):
-                sources["validation"] = shards.splits[name]
-                break
+                sources[name] = shards.splits[name]
+        if "test" in sources:
+            sources.setdefault("validation", sources["test"])
         return sources
 
     def transform(self, batch: Batch, training: bool) -> Batch:
@@ -196,9 +233,10 @@ def load_task(spec: str, seed: int = 0) -> type[Task]:
     Raises:
         Error: There is none, there are several, or the file raised.
     """
-    place, colon, name = READY.get(spec, spec).rpartition(":")
+    known = TASKS.place(spec) or spec
+    place, colon, name = known.rpartition(":")
     if not colon or name.endswith(".py"):  # a folder's name may have a colon
-        place, name = READY.get(spec, spec), ""
+        place, name = known, ""
     if place.endswith(".py"):
         module = _import_file(Path(place), seed)
     elif name:
@@ -206,7 +244,7 @@ def load_task(spec: str, seed: int = 0) -> type[Task]:
     else:
         raise Error(
             f"there is no task '{spec}'.",
-            hint=f"{nearest(spec, READY)} Your own: my_task.py[:Name] or package.mod:Name.",
+            hint=f"{nearest(spec, TASKS.names())} Your own: my_task.py[:Name] or package.mod:Name.",
         )
     classes = {
         key: value

@@ -1,4 +1,4 @@
-"""Validation: means over the validation samples, each taken once, of the model that ranks mean."""
+"""Validation: metrics of the validation samples, each taken once, of the model that ranks mean."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hpctrain.tasks.task import Task
 from hpctrain.train.model_setup import evaluating
 from hpctrain.train.recorder import Recorder
 from hpctrain.train.run_metrics import RunMetrics
+from hpctrain.train.set_metrics import SetMetrics
 from hpctrain.train.state import TrainState
 from hpctrain.train.step import TrainStep
 from hpctrain.world.agreement import check_tensors
@@ -51,6 +52,7 @@ class Evaluation:
         self._loader = loader
         self._step = step
         self._metrics = metrics
+        self._of_set = SetMetrics(task, strategy.world.device, config.train.dtype)
 
     @property
     def takes_part(self) -> bool:
@@ -77,23 +79,30 @@ class Evaluation:
         assert loader is not None
         world, counters = self._strategy.world, self._state.counters
         in_step = self._strategy.agreement.in_step
+        comm = world.comm if in_step else Alone()
         prepare()
         model = self._state.model if self._state.ema is None else self._state.ema
         loader.world.comm = Even(world.comm) if in_step else Alone()
         loader.epoch = loader.cursor = 0
         meter.clear()
+        self._of_set.reset()
         parameters = agreed_parameters(self._strategy, optimizer, self._state)
         with evaluating(model), torch.no_grad(), having(parameters):
             for batch in loader:
-                for part in batch.split(self._config.train.accumulate):
+                for part in batch.split(self._config.train.accumulate, empty=self._task.gathers):
                     means = self._step.loss(model, part, training=False)[1]
-                    meter.add(means, part.samples)
+                    if part.samples:
+                        meter.add(means, part.samples)
+                    self._of_set.add(model, part)
+                self._of_set.gather(comm)
         known = self._metrics.names
-        metrics = meter.read(world.comm if in_step else Alone())
+        metrics = meter.read(comm)
         if self._metrics.names != known:
             self._metrics.remember()
+        warning = no_means(metrics) if counters.best is None else ""
+        metrics = self._of_set.join(metrics)
         recorder.write("validation", counters.step, metrics)
-        if counters.best is None and (warning := no_means(metrics)):
+        if warning:
             recorder.say(f"warning: {warning}")
         for name, value in metrics.items():
             if not math.isfinite(value):

@@ -44,7 +44,7 @@ from hpctrain.train.recorder import Recorder, Silent
 from hpctrain.train.rejoin import Rejoin, skip
 from hpctrain.train.run_metrics import RunMetrics
 from hpctrain.train.sample_trace import SampleTrace
-from hpctrain.train.setup import set_up
+from hpctrain.train.setup import join_world, set_up
 from hpctrain.train.state import Counters
 from hpctrain.train.step import TrainStep
 from hpctrain.train.step_timer import StepTimer
@@ -75,6 +75,7 @@ class Trainer:
         self.strategy = strategy
         self.store = store
         self.world = strategy.world
+        join_world(task, strategy)
         self.splits, self.state, validation, peaks, self.warnings = set_up(config, task, strategy)
         self._loader = self.state.loader
         self._timer = StepTimer(self.world.device)

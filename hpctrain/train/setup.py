@@ -101,6 +101,24 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     )
 
 
+def join_world(task: Task, strategy: Strategy) -> None:
+    """Give a task the world, to gather from all ranks where they come to that together.
+
+    Args:
+        task: The user's side.
+        strategy: Connected.
+    """
+    task.world = strategy.world
+    refused = None
+    if not strategy.agreement.in_step:
+        why = f"with strategy '{strategy.name}' no rank waits for others"
+        refused = why, "use --strategy horovod."
+    elif not task.gathers:
+        why = f"task {type(task).__name__} does not say that it gathers"
+        refused = why, "write `gathers = True` in the class: then ranks without samples come, too."
+    task.world.no_gathers = refused
+
+
 def _check_together(config: RunConfig, strategy: Strategy) -> None:
     if strategy.averages_gradients and strategy.agreement is Agreement.ALWAYS:
         return

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from hpctrain.checkpoint import state_tree
+from hpctrain.checkpoint.tensor_file import DTYPES
 from hpctrain.data.loader import Loader
 from hpctrain.errors import Error, nearest
 from hpctrain.tasks.task import Task
@@ -52,13 +53,13 @@ class Counters:
             patience: Validations without a better one after which to stop early.
 
         Raises:
-            Error: The task monitors what its loss does not give.
+            Error: The task monitors what it does not give.
         """
         monitored = f"val_{task.monitor}"
         if monitored not in metrics:
             raise Error(
-                f"task {type(task).__name__} monitors '{task.monitor}', which its loss() "
-                f"does not give.",
+                f"task {type(task).__name__} monitors '{task.monitor}', which neither its loss() "
+                f"nor its metrics() gives.",
                 hint=nearest(task.monitor, [name.removeprefix("val_") for name in metrics]),
             )
         sign = 1 if task.mode == "max" else -1
@@ -95,6 +96,21 @@ class TrainState:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "loader": self.loader.state_dict(),
             "counters": asdict(self.counters),
+        }
+
+    def tensors(self) -> dict[str, Any]:
+        """The part of the state's tree that a checkpoint may be read into, before it is loaded."""
+        modules = {"model": self.model, "ema": self.ema}
+        return {
+            key: {
+                name: value
+                for name, value in module.state_dict().items()
+                if isinstance(value, torch.Tensor) and value.dtype in DTYPES
+                if value.layout == torch.strided and not value.is_quantized
+            }
+            for key, module in modules.items()
+            if module is not None
+            and not any(nn.parameter.is_lazy(tensor) for tensor in module.parameters())
         }
 
     def check(self) -> None:

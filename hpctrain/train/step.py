@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,26 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.floa
 
 SKIPPED_IN_A_ROW = 100
 """Steps left out one after the other, because their gradients are not finite, that end a run."""
+
+
+def applied(
+    method: Callable[[nn.Module, Batch], Any],
+    model: nn.Module,
+    batch: Batch,
+    device: torch.device,
+    dtype: str,
+) -> Any:
+    """What a task's method gives of a batch, in a run's arithmetic.
+
+    Args:
+        method: ``loss`` or ``predictions``.
+        model: On the device.
+        batch: On the CPU.
+        device: This rank's.
+        dtype: ``float32``, ``float64`` or ``bf16``.
+    """
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        return method(model, batch.to(device, DTYPES[dtype]))
 
 
 class TrainStep:
@@ -125,10 +146,9 @@ class TrainStep:
         Raises:
             Error: The task gives something else.
         """
-        device, train = self._strategy.world.device, self._config.train
+        device, dtype = self._strategy.world.device, self._config.train.dtype
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=train.dtype == "bf16"):
-                result = self._task.loss(model, batch.to(device, DTYPES[train.dtype]))
+            result = applied(self._task.loss, model, batch, device, dtype)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -144,7 +164,7 @@ class TrainStep:
     def _parts(self, batch: Batch) -> list[Batch]:
         """This rank's samples of a batch, pass by pass; it may have none."""
         passes = self._passes()
-        if self._config.train.sync_batchnorm:  # every rank comes to every exchange of statistics
+        if self._config.train.sync_batchnorm or self._task.gathers:  # all come to every exchange
             return list(batch.split(passes, empty=True))
         least = self._state.loader.least_part
         return list(batch.split(max(1, min(passes, batch.samples // least))))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hpctrain.checkpoint import state_tree
 from hpctrain.errors import Error
-from hpctrain.world.world import Communicator
+from hpctrain.world.communicator import Communicator
 
 PIECE_BYTES = 2**28
 """MPI counts in 32-bit integers, so a large state goes in several pieces."""
+
+_WORD = 8  # bytes of an integer that is summed
 
 
 def broadcast_bytes(comm: Communicator, data: bytes, root: int = 0) -> bytes:
@@ -68,7 +70,8 @@ def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
     """The root's tree of tensors and plain values on every rank, tensors on the CPU.
 
     What the others pass is ignored: they may hold nothing yet. Tensors travel as the bytes of their
-    elements in C's order, with shapes and types, and nothing that a peer sends is executed.
+    elements in C's order, with shapes and types, and nothing that a peer sends is executed. Where
+    there is one rank, its state is returned as it is, not copied.
 
     Args:
         comm: Of the world.
@@ -89,6 +92,8 @@ def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
     told = broadcast_json(comm, told, root)
     if "error" in told:
         raise Error(told["error"][0], hint=told["error"][1])
+    if comm.size == 1:
+        return state
     data = broadcast_bytes(comm, b"".join(_data(tensor) for tensor in kept.values()), root)
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0)
     tensors, start = {}, 0
@@ -97,6 +102,63 @@ def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
         tensors[name] = _tensor(piece, getattr(torch, dtype), shape)
         start += size
     return state_tree.join(tensors, told["rest"])
+
+
+def gather_trees(comm: Communicator, state: Any) -> list[Any]:
+    """Return every rank's tree of tensors and plain values, by rank, on rank 0; elsewhere nothing.
+
+    One after the other, so that other ranks hold no more than one of them besides their own.
+
+    Args:
+        comm: Of the world; every rank calls this.
+        state: This rank's.
+
+    Raises:
+        Error: One holds what cannot be sent; all ranks raise it.
+    """
+    trees = (broadcast_tree(comm, state, root) for root in range(comm.size))
+    return [tree for tree in trees if comm.rank == 0]
+
+
+def gather_tensors(
+    comm: Communicator, tensors: Mapping[str, torch.Tensor]
+) -> list[dict[str, torch.Tensor]]:
+    """Return every rank's tensors by name, by rank, on the CPU, bit for bit.
+
+    Names, shapes and types may differ from rank to rank. The bytes are summed as integers, each
+    rank's in a place of its own.
+
+    Args:
+        comm: Of the world; every rank calls this.
+        tensors: This rank's.
+
+    Raises:
+        Error: One is of a kind that cannot be sent.
+    """
+    kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
+    if comm.size == 1:
+        return [{name: tensor.detach().cpu() for name, tensor in tensors.items()}]
+    told = gather_json(comm, kinds)
+    sizes = [sum(size for _, _, size in each.values()) for each in told]
+    ends = list(itertools.accumulate(-(-size // _WORD) for size in sizes))
+    words = torch.zeros(ends[-1], dtype=torch.int64)
+    starts = [_WORD * start for start in (0, *ends)]
+    flat = words.view(torch.uint8)
+    if sizes[comm.rank]:
+        mine = b"".join(_data(tensor) for tensor in tensors.values())
+        start = starts[comm.rank]
+        flat[start : start + len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    for piece in words.split(PIECE_BYTES // _WORD):
+        if len(piece):
+            comm.all_reduce(piece)
+    gathered = []
+    for each, start in zip(told, starts, strict=False):
+        found = {}
+        for name, (dtype, shape, size) in each.items():
+            found[name] = _tensor(flat[start : start + size], getattr(torch, dtype), shape)
+            start += size
+        gathered.append(found)
+    return gathered
 
 
 def _kind(name: str, tensor: torch.Tensor) -> tuple[str, list[int], int]:

@@ -6,163 +6,23 @@ The world is not a constant. Ask it each time: nothing may keep a rank or a size
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from hpctrain.errors import Error
 from hpctrain.process import cores
-from hpctrain.world import uncaught
+from hpctrain.world import logs, uncaught
+from hpctrain.world.broadcast import gather_json
+from hpctrain.world.communicator import Alone as Alone
+from hpctrain.world.communicator import Communicator as Communicator
+from hpctrain.world.communicator import Even as Even
+from hpctrain.world.communicator import Part as Part
+from hpctrain.world.communicator import equal_part as equal_part
+from hpctrain.world.communicator import part_of as part_of
+from hpctrain.world.gather import gather_rows
 from hpctrain.world.launcher import ALONE, Launch, detect
-
-
-class Part(NamedTuple):
-    """What of a global batch falls to a rank: from ``lower / total`` to ``upper / total`` of it.
-
-    Attributes:
-        rank: Whose it is.
-        size: Of the world that shares the batch.
-        lower: Shares of the ranks before this one.
-        upper: The same and this rank's.
-        total: Shares of all ranks.
-    """
-
-    rank: int
-    size: int
-    lower: int
-    upper: int
-    total: int
-
-
-def equal_part(rank: int, size: int) -> Part:
-    """A rank's part where all have the same."""
-    return Part(rank, size, rank, rank + 1, size)
-
-
-def part_of(shares: Sequence[int], rank: int) -> Part:
-    """A rank's part where ranks' parts are to one another as these numbers.
-
-    Args:
-        shares: Of every rank; some may be 0, but not all.
-        rank: Whose part it is.
-    """
-    lower = sum(shares[:rank])
-    return Part(rank, len(shares), lower, lower + shares[rank], sum(shares))
-
-
-class Communicator(Protocol):
-    """What a strategy's engine offers the rest of hpctrain: few collectives, all bounded in time.
-
-    Every rank calls the same ones in the same order. A lost peer raises
-    :class:`hpctrain.errors.PeerLost`.
-    """
-
-    @property
-    def rank(self) -> int:
-        """This process, 0 to ``size - 1``."""
-
-    @property
-    def size(self) -> int:
-        """How many processes take part."""
-
-    @property
-    def local_rank(self) -> int:
-        """This process among those of its host."""
-
-    @property
-    def local_size(self) -> int:
-        """How many processes run on this host."""
-
-    def part(self, epoch: int, batch: int) -> Part:
-        """What of an epoch's global batch of that number falls to this rank.
-
-        Asked before each batch. It may differ from one batch to the next, when workers come, go, or
-        turn out slow; but of one batch, all ranks' parts must be of the same shares.
-        """
-
-    def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sum a contiguous tensor over all ranks, in place."""
-
-    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
-        """Overwrite a contiguous tensor with the root's, in place."""
-
-    def barrier(self) -> None:
-        """Return when every rank has come here."""
-
-    def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
-        """Add values to a pool, waiting for nobody; rank 0 takes what has come together.
-
-        Only where ranks do not go in lockstep.
-        """
-
-    def remember(self, value: Any) -> None:
-        """Keep a plain value for ranks that join later; the last one counts."""
-
-    def stop(self) -> None:
-        """Have every rank end the training, where ranks do not go in lockstep."""
-
-    def abort(self, reason: str, code: int = 1) -> None:
-        """This rank has failed: tell the others, where the launcher might not."""
-
-    def close(self) -> None:
-        """Leave the world in good order; nothing may be called afterwards."""
-
-
-class Alone:
-    """The communicator of a world of one."""
-
-    rank = 0
-    size = 1
-    local_rank = 0
-    local_size = 1
-
-    def part(self, epoch: int, batch: int) -> Part:
-        """All of it."""
-        return equal_part(self.rank, self.size)
-
-    def all_reduce(self, tensor: torch.Tensor) -> None:
-        """A sum over one."""
-
-    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
-        """Nobody to send to."""
-
-    def barrier(self) -> None:
-        """Nobody to wait for."""
-
-    def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
-        """What was given."""
-        return values
-
-    def remember(self, value: Any) -> None:
-        """Nobody will join."""
-
-    def stop(self) -> None:
-        """Nobody to stop."""
-
-    def abort(self, reason: str, code: int = 1) -> None:
-        """Nobody to tell."""
-
-    def close(self) -> None:
-        """Nothing to leave."""
-
-
-class Even:
-    """A communicator, but every rank has as much of every batch: for validation.
-
-    Args:
-        comm: Whose ranks and collectives they are.
-    """
-
-    def __init__(self, comm: Communicator) -> None:
-        self._comm = comm
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._comm, name)
-
-    def part(self, epoch: int, batch: int) -> Part:
-        """As much as every other rank has."""
-        return equal_part(self._comm.rank, self._comm.size)
 
 
 class Unconnected:
@@ -220,10 +80,13 @@ class World:
     Attributes:
         launch: What the launcher said at the start.
         comm: The engine under the world; a strategy replaces it when it connects.
+        no_gathers: Why ranks do not wait for each other in :meth:`all_gather`, and what to do;
+            None: they do.
     """
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
+        self.no_gathers: tuple[str, str] | None = None
         self.comm: Communicator = Alone() if launch.size == 1 else Unconnected(launch)
 
     @property
@@ -258,6 +121,50 @@ class World:
     def part(self, epoch: int, batch: int) -> Part:
         """What of an epoch's global batch of that number falls to this rank."""
         return self.comm.part(epoch, batch)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return all ranks' rows, one rank's after another's; every rank calls this together.
+
+        The gradient is exact: that of the sum of all ranks' losses, so that their average over
+        ranks, which a strategy takes, is the gradient of the losses' average. Every rank has to use
+        what comes in its loss, because the backward pass is an exchange, too.
+
+        Args:
+            tensor: Of shape (rows, ...); a rank may have another number of rows, or none.
+
+        Returns:
+            Of shape (all ranks' rows, ...), on the tensor's device.
+
+        Raises:
+            Error: Ranks' rows are of different shapes or types, or ranks do not go together here.
+            PeerLost: Another rank is gone.
+        """
+        self._check_gathers("all_gather")
+        return tensor if self.size == 1 else gather_rows(self.comm, tensor)
+
+    def gather_object(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank, on every rank; every rank calls this together.
+
+        Args:
+            value: What JSON can hold: numbers, text, lists, dicts with text as keys.
+
+        Raises:
+            Error: JSON cannot hold it, or ranks do not go together here.
+            PeerLost: Another rank is gone.
+        """
+        self._check_gathers("gather_object")
+        try:
+            return gather_json(self.comm, value)
+        except TypeError as error:
+            raise Error(
+                f"world.gather_object() on rank {self.rank}: {error}.",
+                hint="give numbers, text, lists and dicts; for tensors, there is all_gather().",
+            ) from error
+
+    def _check_gathers(self, method: str) -> None:
+        if self.no_gathers is not None:
+            why, hint = self.no_gathers
+            raise Error(f"world.{method}() cannot be used here: {why}.", hint=hint)
 
     @property
     def device(self) -> torch.device:
@@ -297,6 +204,7 @@ def init() -> World:
     world = World(launch)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    logs.follow(lambda: (world.rank, world.size))
     uncaught.install(launch, lambda reason, code: world.comm.abort(reason, code))
     return world
 

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from hpctrain.process import run
+from tests.waiting import SECONDS
 
 TASK = """
 import hpctrain
@@ -32,8 +33,8 @@ ONLY = 'test "${OMPI_COMM_WORLD_RANK:-$PMI_RANK}" = 1 && export "$0"; exec "$@"'
 def refused(hpctrain, *arguments, ranks=2, only="NOTHING=1"):
     command = ["sh", "-c", ONLY, only, "hpctrain", "train", *arguments, "--out", "run"]
     result = run(
-        [*hpctrain.prefix(ranks), *command, "--set", "timeout_seconds=60"],
-        timeout_seconds=120, cwd=hpctrain.folder, env=dict(os.environ),
+        [*hpctrain.prefix(ranks), *command],
+        timeout_seconds=SECONDS, cwd=hpctrain.folder, env=dict(os.environ),
     )  # fmt: skip
     assert result.returncode == 2, result.stdout
     assert "Traceback" not in result.stdout

@@ -45,7 +45,10 @@ def complaint(result, code=2):
         (["digits", "--config", "bad.toml"], "bad.toml: unknown key 'trian.epochs'"),
         (["digits", "--config", "missing.toml"], "cannot read missing.toml"),
         (["digits", "--epochs", "0"], "train.epochs = 0"),
-        (["digits", "--strategy", "horvod"], "strategy = 'horvod'"),
+        (
+            ["digits", "--strategy", "horvod"],
+            "there is no strategy 'horvod'. HINT: did you mean 'horovod'?",
+        ),
         (["digits", "--set", "options.chanels=3"], "did you mean 'channels'?"),
         (["digits", "--set", "options.channels=many"], "options.channels = 'many'"),
         (["digits", "--world-size", "2"], "asks for 2 ranks, but alone started 1"),

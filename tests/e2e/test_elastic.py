@@ -14,6 +14,7 @@ FAULT_TOLERANT = (*mpirun(1), "--with-ft", "ulfm")
 WORKS = run([*FAULT_TOLERANT, "true"], timeout_seconds=SECONDS).returncode == 0
 pytestmark = pytest.mark.skipif(not WORKS, reason="an MPI without --with-ft")
 # A busy machine may not let a rank give a sign of life for as long as is usual.
+EPOCHS = 8
 LAUNCH = {"OMP_NUM_THREADS": "1", "HPCTRAIN__ELASTIC__HANG_SECONDS": "5"}
 
 
@@ -21,7 +22,7 @@ def trained(hpctrain, ranks, plan, *arguments):
     """The result of a run under a plan of faults, and what became of it."""
     launcher = [*mpirun(ranks), "--with-ft", "ulfm"]
     command = (
-        *launcher, "hpctrain", "train", TASK, *arguments, "--elastic", "auto", "--epochs", 8,
+        *launcher, "hpctrain", "train", TASK, *arguments, "--elastic", "auto", "--epochs", EPOCHS,
         "--set", "log.every_steps=10", "--set", "log.tensorboard=false",
     )  # fmt: skip
     done = hpctrain("chaos", "--out", "run", "--plan", plan, "--", *command, env=LAUNCH)
@@ -46,22 +47,28 @@ def test_losses(hpctrain, plan, left):
     losses = plan.count("rank")
     result, outcome = trained(hpctrain, 4, plan, *slow_until("lost", losses, at=100))
     assert sizes(result)[-1] == left
-    assert result["steps"] == 8 * 23
+    assert result["steps"] == EPOCHS * 23
     assert result["metrics"]["final"]["val_accuracy"] > 0.97
     assert len(outcome["faults"]) == losses == len(outcome["recovery_ms"])
 
 
-def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain):
-    workers = ("--set", "elastic.workers=2")
-    result, _ = trained(hpctrain, 2, "kill:rank=0@step=20", *workers, *slow_until("joined", at=30))
+@pytest.mark.parametrize("compression", ["none", "powersgd:2"])
+def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain, compression):
+    """With compression, what the lost one had not sent yet is lost, and said to be."""
+    more = ("--set", "elastic.workers=2", "--set", f"horovod.compression={compression}")
+    result, _ = trained(hpctrain, 2, "kill:rank=0@step=20", *more, *slow_until("joined", at=30))
     assert sizes(result) == [2, 1, 2]
+    lines = (hpctrain.folder / "run" / "metrics.jsonl").read_text().splitlines()
+    exchanges = [r for r in map(json.loads, lines) if r["kind"] == "exchange"]
+    lost = [r.get("residuals_lost", 0) for r in exchanges]
+    assert lost[0] == 0 and lost[-1] == (compression != "none")
 
 
 def test_ranks_keep_their_part_of_a_batch(hpctrain):
     keep = ("--set", "elastic.batch=keep-local")
     result, _ = trained(hpctrain, 2, "kill:rank=1@step=60", *keep, *slow_until("lost"))
-    assert result["steps"] > 8 * 23 + 50
-    assert result["samples"] == 8 * 1438
+    assert result["steps"] > EPOCHS * 23 + 50
+    assert result["samples"] == EPOCHS * 1438
 
 
 def test_an_error_on_one_rank_ends_all(hpctrain):

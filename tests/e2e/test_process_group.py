@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from hpctrain.process import mpirun, run
+from tests.waiting import SECONDS
 
 PROGRAM = """
 import os, signal, sys, time
@@ -14,12 +15,13 @@ import torch.distributed as dist
 import hpctrain.distributed
 from hpctrain.errors import PeerLost
 
-dist.init_process_group("mpi4py", init_method="mpi://", timeout=timedelta(seconds=3))
-me, fault = dist.get_rank(), sys.argv[1]
+fault, timeout = sys.argv[1], timedelta(seconds=float(sys.argv[2]))
+dist.init_process_group("mpi4py", init_method="mpi://", timeout=timeout)
+me = dist.get_rank()
 for step in range(10):
     if step == 5 and me == 1:
         if fault == "hangs":
-            time.sleep(20)
+            time.sleep(1000)
         if fault == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
     tensor = torch.ones(100_000)
@@ -36,10 +38,11 @@ print(f"rank {me} ended well", flush=True)
 
 @pytest.fixture
 def launch(tmp_path):
-    def start(ranks, fault, *options):
+    def start(ranks, fault, *options, seconds=SECONDS):
         (tmp_path / "program.py").write_text(PROGRAM)
-        command = [*mpirun(ranks), *options, sys.executable, "program.py", fault]
-        return run(command, timeout_seconds=100, cwd=tmp_path)
+        program = ["program.py", fault, str(seconds)]
+        command = [*mpirun(ranks), *options, sys.executable, *program]
+        return run(command, timeout_seconds=SECONDS, cwd=tmp_path)
 
     return start
 
@@ -53,10 +56,10 @@ def test_a_program_needs_no_port_and_no_rendezvous(launch):
 
 
 def test_a_rank_that_hangs_is_named(launch):
-    result = launch(2, "hangs")
+    result = launch(2, "hangs", seconds=10)
     assert result.returncode != 0
     assert "rank 0, step 5: rank 0 on" in result.stdout, result.stdout
-    assert "all-reduce with ranks 1 did not end within 3 s. HINT:" in result.stdout
+    assert "all-reduce with ranks 1 did not end within 10 s. HINT:" in result.stdout
 
 
 def test_a_rank_that_dies_is_noticed_by_all_others(launch):

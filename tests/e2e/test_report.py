@@ -159,7 +159,7 @@ def test_page_in_a_browser(folder, browser, size, scheme):
     assert page.locator("h1").count() == 1
     headings = page.locator("h2").all_inner_texts()
     assert headings == [
-        "Runs", "Learning", "Speed", "Parameter server", "Ranks lost and joined",
+        "Runs", "Learning", "Speed", "Exchange", "Ranks lost and joined",
         "Benchmark: exchange",
     ]  # fmt: skip
     # The page fits; what does not fit of a table scrolls in its box.

@@ -16,6 +16,7 @@ from hpctrain.slurm.hidden import hide, show
 from hpctrain.slurm.horovodrun import SHIM, arguments
 from hpctrain.slurm.hosts import Node
 from hpctrain.slurm.ssh import PYTHON
+from tests.waiting import SECONDS
 
 SRUN = """#!/bin/sh
 # Starts the command behind srun's options.
@@ -119,7 +120,7 @@ def test_no_secret_in_arguments(launcher, monkeypatch, tmp_path):
     with arguments_watched(secret) as found:
         done = run(
             [*prefix, sys.executable, "-c", script],
-            timeout_seconds=90, cwd=tmp_path, env=environment,
+            timeout_seconds=SECONDS, cwd=tmp_path, env=environment,
         )  # fmt: skip
     assert len(list(tmp_path.glob("*.txt"))) == 2, done.stdout
     for rank in range(2):

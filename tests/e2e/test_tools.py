@@ -40,7 +40,7 @@ from hpctrain.tasks.digits import Digits
 
 class Mine(Digits):
     def loss(self, model, batch):
-        assert not {"scipy", "sklearn", "matplotlib"} & set(sys.modules)
+        assert not {"scipy", "sklearn", "matplotlib", "sympy"} & set(sys.modules)
         assert gc.isenabled() and gc.get_freeze_count() > 100_000
         return super().loss(model, batch)
 """

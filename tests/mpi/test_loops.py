@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hpctrain
 from hpctrain.config import PsConfig
+from tests.waiting import SECONDS
 
 BATCH, STEPS = 12, 6
 
@@ -310,7 +311,7 @@ def make_strategy(request, strategy, world):
         config = PsConfig(
             servers=world.size, colocate=True, shared_memory=request.param == "ps", **options
         )
-        made.append(hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=60))
+        made.append(hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=SECONDS))
         return made[-1]
 
     yield make
@@ -350,7 +351,7 @@ def test_habits_of_one_worker(world, habit, consistency):
     plain.wrapped()
     expected = plain.run()
     config = PsConfig(servers=world.size - 1, consistency=consistency)
-    strategy = hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=60)
+    strategy = hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=SECONDS)
     if strategy.serves:
         strategy.serve()
         return

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hpctrain.errors import Error
+from tests.waiting import SECONDS
 
 MOVED = [
     torch.float64,
@@ -26,7 +27,7 @@ def group(strategy):
     """The default group, beside Horovod in one process."""
     from hpctrain import distributed
 
-    distributed.init_process_group(timeout_seconds=60)
+    distributed.init_process_group(timeout_seconds=SECONDS)
     yield
     dist.destroy_process_group()
 

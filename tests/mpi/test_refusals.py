@@ -7,6 +7,7 @@ from torch import nn
 import hpctrain
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error
+from tests.waiting import SECONDS
 
 
 def linear(trained=True, size=3):
@@ -29,7 +30,7 @@ def server(world):
 
     def make(**options):
         config = PsConfig(servers=world.size, colocate=True, **options)
-        made.append(hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=60))
+        made.append(hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=SECONDS))
         return made[-1]
 
     yield make

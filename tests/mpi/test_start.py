@@ -6,6 +6,7 @@ from torch import nn
 
 import hpctrain
 from hpctrain.config import PsConfig
+from tests.waiting import SECONDS
 
 
 class Odd(nn.Module):
@@ -47,7 +48,7 @@ class Odd(nn.Module):
 
 def servers(world, **options):
     config = PsConfig(servers=world.size, colocate=True, **options)
-    return hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=60)
+    return hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=SECONDS)
 
 
 @pytest.mark.parametrize("kind", ["horovod", "ps"])

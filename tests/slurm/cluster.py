@@ -55,13 +55,14 @@ def can_have_hosts():
 class Cluster:
     """Nodes n1, n2, ... of ``cores`` cores each, with two fake GPUs, in partition ``debug``."""
 
-    def __init__(self, nodes, cores=2, slurmd_timeout=10, hosts=None):
+    def __init__(self, nodes, cores=2, slurmd_timeout=10, hosts=None, cred_seconds=CRED_SECONDS):
         self.names = [f"n{number}" for number in range(1, nodes + 1)]
         self.cores = cores
         self.hosts = can_have_hosts() if hosts is None else hosts
         self.folder = Path(tempfile.mkdtemp(prefix="hs-", dir="/tmp"))  # unix sockets: short
         self.folder.chmod(0o755)
         self._timeout = slurmd_timeout
+        self._cred_seconds = cred_seconds
         self._anchors = {}
         self._started = []
         self.environment = {
@@ -146,7 +147,7 @@ SlurmctldHost={controller}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={munge},cred_expire={CRED_SECONDS}
+AuthInfo=socket={munge},cred_expire={self._cred_seconds}
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -239,7 +240,7 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         self._anchors[name] = anchor
         self._munge("/run/munge", self._inside(name))
 
-    def _first(self, name):
+    def first(self, name):
         """The host's first process, as this host counts it."""
         anchor = self._anchors[name].pid
         children = Path(f"/proc/{anchor}/task/{anchor}/children").read_text().split()
@@ -248,14 +249,14 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
     def _inside(self, name):
         if not self.hosts:
             return ()
-        first = self._first(name)
+        first = self.first(name)
         return ("nsenter", "-t", str(first), *SPACES, "--")
 
     def start(self, name):
         """Switch a host on, or on again."""
         number = self.names.index(name) + 1
         self._raise(name)
-        outer, inner = self._first("ctl"), self._first(name)
+        outer, inner = self.first("ctl"), self.first(name)
         controller = self._inside("ctl")
         with contextlib.suppress(AssertionError):
             _do([*controller, "ip", "link", "delete", f"port{number}"])
@@ -349,8 +350,10 @@ PartitionName=small Nodes=n1 MaxTime=0:10:00 State=UP
         wait_until(idle, f"{count} idle nodes", tell=lambda: self.run("sinfo", "--Node").stdout)
 
     def field(self, job, name):
-        """What ``scontrol show job`` says."""
-        words = self.call("scontrol", "--oneliner", "show", "job", str(job)).split()
+        """What ``scontrol show job`` says; asked again if a busy machine has cut the answer off."""
+        ask = ("scontrol", "--oneliner", "show", "job", str(job))
+        done = self.run(*ask)
+        words = (self.call(*ask) if done.returncode == -signal.SIGPIPE else done.stdout).split()
         return dict(word.partition("=")[::2] for word in words).get(name, "")
 
     def wait_for(self, job, *states, seconds=SECONDS):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import checkpoint
+from benchmarks.harness.bars import judge
 
 
 @pytest.mark.parametrize("megabytes", [1, 13, 40])
@@ -36,3 +37,22 @@ def test_another_state_is_noticed(tmp_path):
     forgetful = checkpoint.Case(checkpoint.plain_save, lambda state, folder: None)
     with pytest.raises(AssertionError, match="was not restored"):
         checkpoint.one_round(forgetful, state, live, tmp_path / "case")
+
+
+def test_what_held_is_said():
+    def record(case, size, durable, restore, blocked):
+        best = {"durable_ms": durable, "warm_restore_ms": restore, "blocked_ms": blocked}
+        named = {f"{key}_min": value for key, value in {**best, "memcpy_ms": 20.0}.items()}
+        return {"case": case, "state_MB": size, **named}
+
+    records = [
+        record("hpctrain", 16, 1.0, 1.0, 1.0),
+        record("hpctrain", 64, 100.0, 10.0, 25.0),
+        record("safetensors", 64, 120.0, 9.5, 120.0),
+        record("torch", 64, 110.0, 1.0, 110.0),
+    ]
+    written, restored, blocked = judge(checkpoint.BARS, checkpoint.beside_others(records))
+    assert written["met"] and written["value"] == pytest.approx(1.10)
+    assert restored["met"] and restored["value"] == pytest.approx(0.95)
+    assert not blocked["met"] and blocked["value"] == pytest.approx(0.80)
+    assert judge(checkpoint.BARS, checkpoint.beside_others(records[:2])) == []

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import compression
-from hpctrain.ps.codec import make_codec
+from hpctrain.compression.codec import make_codec
 
 
 @given(

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import random
@@ -11,8 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from hpctrain.checkpoint import state_tree
+from hpctrain.checkpoint.pieces import Checkpoint
 from hpctrain.checkpoint.store import REST, TENSORS, CheckpointStore, load_verified, save
 from hpctrain.errors import Error
 
@@ -64,6 +67,43 @@ def test_save_and_load(tmp_path):
     save(tmp_path / "step-00000007", {"step": 8})
     assert load_verified(tmp_path / "step-00000007") == {"step": 8}
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def write_old(folder, state, version):
+    """As hpctrain wrote checkpoints of versions 1 and 2."""
+    folder.mkdir(parents=True)
+    tensors, rest = state_tree.split(state)
+    save_file(tensors, folder / "tensors.safetensors")
+    digest = hashlib.sha256((folder / "tensors.safetensors").read_bytes()).hexdigest()
+    head = {"format": "hpctrain-checkpoint", "version": version, "tensors_sha256": digest}
+    head["state"] = rest
+    head["sha256"] = hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
+    (folder / "state.json").write_text(json.dumps(head))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_old_checkpoints_load_and_are_verified(tmp_path, version):
+    state = {**STATE, "mixed": [torch.ones(3, dtype=torch.int8), torch.ones(2, 2).bfloat16()]}
+    write_old(tmp_path / "step-00000001", {**state, "step": 1}, version)
+    write_old(tmp_path / "step-00000002", {**state, "step": 2}, version)
+    store = CheckpointStore(tmp_path, keep=2)
+    assert same(store.newest(pytest.fail), {**state, "step": 2})
+    with Checkpoint(store.path(2)) as old:
+        assert torch.equal(old.read("model.w", [2], [3]), torch.tensor([2.0, 3.0, 4.0]))
+    file = store.path(2) / TENSORS
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    said = []
+    assert same(store.newest(said.append), {**state, "step": 1})
+    assert "step-00000002/tensors.safetensors is damaged: its checksum differs" in said[0]
+    store.save(3, {**state, "step": 3})
+    store.wait()
+    assert store.steps() == [2, 3] and same(store.newest(pytest.fail), {**state, "step": 3})
+
+
+def test_a_version_of_the_future_is_refused(tmp_path):
+    write_old(tmp_path / "c", STATE, 4)
+    with pytest.raises(Error, match="is of version 4, not 3. HINT: use the hpctrain that wrote"):
+        load_verified(tmp_path / "c")
 
 
 @pytest.mark.parametrize("name", [TENSORS, REST])

@@ -7,8 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpctrain.compression.codec import (
+    ErrorFeedback,
+    decode_rows,
+    encode_rows,
+    make_codec,
+    rows_capacity,
+)
 from hpctrain.errors import Error
-from hpctrain.ps.codec import ErrorFeedback, decode_rows, encode_rows, make_codec, rows_capacity
 
 SPECS = ["fp16", "bf16", "int8", "topk:0.01", "topk:0.3", "topk:1"]
 DTYPES = [torch.float32, torch.float64]

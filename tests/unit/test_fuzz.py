@@ -10,6 +10,7 @@ import faulthandler
 import hashlib
 import io
 import json
+import math
 import os
 import resource
 import signal
@@ -24,11 +25,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpctrain.checkpoint.store import REST, TENSORS, CheckpointStore, _digest
+from hpctrain.checkpoint.pieces import digest_of
+from hpctrain.checkpoint.store import REST, TENSORS, CheckpointStore
+from hpctrain.checkpoint.tensor_file import NAMED
 from hpctrain.config import read_toml, resolve
 from hpctrain.data.adopt import adopt
 from hpctrain.data.importers import ImportOptions, import_data
@@ -150,16 +154,21 @@ class Index:
 
     def use(self, folder, content):
         start = content.rfind(b' "sha256": "')
-        if start < 0 and content.endswith(b"}"):  # JSON that was written anew
-            tree = json.loads(content)
-            tree.pop("sha256", None) if isinstance(tree, dict) else None
-            content = json.dumps(tree).encode()[:-1] + b",\n"
-            start = len(content)
+        if start < 0 and content.endswith(b"}"):  # JSON that was written anew, perhaps
+            with contextlib.suppress(ValueError, RecursionError):
+                tree = json.loads(content)
+                tree.pop("sha256", None) if isinstance(tree, dict) else None
+                content = json.dumps(tree).encode()[:-1] + b",\n"
+                start = len(content)
         content = content[:start] + _last_line(hashlib.sha256(content[:start]).hexdigest()).encode()
         (folder / "set" / INDEX).write_bytes(content)
         for split in ShardSet(folder / "set").splits.values():
             if len(split):
                 split.take(np.array([0, len(split) - 1]))
+
+
+def _sum(data):
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 class Checkpoint:
@@ -182,8 +191,14 @@ class Checkpoint:
             head = json.loads((store.path(2) / REST).read_bytes())
             head.pop("sha256", None)
             data = (store.path(2) / TENSORS).read_bytes()
-            head["tensors_sha256"] = hashlib.sha256(data).hexdigest()
-            text = json.dumps({**head, "sha256": _digest(head)})
+            for file in head["files"]:
+                file |= {"bytes": len(data), "header": _sum(data[: file["header_bytes"]])}
+            for tensor in head["tensors"].values():
+                for box in tensor["boxes"]:
+                    size = math.prod(box["sizes"]) * NAMED[tensor["dtype"]].itemsize
+                    found = data[box["start"] : box["start"] + size]
+                    box["xxh3_128"] = [_sum(found)] if found else []
+            text = json.dumps({**head, "sha256": digest_of(head)})
             (store.path(2) / REST).write_text(text)
         complaints = []
         newest = store.newest(complaints.append)

@@ -21,6 +21,7 @@ from hpctrain.data.loader import Loader
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.verify import verify
 from hpctrain.errors import Error
+from tests.waiting import SECONDS
 
 FILTERS = {
     "none": {},
@@ -399,9 +400,9 @@ def test_files_that_others_have_locked(tmp_path, value):
             env={**os.environ, "HDF5_USE_FILE_LOCKING": value},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=SECONDS,
         )
-        holder.communicate(timeout=30)
+        holder.communicate(timeout=SECONDS)
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
 
 

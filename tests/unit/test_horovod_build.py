@@ -15,6 +15,7 @@ from hpctrain.horovod_build import build, mpi, patches, pip, toolchain
 from hpctrain.horovod_build.mpi import Seen
 from hpctrain.horovod_build.pip import Log
 from hpctrain.process import run
+from tests.waiting import SECONDS
 
 OPEN_MPI = "Open MPI v5.0.11, package: of the test"
 GUARD = "include/torch/csrc/api/include/torch/all.h"
@@ -253,7 +254,7 @@ def test_the_log_is_there_while_a_build_goes_on_and_it_is_seen_to_move(
         log.line("  [ 42%] Building CXX object horovod/CMakeFiles/x.dir/common/message.cc.o\n")
         log.line("/usr/include/x.h:1: warning: of which there are many\n")
         assert (tmp_path / "log").read_text().count("\n") == 2
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + SECONDS
         while seen.count("s  [ 42%] message.cc\n") < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
             seen += capsys.readouterr().out
@@ -263,7 +264,7 @@ def test_the_log_is_there_while_a_build_goes_on_and_it_is_seen_to_move(
 def test_a_programs_lines_come_one_by_one():
     began = []
     code = "import sys\nprint('one', flush=True)\nsys.stdin.read()\nprint('two', flush=True)"
-    done = run([sys.executable, "-c", code], timeout_seconds=60, each=began.append)
+    done = run([sys.executable, "-c", code], timeout_seconds=SECONDS, each=began.append)
     assert began == ["one\n", "two\n"] and done.stdout == "one\ntwo\n"
 
 
@@ -274,7 +275,7 @@ def test_a_program_and_what_it_started_end_at_the_time_limit():
 
 def test_a_killed_program_has_its_signal_as_code():
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)"
-    assert run([sys.executable, "-c", code], timeout_seconds=60).returncode == -signal.SIGTERM
+    assert run([sys.executable, "-c", code], timeout_seconds=SECONDS).returncode == -signal.SIGTERM
 
 
 def test_a_horovod_without_gpus_refuses_them():

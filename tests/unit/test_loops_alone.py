@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from hpctrain.compression.dense import Dense
 from hpctrain.errors import Error
 from hpctrain.ps.protocol import shared_memory
 from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_ready
@@ -90,19 +91,25 @@ def test_buffers_that_forward_replaces_are_taken_back():
 class Twins:
     """Other ranks that do as this one does, while there are any; what was exchanged with them."""
 
+    rank = 0
+
     def __init__(self):
-        self.alone = True
+        self.size = 1
         self.exchanged = []
 
     def start_sum(self, tensor, name):
         self.exchanged.append(name)
-        tensor.mul_(2)
+        return tensor.mul_(self.size)
 
     def start_average(self, tensor, name):
         self.exchanged.append(name)
+        return tensor
+
+    def ready(self, handle):
+        return True
 
     def wait(self, handle):
-        pass
+        return handle
 
 
 def test_a_rank_exchanges_nothing_while_it_is_alone():
@@ -113,17 +120,19 @@ def test_a_rank_exchanges_nothing_while_it_is_alone():
         model.unused = nn.Parameter(torch.ones(2))
     models[1].load_state_dict(models[0].state_dict())
     twins = Twins()
-    parameters = list(models[1].parameters())
-    averaged = AveragedGradients(parameters, twins, 40, [], lambda part: None)
+    names, parameters = zip(*models[1].named_parameters(), strict=True)
+    averaged = AveragedGradients(
+        parameters, names, twins, Dense(), 40, [], lambda part: None, lambda: twins.size == 1
+    )
     call_when_ready(parameters, averaged.ready)
-    for alone in (True, True, False, False, True, False):
-        twins.alone = alone
+    for ranks in (1, 1, 2, 2, 1, 2):
+        twins.size = ranks
         twins.exchanged.clear()
         for model in models:
             model(torch.randn(3, 4, generator=torch.Generator().manual_seed(1))).sum().backward()
         averaged.synchronize()
         averaged.stepped()
-        assert ("hpctrain.round" in twins.exchanged) != alone and bool(twins.exchanged) != alone
+        assert ("hpctrain.round" in twins.exchanged) == bool(twins.exchanged) == (ranks > 1)
         for one, other in zip(*(m.parameters() for m in models), strict=True):
             assert (one.grad is None) == (other.grad is None)
             assert one.grad is None or torch.equal(one.grad, other.grad)

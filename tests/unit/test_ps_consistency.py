@@ -1,6 +1,7 @@
 """Consistency modes: one class each, and one that this file alone knows trains."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -67,6 +68,21 @@ def test_a_mode_of_this_file_trains(workers, servers, near, seed, count):
         assert pushed == dict.fromkeys(range(workers), 6)  # each step counts once
         sizes = Counter(Counter(version for version, *_ in log).values())
         assert max(sizes) <= count
+
+
+def test_the_mode_of_the_documentation_trains(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "parameter-server.md").read_text()
+    code = next(part for part in text.split("```python") if "class Relaxing" in part)
+    (tmp_path / "relaxing.py").write_text(code.partition("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    leads = {}
+    for updates in (1, 1000):  # before the bound is one clock more
+        config = {"consistency": f"relaxing:Relaxing:{updates}", "slice_bytes": 4096}
+        simulation = Simulation(config, 3, 2, OPTIMIZERS["sgd"], seed=1).run(6)
+        expected = replay(simulation, simulation.logs(), by_delay=True)
+        assert difference(simulation.final(), expected) < 1e-12
+        leads[updates] = max(clock - slowest for _, clock, slowest in simulation.history)
+    assert leads[1000] == 0 < leads[1]
 
 
 def test_what_a_mode_says_of_itself_is_asked_everywhere():

@@ -269,22 +269,30 @@ def test_a_healthy_job_outlives_hiccups(tmp_path, monkeypatch, slurm, capfd):
     assert json.loads((run / "owners" / "0000.json").read_text())["job"] == "7"
 
 
-def test_srun_is_started_again_when_slurm_answers(tmp_path, monkeypatch, slurm, capfd):
-    """Where it says that it has started nothing, for Slurm was silent."""
+@pytest.mark.parametrize(
+    "said",
+    ["Unable to confirm allocation for job 7: Socket timed out on send/recv",
+     "Task launch for StepId=7.0 failed on node n2: Job credential expired"],
+)  # fmt: skip
+def test_srun_is_started_again(said, tmp_path, monkeypatch, slurm, capfd):
+    """Where it says that it has started nothing: Slurm was silent, or a node too busy."""
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "1",
                         "SLURM_TASKS_PER_NODE": "1"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     run = tmp_path / "run"
-    silent = "srun: error: Unable to confirm allocation for job 7: Socket timed out on send/recv"
-    slurm("srun", f"[ -e $0.asked ] || {{ touch $0.asked; echo '{silent}'; exit 1; }}\n"
+    slurm("srun", f"[ -e $0.asked ] || {{ touch $0.asked; echo 'srun: error: {said}'; exit 1; }}\n"
           f"echo '{{}}' > {run}/result.json")  # fmt: skip
     one = supervise.Job(["srun"], run, max_requeues=1, relaunches=0)
     assert one.supervise() == 0
     assert len(slurm.calls("srun")) == 2
-    # Not where ranks may run, or for another reason.
+    assert f"srun: {said}; asking again" in capfd.readouterr().out
+
+
+def test_srun_is_not_started_again_where_ranks_may_run():
     assert not commands.not_started("srun: error: Socket timed out on send/recv operation")
     assert not commands.not_started("Unable to create step for job 7: Invalid generic resource")
+    assert not supervise._patience("Task launch for StepId=7.0 failed on node n2: Socket timed out")
 
 
 def test_signals_that_nobody_can_catch():

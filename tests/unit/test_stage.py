@@ -196,7 +196,7 @@ def as_another(script, *arguments):
     """Run Python as another user."""
     done = subprocess.run(
         [sys.executable, "-c", AS_ANOTHER + script, *map(str, arguments)],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

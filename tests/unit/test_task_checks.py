@@ -20,6 +20,7 @@ from hpctrain.train.model_setup import averaged, begin_training, evaluating, pre
 from hpctrain.train.recorder import Silent
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World
+from tests.waiting import SECONDS
 
 X = np.random.default_rng(0).normal(size=(20, 3))
 
@@ -334,7 +335,7 @@ def test_closed_streams_and_odd_names_do_no_harm():
     result = subprocess.run(
         ["sh", "-c", 'exec "$0" -c "$1" train "$2" >&-', sys.executable, code, b"\xff.py"],
         capture_output=True,
-        timeout=120,
+        timeout=SECONDS,
     )
     assert result.returncode == 2
     assert b"Traceback" not in result.stderr and b"HINT" in result.stderr

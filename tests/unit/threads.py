@@ -45,6 +45,39 @@ class ThreadCommunicator(Alone):
         self._exchange(None)
 
 
+class ThreadCollectives:
+    """The collectives of compressed exchanges, each done when it is begun; what all ranks see."""
+
+    def __init__(self, comm: ThreadCommunicator) -> None:
+        self._comm = comm
+        self.rank, self.size = comm.rank, comm.size
+        self.sent = 0  # bytes of this rank on the wire, with a ring's all-reduce and all-gather
+
+    def start_sum(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.sent += 2 * (self.size - 1) * tensor.nbytes // self.size
+        self._comm.all_reduce(tensor)
+        return tensor
+
+    def start_average(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        return self.start_sum(tensor, name).div_(self.size)
+
+    def start_gather(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.sent += (self.size - 1) * tensor.nbytes
+        return torch.cat(self._comm._exchange(tensor.clone()))
+
+    def start_all_to_all(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        self.sent += (self.size - 1) * tensor.nbytes // self.size
+        return torch.cat(
+            [each.chunk(self.size)[self.rank] for each in self._comm._exchange(tensor)]
+        )
+
+    def ready(self, handle: torch.Tensor) -> bool:
+        return True
+
+    def wait(self, handle: torch.Tensor) -> torch.Tensor:
+        return handle
+
+
 def on_ranks(size: int, action: Callable[[ThreadCommunicator], T]) -> list[T | BaseException]:
     """What each rank's call returned, or raised."""
     meet, given = threading.Barrier(size), [None] * size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from hpctrain.data.importers.import_plan import Importer, ImportOptions
 from hpctrain.data.importers.tar import TARS, is_tar, reading
 from hpctrain.data.importers.work import make
 from hpctrain.errors import Error
+from hpctrain.registry import Registry
 from hpctrain.world.launcher import Launch, detect
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def open_source(source: Path, options: ImportOptions) -> Importer:
     Raises:
         Error: It is of no kind that can be imported, or of several; or a library is missing.
     """
+    if (outside := _kind_from_outside(source, options)) is not None:
+        return importer(outside, source, options)
     if source.is_dir():
         tree = walk(source)
         return importer(options.kind or _kind_of_folder(source, tree), source, options, tree)
@@ -165,7 +167,7 @@ def importer(kind: str, source: Path, options: ImportOptions, tree: Tree | None 
     """What reads a source of a kind. The libraries of its format are loaded here, no others.
 
     Args:
-        kind: One of those below, or "images" for a folder of them.
+        kind: A name of ``IMPORTERS``, or "images" for a folder of them.
         source: The source.
         options: How to import it.
         tree: What is below the source, if that is known.
@@ -173,27 +175,43 @@ def importer(kind: str, source: Path, options: ImportOptions, tree: Tree | None 
     Raises:
         Error: A library is missing.
     """
-    module, name = _IMPORTERS["folder" if kind == "images" else kind]
+    name = "folder" if kind == "images" else kind
     try:
-        found = getattr(import_module(f"hpctrain.data.importers.{module}"), name)
-    except ImportError as error:
-        if kind != "tables":
+        found = IMPORTERS.get(name)
+    except Error as error:
+        if kind != "tables" or not isinstance(error.__cause__, ImportError):
             raise
         raise Error(
-            f"{source} needs pyarrow to be read, which is not installed ({error}).",
+            f"{source} needs pyarrow to be read, which is not installed ({error.__cause__}).",
             hint="pip install pyarrow",
         ) from error
     made: Importer = found(source, options, kind, tree)
     return made
 
 
-_IMPORTERS = {
-    "folder": ("images", "FolderImages"),
-    "tar": ("images", "TarImages"),
-    "webdataset": ("webdataset", "WebDataset"),
-    "tables": ("tables", "Tables"),
-    "npz": ("arrays", "Npz"),
-    "npy": ("arrays", "Npy"),
-    "hdf5": ("hdf5", "Hdf5"),
-    "text": ("text", "Text"),
-}
+def _kind_from_outside(source: Path, options: ImportOptions) -> str | None:
+    """An importer that is not hpctrain's, if one is asked for, or claims the source."""
+    own = IMPORTERS.names(builtin_alone=True)
+    if options.kind is not None:
+        return options.kind if options.kind not in (*KINDS, *own) else None
+    others = [name for name in IMPORTERS.names() if name not in own]
+    return next((name for name in others if IMPORTERS.get(name).claims(source)), None)
+
+
+KINDS = ("images", "webdataset", "tables", "text")
+"""What a source can be said to be, where it could be read in several ways."""
+
+IMPORTERS = Registry(
+    "importer",
+    "hpctrain.importers",
+    {
+        "folder": "hpctrain.data.importers.images:FolderImages",
+        "tar": "hpctrain.data.importers.images:TarImages",
+        "webdataset": "hpctrain.data.importers.webdataset:WebDataset",
+        "tables": "hpctrain.data.importers.tables:Tables",
+        "npz": "hpctrain.data.importers.arrays:Npz",
+        "npy": "hpctrain.data.importers.arrays:Npy",
+        "hdf5": "hpctrain.data.importers.hdf5:Hdf5",
+        "text": "hpctrain.data.importers.text:Text",
+    },
+)

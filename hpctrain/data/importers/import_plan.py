@@ -31,8 +31,6 @@ SHARDS = 64
 BLOCK_BYTES = 4 * 2**20
 """What is read at a stretch, about."""
 
-Kind = Literal["images", "webdataset", "tables", "text"]
-"""Of a source that could be read in several ways."""
 Classes = Literal["first", "last", "path", "none"]
 Pixels = Literal["rgb", "gray", "keep"]
 
@@ -53,7 +51,8 @@ class ImportOptions:
         sequence_length: Characters a text sample predicts; it holds one more.
         seed: Chooses the validation samples.
         keep_encoded: Images are stored as the bytes of their files, and decoded while training.
-        kind: What the source is; None: as its content says.
+        kind: What the source is: images, webdataset, tables, text, or an importer's name or place;
+            None: as its content says.
         fields: Arrays, datasets, columns or members to take; none: all that can be.
         names_tell_splits: Whether words such as ``train`` in names say to which split samples go.
         classes: Which folder names an image's class: the first below the split, the last, all of
@@ -73,7 +72,7 @@ class ImportOptions:
     sequence_length: int = 128
     seed: int = 0
     keep_encoded: bool = False
-    kind: Kind | None = None
+    kind: str | None = None
     fields: tuple[str, ...] = ()
     names_tell_splits: bool = True
     classes: Classes | None = None
@@ -167,6 +166,17 @@ class Importer(ABC):
     def tree(self) -> Tree:
         """What is below the source, which is a folder."""
         return self._tree or walk(self.path)
+
+    @classmethod
+    def claims(cls, path: Path) -> bool:
+        """Whether this reads such a source, where nothing says what it is.
+
+        Asked of importers that other packages declare by entry points of ``hpctrain.importers``.
+
+        Args:
+            path: A file or folder that is there.
+        """
+        return False
 
     @abstractmethod
     def survey(self) -> Survey:

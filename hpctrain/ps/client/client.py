@@ -27,17 +27,17 @@ FIRST_WORDS_SECONDS = 1.0
 
 
 class Future:
-    """An exchange under way."""
+    """Stands for an exchange under way."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     def done(self) -> bool:
-        """Whether it is over."""
+        """Return whether the exchange is over."""
         return self._client.settled()
 
     def wait(self) -> None:
-        """Return when it is over.
+        """Wait until the exchange is over.
 
         Raises:
             PeerLost: The servers are gone, or went on without this worker.
@@ -164,12 +164,17 @@ class Client:
         return Future(self)
 
     def begin_late(self, servers: Sequence[int], lost: Sequence[int]) -> None:
-        """Say which servers there were at the beginning, and which are lost."""
+        """Say which servers there were at the beginning, and which have been lost since.
+
+        Args:
+            servers: All that there were at the beginning.
+            lost: Those lost since, in order.
+        """
         self._initial_servers = sorted(servers)
         self.lost = dict.fromkeys(lost, "it was lost before this worker came")
 
     def take_part(self) -> list[int]:
-        """Be one of the workers from now on, at the clock of the slowest; returns who they are.
+        """Be one of the workers from now on, at the clock of the slowest; return who they are.
 
         Where all take each step together, the others may be about the collectives of the step
         before: this worker's first are those after its own first step.
@@ -212,7 +217,7 @@ class Client:
         rows: dict[int, torch.Tensor] | None = None,
         absent: dict[int, list[int]] | None = None,
     ) -> None:
-        """These slices' gradients are ready, in the flats; they must stay as they are.
+        """Push slices whose gradients are ready in the flats; they must stay as they are.
 
         Args:
             slices: Their numbers.
@@ -227,23 +232,28 @@ class Client:
         self._do(lambda: self.exchange.push(indices))
 
     def push_pull(self, weight: float, hyper: list[list[float]]) -> Future:
-        """A whole step: push all gradients, and bring the weights back."""
+        """Take a whole step: push all gradients, and pull the new weights.
+
+        Args:
+            weight: What the loss is multiplied by.
+            hyper: For each parameter group the update rule's numbers.
+        """
         self.begin(weight, hyper)
         self.push(range(len(self.layout.slices)))
         return Future(self)
 
     def pull(self) -> Future:
-        """Bring all weights here."""
+        """Pull all weights."""
         self._settled.clear()
         self._do(lambda: self._pull_all(None))
         return Future(self)
 
     def settled(self) -> bool:
-        """Whether nothing is under way."""
+        """Return whether no exchange is under way."""
         return self._settled.is_set()
 
     def wait(self) -> None:
-        """Return when every push of the step is answered.
+        """Wait until every push of the step is answered.
 
         Raises:
             PeerLost: The servers are gone, or went on without this worker.
@@ -251,7 +261,7 @@ class Client:
         self._await(self._settled)
 
     def end(self) -> None:
-        """The step is over: its answers are here."""
+        """End the step when its answers are here."""
         self.wait()
         self.leads[self._lead] += 1
         self._lead = 0
@@ -260,7 +270,15 @@ class Client:
         self.clock += 1 + self.behind
 
     def ask(self, what: str, value: Any = None, data: bytes = b"") -> messages.Answer:
-        """Ask the coordinator, and wait for its answer; it gives up on who is waited for, or us.
+        """Ask the coordinator, and wait for its answer.
+
+        The wait is bounded: the coordinator gives up on whoever is waited for, and this worker on
+        servers without a heartbeat.
+
+        Args:
+            what: Is asked; see :class:`hpctrain.ps.server.coordinator.Coordinator`.
+            value: More about it.
+            data: Likewise, as bytes.
 
         Raises:
             PeerLost: The servers are gone, or went on without this worker.
@@ -273,7 +291,7 @@ class Client:
         return self._questions.answers.pop(question.number)
 
     def next_collective(self) -> str:
-        """What the next collective is called: all workers have the same ones in the same order.
+        """Return the name of the next collective: the same, in the same order, on all workers.
 
         Where all take each step together the step is part of it, so that a worker may join.
         """
@@ -284,7 +302,7 @@ class Client:
         return "{}.{}".format(*self._collective)
 
     def snapshot(self) -> ServerSnapshot:
-        """All slices at one point, with the state of the update rule.
+        """Fetch all slices as they were at one point, with the state of the update rule.
 
         Raises:
             PeerLost: The servers are gone, or went on without this worker.
@@ -323,7 +341,7 @@ class Client:
 
     @property
     def told(self) -> bool:
-        """Whether all that was to be done has been begun, and what was sent is on its way."""
+        """Whether all commands have begun, and what was sent is on its way."""
         return not self._commands and self.idle()
 
     def _do(self, command: Callable[[], None]) -> None:
@@ -344,13 +362,13 @@ class Client:
 
     @property
     def busy(self) -> bool:
-        """Whether something is under way."""
+        """Whether an exchange, a question or a snapshot is under way."""
         return bool(
             self._commands or self.exchange.busy or self._questions.busy or self._fetching.busy
         )
 
     def poll(self) -> bool:
-        """Move on; True where something happened."""
+        """Move all exchanges on without blocking; return whether something happened."""
         moved = bool(self._commands)
         try:
             while self._commands:
@@ -374,11 +392,11 @@ class Client:
         return self._error is not None
 
     def idle(self) -> bool:
-        """Whether everything sent is on its way."""
+        """Return whether everything sent is on its way."""
         return all(link.idle() for link in self.servers.values())
 
     def fail(self, error: Error) -> None:
-        """Nothing more can be done: whoever waits is told."""
+        """Give up with an error, and wake whoever waits."""
         if self._error is None:
             self._error = error
         self._settled.set()
@@ -386,6 +404,7 @@ class Client:
         self._fetching.fail()
 
     def _keep_house(self) -> None:
+        """Send heartbeats, and give up servers that have been silent for too long."""
         now = time.monotonic()
         if now - self._last_heartbeat < self.config.silence_seconds / 5:
             return
@@ -427,7 +446,12 @@ class Client:
     # What comes.
 
     def buffers(self, link: Link, message: messages.Message) -> Sequence[torch.Tensor]:
-        """Memory for a message's payloads: weights go where the model reads them."""
+        """Return memory for a message's payloads: weights go where the model reads them.
+
+        Args:
+            link: Where the message comes from.
+            message: What is announced.
+        """
         if isinstance(message, messages.Weights):
             return self.exchange.buffers(message)
         if isinstance(message, messages.Part):
@@ -437,12 +461,24 @@ class Client:
     def payload(
         self, link: Link, message: messages.Message, number: int, buffer: torch.Tensor
     ) -> None:
-        """A payload has come, to where it belongs."""
+        """Take in a payload that has come, to where it belongs.
+
+        Args:
+            link: Where it comes from.
+            message: Whose payload it is.
+            number: Its place among the message's payloads.
+            buffer: What has come.
+        """
         if isinstance(message, messages.Weights):
             self.exchange.payload(message, number, buffer)
 
     def message(self, link: Link, message: messages.Message) -> None:
-        """A message has come whole."""
+        """Take in a message that has come whole.
+
+        Args:
+            link: Where it comes from.
+            message: What has come.
+        """
         match message:
             case messages.Weights():
                 self._answered(message)
@@ -480,6 +516,7 @@ class Client:
             self._settled.set()
 
     def _lose(self, peer: int, reason: str) -> None:
+        """Go on without a lost rank; where it is a server, fail over to the next."""
         if peer not in self.lost:
             self.lost[peer] = reason
             self._on_lost(peer)
@@ -505,5 +542,5 @@ class Client:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """How messages call a type."""
+    """Return the name by which messages call a type."""
     return {value: name for name, value in DTYPES.items()}.get(dtype, str(dtype).split(".")[-1])

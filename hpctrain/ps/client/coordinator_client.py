@@ -10,7 +10,7 @@ from hpctrain.ps.protocol.link import Link
 
 
 class CoordinatorClient:
-    """Asks, and asks again where the coordinator is lost.
+    """Asks the coordinator, and asks its successor again after a failover.
 
     Args:
         servers: Links with the servers that are left.
@@ -32,16 +32,21 @@ class CoordinatorClient:
         return bool(self._waiting)
 
     def open(self) -> None:
-        """Training begins: all have the results of what was asked before."""
+        """Forget results of collectives from before training: all workers have them."""
         self._results.clear()
 
     def ask(self, question: messages.Ask, event: threading.Event) -> None:
-        """Ask; the event is set when it is answered."""
+        """Send a question; the event is set when it is answered.
+
+        Args:
+            question: What is asked.
+            event: Set when the answer is in ``answers``.
+        """
         self._waiting[question.number] = (question, event)
         self._servers[min(self._servers)].send(question)
 
     def answered(self, answer: messages.Answer) -> None:
-        """The coordinator has answered."""
+        """Take in the coordinator's answer, and wake whoever waits for it."""
         if waiting := self._waiting.pop(answer.number, None):
             question, event = waiting
             self.answers[answer.number] = answer
@@ -55,7 +60,7 @@ class CoordinatorClient:
             self._results[question.value[0]] = (answer.value, answer.data or question.data)
 
     def ask_again(self) -> None:
-        """The coordinator is lost: tell its successor what this worker knows, and ask it."""
+        """Ask the successor of a lost coordinator, and tell it what this worker knows."""
         successor = self._servers[min(self._servers)]
         for number, (value, data) in self._results.items():
             successor.send(messages.Ask(0, "known", [number, value], data))
@@ -63,6 +68,6 @@ class CoordinatorClient:
             successor.send(question)
 
     def fail(self) -> None:
-        """There will be no answers: whoever waits is woken."""
+        """Wake whoever waits: there will be no answers."""
         for _, event in self._waiting.values():
             event.set()

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from hpctrain.compression.codec import decode_rows, make_codec
 from hpctrain.config import PsConfig
 from hpctrain.ps.client.push_encoder import PushEncoder
-from hpctrain.ps.codec import decode_rows, make_codec
 from hpctrain.ps.partition.layout import Layout
 from hpctrain.ps.partition.placement import Placement, place, without
 from hpctrain.ps.protocol import messages
@@ -76,7 +76,14 @@ class Exchange:
         gradients: Sequence[torch.Tensor],
         near: Collection[int],
     ) -> None:
-        """Say what there is to exchange, and which servers reach this worker's memory."""
+        """Say what there is to exchange, and which servers reach this worker's memory.
+
+        Args:
+            layout: The same on every worker.
+            weights: The flats that pulled weights are put into.
+            gradients: The flats that are pushed.
+            near: Servers that share memory with this worker.
+        """
         self.versions = [0] * len(layout.slices)
         self._layout = layout
         self._sizes = layout.sizes()
@@ -85,18 +92,18 @@ class Exchange:
         self._outgoing = PushEncoder(self._codec, layout, gradients)
 
     def begin(self) -> None:
-        """Begin a step: it is over when every slice was pushed and answered."""
+        """Begin a step; it is over when every slice was pushed and answered."""
         self._outgoing.begin()
         self._absent = {}
         self._left = set(range(len(self.versions)))
 
     def touch(self, rows: Mapping[int, torch.Tensor]) -> None:
-        """The step has touched these rows, by flat."""
+        """Note the rows that this step has touched, by flat."""
         self._outgoing.touch(rows)
 
     @property
     def busy(self) -> bool:
-        """Whether something is under way."""
+        """Whether a push or a pull is under way."""
         return bool(self._ready or self._under_way)
 
     @property
@@ -105,7 +112,7 @@ class Exchange:
         return not self._under_way and not self._ready and not self._left
 
     def place(self, initial: Iterable[int], lost: Iterable[int]) -> None:
-        """Work out who holds what.
+        """Work out which server holds which slices.
 
         Args:
             initial: Servers that there were at the beginning.
@@ -120,7 +127,7 @@ class Exchange:
             self.placement = without(self.placement, self._sizes, server, servers)
 
     def lose(self, server: int) -> None:
-        """A server is gone: what it did not answer goes to others."""
+        """Fail over: what a lost server did not answer goes to those that have its slices now."""
         if not self.placement:
             return
         self.placement = without(self.placement, self._sizes, server, sorted(self._servers))
@@ -135,7 +142,7 @@ class Exchange:
     # What goes.
 
     def pull_all(self, message: messages.Join | None) -> bool:
-        """Ask for all weights, by this message if there is one; False where there are none."""
+        """Ask for all weights, by this message if there is one; return False if there are none."""
         self._pull(range(len(self.placement)), message)
         return bool(self._under_way)
 
@@ -151,7 +158,7 @@ class Exchange:
                 link.send(message or messages.Pull(indices))
 
     def set_step(self, step: Step) -> None:
-        """What comes next are this step's pushes."""
+        """Push what comes next as gradients of this step."""
         self._step = step
         self._pulling = False
 
@@ -164,16 +171,16 @@ class Exchange:
             link.send(messages.Put(indices, [payload.nbytes for payload in payloads]), payloads)
 
     def lack(self, absent: Mapping[int, list[int]]) -> None:
-        """These parts of slices have no gradient in this step."""
+        """Note the parts of slices that have no gradient in this step."""
         self._absent.update(absent)
 
     def push(self, indices: Iterable[int]) -> None:
-        """Push these slices, soon."""
+        """Queue slices to be pushed, those needed first in front."""
         for index in indices:
             heapq.heappush(self._ready, index)
 
     def send_ready(self) -> None:
-        """Send of what is ready as much as may be on its way."""
+        """Send as much of what is ready as may be on its way at a time."""
         if not self._ready:
             return
         waiting = []
@@ -216,7 +223,7 @@ class Exchange:
     # What comes.
 
     def buffers(self, message: messages.Weights) -> Sequence[torch.Tensor]:
-        """Memory for weights: they go where the model reads them."""
+        """Return memory for weights that are announced: where the model reads them."""
         if not message.sizes:
             return []
         return [
@@ -231,7 +238,13 @@ class Exchange:
         return self._weights[piece.flat][piece.start : piece.stop]
 
     def payload(self, message: messages.Weights, number: int, buffer: torch.Tensor) -> None:
-        """Weights have come; changed rows are yet to be put where they belong."""
+        """Take in weights that have come; changed rows are put where they belong.
+
+        Args:
+            message: Whose payload it is.
+            number: Its place among the message's payloads.
+            buffer: What has come.
+        """
         self.moved_bytes += buffer.nbytes
         piece = self._layout.slices[message.slices[number]]
         flat = self._layout.flats[piece.flat]
@@ -241,7 +254,7 @@ class Exchange:
             table[rows] = values
 
     def answered(self, message: messages.Weights) -> None:
-        """Slices are answered."""
+        """Take in that slices are answered: they need not be pushed again."""
         for index, version in zip(message.slices, message.versions, strict=True):
             if self._under_way.pop(index, None) is None:
                 continue

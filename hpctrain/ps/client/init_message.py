@@ -37,7 +37,12 @@ class InitMessage:
     clip_norm: float | None
 
     def send(self, servers: Mapping[int, Link], placement: Placement) -> None:
-        """Tell each server, with the slices that it holds."""
+        """Tell each server what is trained, with the slices that it holds.
+
+        Args:
+            servers: Links with them, by number.
+            placement: For each slice its holders.
+        """
         layout, steps = self.layout, self.steps
         flats = [self.weights, *(self.state.values() if self.state else ())]
         for server, link in servers.items():

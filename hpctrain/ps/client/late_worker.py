@@ -19,7 +19,7 @@ from hpctrain.world.spawn import START_SECONDS, disconnect, fault_tolerant, rece
 
 
 class LateWorker:
-    """Finds the servers that a worker that was started late is to work with.
+    """Finds the servers that a worker started late is to work with: its handshake.
 
     Attributes:
         greeting: What it was told.

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from hpctrain.ps.codec import Codec, ErrorFeedback, encode_rows, rows_capacity
+from hpctrain.compression.codec import Codec, ErrorFeedback, encode_rows, rows_capacity
 from hpctrain.ps.partition.layout import Flat, Layout, Slice
 
 
 class PushEncoder:
-    """Makes payloads of gradients.
+    """Encodes gradients for their way to the servers.
 
     Args:
         codec: How they are compressed.
@@ -39,19 +39,19 @@ class PushEncoder:
             }
 
     def begin(self) -> None:
-        """A step begins: it has touched no rows yet."""
+        """Begin a step, which has touched no rows yet."""
         self._rows = {}
 
     def touch(self, rows: Mapping[int, torch.Tensor]) -> None:
-        """This step has touched these rows, by flat."""
+        """Note the rows that this step has touched, by flat."""
         self._rows.update(rows)
 
     def by_rows(self, index: int) -> bool:
-        """Whether a slice's gradient comes as rows."""
+        """Return whether a slice's gradient is sent as rows."""
         return index in self._by_rows
 
     def payload(self, index: int) -> torch.Tensor:
-        """A slice's gradient as it is sent."""
+        """Return a slice's gradient as it is sent."""
         piece = self._layout.slices[index]
         flat = self._layout.flats[piece.flat]
         gradient = self._gradients[piece.flat][piece.start : piece.stop]
@@ -78,5 +78,5 @@ class PushEncoder:
         return out[: encode_rows(rows, values, out)]
 
     def answered(self, index: int) -> None:
-        """A push need not be sent again."""
+        """Forget a push that need not be sent again."""
         self._encoded.pop(index, None)

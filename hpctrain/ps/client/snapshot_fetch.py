@@ -59,11 +59,21 @@ class SnapshotFetch:
         return found == len(self._layout.slices)
 
     def open(self, layout: Layout, rule: Rule) -> None:
-        """Say what there is to fetch."""
+        """Say of which layout and update rule snapshots are.
+
+        Args:
+            layout: The same on every worker.
+            rule: Whose state is part of a snapshot.
+        """
         self._layout, self._rule = layout, rule
 
     def fetch(self, number: int, event: threading.Event) -> None:
-        """Fetch a snapshot; the event is set when all servers have sent their parts."""
+        """Fetch a snapshot from all servers.
+
+        Args:
+            number: The coordinator's number of it.
+            event: Set when all servers have sent their parts.
+        """
         self._parts = {}
         self._event = event
         layout = self._layout
@@ -78,14 +88,19 @@ class SnapshotFetch:
             link.send(messages.Fetch(number))
 
     def buffers(self, message: messages.Part) -> Sequence[torch.Tensor]:
-        """Memory for a part: where it belongs."""
+        """Return the memory that a server's part of the snapshot belongs to."""
         assert self.snapshot is not None
         kinds = [self.snapshot.weights, *self.snapshot.state.values()]
         pieces = [self._layout.slices[index] for index in message.slices]
         return [kind[p.flat][p.start : p.stop] for p in pieces for kind in kinds]
 
     def part(self, server: int, message: messages.Part) -> None:
-        """A part has come."""
+        """Take in a server's part of the snapshot.
+
+        Args:
+            server: Whose part it is.
+            message: Which slices it holds; their tensors have come already.
+        """
         assert self.snapshot is not None and self._event is not None
         for index, steps, missed in zip(message.slices, message.steps, message.missed, strict=True):
             self.snapshot.steps[index], self.snapshot.missed[index] = steps, missed
@@ -93,12 +108,12 @@ class SnapshotFetch:
         self.count()
 
     def count(self) -> None:
-        """Is anything waited for still? A server may have been lost."""
+        """Wake whoever waits if no server that is left is waited for any more."""
         if self._event is not None and set(self._parts) >= set(self._servers):
             event, self._event = self._event, None
             event.set()
 
     def fail(self) -> None:
-        """No more will come: whoever waits is woken."""
+        """Wake whoever waits: no more will come."""
         if self._event is not None:
             self._event.set()

@@ -18,9 +18,9 @@ class Asynchronous(Consistency):
 
     @property
     def staleness(self) -> float:
-        """Without a bound."""
+        """The bound on staleness: none."""
         return math.inf
 
     def schedule(self, workers: Iterable[int]) -> Schedule:
-        """Return updates of single pushes, without a bound."""
+        """Return a schedule that updates with single pushes, without a bound."""
         return Bounded(workers)

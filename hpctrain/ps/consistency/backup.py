@@ -18,9 +18,9 @@ class BackupWorkers(Consistency):
 
     @property
     def backups(self) -> int:
-        """How many stragglers B are not waited for."""
+        """How many stragglers a step does not wait for."""
         return self.number
 
     def schedule(self, workers: Iterable[int]) -> Schedule:
-        """Return rounds that are closed without the slowest."""
+        """Return a schedule of rounds that are closed without the slowest."""
         return Rounds(workers, self.number)

@@ -41,7 +41,12 @@ class Replayed(Schedule):
         self._missing = {(worker, clock) for _, worker, clock in answers if clock >= 0}
 
     def push(self, worker: int, clock: int, round_: int) -> None:
-        """A gradient came.
+        """Take in a gradient that also came in the recorded run.
+
+        Args:
+            worker: Whose.
+            clock: The worker's step.
+            round_: The update it is meant for.
 
         Raises:
             Error: It did not in the recorded run.
@@ -54,7 +59,7 @@ class Replayed(Schedule):
         super().push(worker, clock, round_)
 
     def leave(self, worker: int) -> None:
-        """A worker is done.
+        """Wait no longer for a worker that is done, as it was in the recorded run.
 
         Raises:
             Error: It was not in the recorded run.

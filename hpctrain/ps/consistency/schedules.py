@@ -9,11 +9,11 @@ from hpctrain.ps.consistency.base import Action, Grant, Schedule
 
 
 class Rounds(Schedule):
-    """Each update is the mean of a round's pushes: of all workers, or of all but the slowest few.
+    """Each update is the mean of a round's pushes: of all workers, or of a quorum of them.
 
-    With backup workers a push that comes after its round was closed is dropped (Chen et al.,
-    "Revisiting Distributed Synchronous SGD", 2016). Pushes are added up in the order of the
-    workers' numbers, so that sums do not depend on who was faster.
+    With backup workers the quorum is all but the stragglers: a push that comes after its round was
+    closed is dropped (Chen et al., "Revisiting Distributed Synchronous SGD", 2016). Pushes are
+    added up in the order of the workers' numbers, so that sums do not depend on who was faster.
 
     Args:
         workers: Who takes part.
@@ -25,7 +25,7 @@ class Rounds(Schedule):
         self._backup = backup
 
     def next(self) -> Action | None:
-        """Drop what is late, close the round if it is full, or answer."""
+        """Drop what is late, close the round if it is full, or answer a worker."""
         if self._unanswered:
             worker = next(iter(self._unanswered))
             del self._unanswered[worker]
@@ -51,19 +51,22 @@ class Bounded(Schedule):
     Args:
         workers: Who takes part.
         bound: The most clocks ahead.
+
+    Attributes:
+        bound: The most clocks ahead, from now on.
     """
 
     def __init__(self, workers: Iterable[int], bound: float = math.inf) -> None:
         super().__init__(workers)
-        self._bound = bound
+        self.bound = bound
 
     def next(self) -> Action | None:
-        """Apply in order of arrival, then answer whoever may go on."""
+        """Apply pushes in order of arrival, then answer workers within the bound."""
         if self._waiting:
             return self._apply([next(iter(self._waiting))])
         slowest = self.slowest
         for worker in self._unanswered:
-            if self.applied.get(worker, slowest) - slowest <= self._bound:
+            if self.applied.get(worker, slowest) - slowest <= self.bound:
                 del self._unanswered[worker]
                 return Grant(worker)
         return None

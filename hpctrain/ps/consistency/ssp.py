@@ -23,9 +23,9 @@ class BoundedStaleness(Consistency):
 
     @property
     def staleness(self) -> float:
-        """The bound S."""
+        """The bound on staleness: S clocks."""
         return self.number
 
     def schedule(self, workers: Iterable[int]) -> Schedule:
-        """Return updates of single pushes, with a bound."""
+        """Return a schedule that updates with single pushes, within a bound."""
         return Bounded(workers, self.number)

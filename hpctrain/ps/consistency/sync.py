@@ -16,5 +16,5 @@ class Sync(Consistency):
     synchronous = True
 
     def schedule(self, workers: Iterable[int]) -> Schedule:
-        """Return rounds of all workers."""
+        """Return a schedule of rounds of all workers."""
         return Rounds(workers)

@@ -28,7 +28,12 @@ goes by until the first is answered, and after the last is pushed."""
 
 
 def slice_bytes_for(total_bytes: int, servers: int) -> int:
-    """The size of slices: as large as leaves every server enough of them."""
+    """Return the size of slices that leaves every server enough of them.
+
+    Args:
+        total_bytes: Of all parameters.
+        servers: How many servers there are.
+    """
     size = LARGEST_SLICE
     while size > SMALLEST_SLICE and total_bytes < size * SLICES_PER_SERVER * servers:
         size //= 2
@@ -52,12 +57,12 @@ class Flat(msgspec.Struct, frozen=True):
 
     @property
     def elements(self) -> int:
-        """Of all parameters together."""
+        """The elements of all parameters together."""
         return self.ends[-1]
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The type itself."""
+        """The type of the elements."""
         return DTYPES[self.dtype]
 
 
@@ -80,7 +85,7 @@ class Slice(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """How many elements the slice has."""
         return self.stop - self.start
 
 
@@ -148,14 +153,14 @@ class Layout:
         )
 
     def sizes(self) -> list[int]:
-        """Bytes of each slice."""
+        """Return the bytes of each slice."""
         return [
             piece.elements * self.flats[piece.flat].torch_dtype.itemsize for piece in self.slices
         ]
 
     @property
     def digest(self) -> str:
-        """The same where the layouts are."""
+        """A digest that is the same where layouts are."""
         text = repr((self.flats, self.slice_bytes, self.whole))
         return hashlib.sha256(text.encode()).hexdigest()
 

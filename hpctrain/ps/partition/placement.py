@@ -84,7 +84,7 @@ def place(
 def without(
     placement: Placement, sizes: Sequence[int], lost: int, servers: Sequence[int]
 ) -> Placement:
-    """The placement after the loss of a server: nothing moves that need not.
+    """Return the placement after the loss of a server: the failover of its slices.
 
     Slices whose primary was lost belong to their first replica. A slice that is now short of a
     replica gets another, after those that it has, while there are servers enough.

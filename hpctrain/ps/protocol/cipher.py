@@ -31,7 +31,7 @@ _RECIPE = "make one with (umask 077; openssl rand -hex 32 > FILE), the same for 
 
 
 def read_key(path: Path | None, environment: Mapping[str, str]) -> bytes | None:
-    """The key of a file, or else of ``HPCTRAIN_PS_KEY``; None where neither is given.
+    """Return the key of a file, or else of ``HPCTRAIN_PS_KEY``; None where neither is given.
 
     Args:
         path: Holds 64 hexadecimal digits, and nobody but its owner may open it.

@@ -33,22 +33,39 @@ STARTING_SECONDS = 30.0
 
 
 class Receiver(Protocol):
-    """Who a link's messages are for."""
+    """Takes in the messages of a link."""
 
     def buffers(self, link: Link, message: messages.Message) -> Sequence[torch.Tensor]:
-        """Contiguous tensors for the payloads of a message that is announced, in order."""
+        """Return contiguous tensors for the payloads of an announced message, in order.
+
+        Args:
+            link: Where it comes from.
+            message: What is announced.
+        """
 
     def payload(
         self, link: Link, message: messages.Message, number: int, buffer: torch.Tensor
     ) -> None:
-        """A payload has come; in the order of payloads and of messages."""
+        """Take in a payload; they come in the order of payloads and of messages.
+
+        Args:
+            link: Where it comes from.
+            message: Whose payload it is.
+            number: Its place among the message's payloads.
+            buffer: One of the tensors that ``buffers`` has given.
+        """
 
     def message(self, link: Link, message: messages.Message) -> None:
-        """A message has come, and all of its payloads."""
+        """Take in a message that has come with all of its payloads.
+
+        Args:
+            link: Where it comes from.
+            message: What has come.
+        """
 
 
 class Link(ABC):
-    """One direction each way with one peer.
+    """A connection with one peer, each way.
 
     Attributes:
         peer: Who is at the other end, by number.
@@ -67,15 +84,21 @@ class Link(ABC):
 
     @abstractmethod
     def send(self, message: messages.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
-        """Begin to send. Payloads must stay as they are until the peer has answered them."""
+        """Begin to send a message.
+
+        Args:
+            message: What is sent.
+            payloads: Contiguous tensors that go with it; they must stay as they are until the peer
+                has answered them.
+        """
 
     @abstractmethod
     def poll(self, receiver: Receiver) -> bool:
-        """Move on; True where something happened."""
+        """Move sending and receiving on without blocking; return whether something happened."""
 
     @abstractmethod
     def idle(self) -> bool:
-        """Whether everything sent is on its way, and its memory free again."""
+        """Return whether everything sent is on its way, and its memory free again."""
 
 
 class _Incoming:
@@ -90,7 +113,7 @@ class _Incoming:
 
 
 class MPILink(Link):
-    """With another process, over MPI.
+    """A link with another process, over MPI.
 
     Args:
         comm: The communicator; errors must return (mpi4py's default).
@@ -135,7 +158,13 @@ class MPILink(Link):
             self._fail(error)
 
     def send(self, message: messages.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
-        """Begin to send. Payloads must stay as they are until the peer has answered them."""
+        """Begin to send a message.
+
+        Args:
+            message: What is sent.
+            payloads: Contiguous tensors that go with it; they must stay as they are until the peer
+                has answered them.
+        """
         if self.failed is not None:
             return
         header = messages.encode(message)
@@ -170,7 +199,7 @@ class MPILink(Link):
         return self._cipher.open(data, b"%d>%d:%d:%d" % place, f"rank {self.peer}")
 
     def poll(self, receiver: Receiver) -> bool:
-        """Move on; True where something happened."""
+        """Move sending and receiving on without blocking; return whether something happened."""
         if self.failed is not None:
             return False
         try:
@@ -254,7 +283,7 @@ class MPILink(Link):
         return moved
 
     def idle(self) -> bool:
-        """Whether everything sent is on its way, and its memory free again."""
+        """Return whether everything sent is on its way, and its memory free again."""
         return self.failed is not None or not self._sending
 
     def _fail(self, error: MPI.Exception) -> None:
@@ -274,19 +303,29 @@ class LocalLink(Link):
 
     @classmethod
     def pair(cls, one: int, two: int) -> tuple[LocalLink, LocalLink]:
-        """The two ends of a link between parts with these numbers, the first one's first."""
+        """Return the two ends of a link within this process, the first part's end first.
+
+        Args:
+            one: The first part's number.
+            two: The second part's number.
+        """
         first, second = cls(two), cls(one)
         first._other, second._other = second, first
         return first, second
 
     def send(self, message: messages.Message, payloads: Sequence[torch.Tensor] = ()) -> None:
-        """Hand over."""
+        """Hand over a message to the other end.
+
+        Args:
+            message: What is sent.
+            payloads: The tensors that go with it, copied by the other end when it polls.
+        """
         if self.failed is None:
             self.sent_bytes += sum(payload.nbytes for payload in payloads)
             self._other._queue.append((message, payloads))
 
     def poll(self, receiver: Receiver) -> bool:
-        """Take over what was handed over until now."""
+        """Take in what was handed over until now; return whether there was something."""
         moved = False
         for _ in range(len(self._queue)):
             self.heard = time.monotonic()
@@ -300,7 +339,7 @@ class LocalLink(Link):
         return moved
 
     def idle(self) -> bool:
-        """Always: nothing of this end is being read after ``send``."""
+        """Return True: nothing of this end is being read after ``send``."""
         return not self._other._queue
 
 

@@ -246,7 +246,7 @@ class Decided(Message):
 
 
 class Heartbeat(Message):
-    """I live. From the coordinator also: whether training is to stop."""
+    """I live; from the coordinator also: whether training is to stop."""
 
     stop: bool = False
 
@@ -315,7 +315,7 @@ class Abort(Message):
     hint: str | None = None
 
     def error(self) -> Error:
-        """The same, to be raised here."""
+        """Return the peer's error, to be raised here."""
         if self.hint is None:
             return PeerLost(self.reason, hint="the log of that process says more.")
         return Error(self.reason, hint=self.hint)

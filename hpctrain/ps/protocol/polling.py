@@ -19,10 +19,10 @@ BLIND_SECONDS = 0.05
 
 
 class Pollable(Protocol):
-    """What a loop moves on."""
+    """Something that a loop moves on."""
 
     def poll(self) -> bool:
-        """Move on; True where something happened."""
+        """Move on without blocking; return whether something happened."""
 
 
 class Waiter:
@@ -39,7 +39,7 @@ class Waiter:
         self._sleep = SHORTEST_SLEEP
 
     def wait(self, moved: bool, *, patient: bool = False) -> None:
-        """Wait, unless something has just happened.
+        """Sleep until the next look, unless something has just happened.
 
         Args:
             moved: Whether something has.
@@ -57,7 +57,7 @@ class Waiter:
         self.woke()
 
     def woke(self) -> None:
-        """A look begins now; to be said where something else was waited for."""
+        """Note that a look begins now; to be said where something else was waited for."""
         self._woke = time.monotonic()
 
 
@@ -87,11 +87,11 @@ class Loop(threading.Thread):
         self._ended = False
 
     def wake(self) -> None:
-        """There is something to do."""
+        """Wake the thread, because there is something to do."""
         self._woken.set()
 
     def run(self) -> None:
-        """Move on until ``end``."""
+        """Move all parts on until ``end``."""
         waiter = Waiter()
         try:
             with torch.no_grad():

@@ -17,7 +17,7 @@ ALIGNMENT = 64
 
 
 def region_bytes(layout: Layout) -> int:
-    """Bytes of the flats of one kind (gradients, or weights)."""
+    """Return the bytes of the flats of one kind (gradients, or weights)."""
     return sum(
         -(-flat.elements * flat.torch_dtype.itemsize // ALIGNMENT) * ALIGNMENT
         for flat in layout.flats
@@ -25,7 +25,12 @@ def region_bytes(layout: Layout) -> int:
 
 
 def flats_in(memory: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
-    """The flats as 1-D views of a region of bytes."""
+    """Return the flats as 1-D views of a region of bytes.
+
+    Args:
+        memory: The region.
+        layout: What lies in it.
+    """
     flats = []
     start = 0
     for flat in layout.flats:
@@ -58,11 +63,13 @@ class Regions:
         """Find the flats in the memory.
 
         What servers work with counts its changes by itself (``.data``): a worker takes a change of
-        its gradients for one that the user made, and a server in its process averages in them.
+        its gradients for one that the user made, and a server in its process averages in them, and
+        updates weights in the memory that they are a part of.
         """
         size = region_bytes(layout)
         if self._owner is not None:
-            self._common = flats_in(self._memory[self._owner][size:], layout)
+            whole = self._memory[self._owner].data
+            self._common = [flat.data for flat in flats_in(whole[size:], layout)]
         for worker, memory in self._memory.items():
             self._gradients[worker] = flats_in(memory[:size], layout)
             self._weights[worker] = self._common or flats_in(memory[size:], layout)
@@ -74,22 +81,33 @@ class Regions:
                 )
 
     def has(self, worker: int) -> bool:
-        """Whether a worker's memory is within reach."""
+        """Return whether a worker's memory is within reach."""
         return worker in self._memory
 
     def flats(self, worker: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """A worker's weights and gradients."""
+        """Return a worker's weights and gradients."""
         return self._weights[worker], self._gradients[worker]
 
     def common(self, piece: Slice) -> torch.Tensor | None:
-        """The weights that all workers of this host use, or None."""
+        """Return the weights that all workers of this host use, or None."""
         return None if self._common is None else self._common[piece.flat][piece.start : piece.stop]
 
     def gradient(self, worker: int, piece: Slice) -> torch.Tensor:
-        """A worker's gradient of a slice, in its own memory."""
+        """Return a worker's gradient of a slice, in its own memory.
+
+        Args:
+            worker: Whose.
+            piece: The slice.
+        """
         return self._views[worker, piece.number][0]
 
     def put(self, worker: int, piece: Slice, weights: torch.Tensor) -> None:
-        """Give a worker new weights, unless it has the very same."""
+        """Give a worker new weights of a slice, unless it has the very same memory.
+
+        Args:
+            worker: Who gets them.
+            piece: The slice.
+            weights: Its new weights.
+        """
         if self._common is None:
             self._views[worker, piece.number][1].copy_(weights)

@@ -58,11 +58,11 @@ class Sharing:
         self._agreement: tuple[Any, Any] | None = None
 
     def offer(self, size: int) -> None:
-        """This rank's bytes."""
+        """Say how many bytes this rank adds to the shared memory."""
         self._size = -(-size // PAGE) * PAGE
 
     def poll(self) -> bool:
-        """True once, when the memory is there. Blocks only when every rank has come."""
+        """Return True once, when the memory is there; blocks only when every rank has come."""
         if self._size is None or self.done.is_set():
             return False
         try:

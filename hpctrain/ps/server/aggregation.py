@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hpctrain.ps.codec import sum_rows
+from hpctrain.compression.codec import sum_rows
 from hpctrain.ps.server.clipping import Clipping
 from hpctrain.ps.server.gradients import Gradients
 from hpctrain.ps.server.peers import Peers

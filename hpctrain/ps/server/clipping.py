@@ -33,13 +33,23 @@ class Clipping:
         self._waiting: dict[int, list[Pushed]] = {}
 
     def wait(self, held: SliceState, pushes: list[Pushed]) -> None:
-        """Clip pushes, of which the first is their mean, when the norm of their round is known."""
+        """Clip pushes, of which the first is their mean, when the norm of their round is known.
+
+        Args:
+            held: The slice, which is blocked until then.
+            pushes: What its update is made of.
+        """
         held.blocked = True
         self._waiting[held.piece.number] = pushes
         self.tell(held, float(pushes[0].gradient.double().square().sum()))
 
     def tell(self, held: SliceState, square: float) -> None:
-        """This is the square of a slice's norm."""
+        """Tell all servers the square of a slice's norm in this round.
+
+        Args:
+            held: The slice.
+            square: The squared norm; 0 where nobody has a gradient.
+        """
         index, round_ = held.piece.number, held.schedule.version - 1
         self._squares[round_][index] = square
         for link in self._peers.servers.values():
@@ -47,18 +57,18 @@ class Clipping:
         self._clip(round_)
 
     def told(self, message: messages.Norms) -> None:
-        """Another server has told."""
+        """Take in what another server has told of its slices."""
         self._squares[message.round].update(zip(message.slices, message.squares, strict=True))
         self._clip(message.round)
 
     def tell_again(self) -> None:
-        """Pass on what is known: others may wait for what a lost server did not tell them."""
+        """Pass on known norms after a failover: a lost server may not have told all."""
         for round_, squares in self._squares.items():
             for link in self._peers.servers.values():
                 link.send(messages.Norms(round_, list(squares), list(squares.values())))
 
     def orphans(self, workers: Container[int]) -> Iterator[tuple[SliceState, list[Pushed]]]:
-        """Lost workers' pushes that wait for the norms of a round nobody else takes part in.
+        """Yield lost workers' pushes that wait for norms of a round nobody else takes part in.
 
         Its other slices will not be pushed. These wait no longer.
         """

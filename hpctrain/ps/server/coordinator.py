@@ -63,11 +63,17 @@ class Coordinator:
         self._noted: Any = None
 
     def ask(self, worker: int, question: messages.Ask) -> None:
-        """Answer, now or when the other workers have come."""
+        """Answer a worker's question, now or when the other workers have come.
+
+        Args:
+            worker: Who asks.
+            question: Its ``what`` is one of division, give, note, recall, joined, stop, reduce and
+                broadcast.
+        """
         getattr(self, f"_{question.what}")(worker, question)
 
     def leave(self, worker: int) -> None:
-        """A worker is done or lost."""
+        """Wait no longer for a worker that is done or lost."""
         if worker in self.workers:
             self.workers.remove(worker)
         self._since.pop(worker, None)
@@ -77,7 +83,7 @@ class Coordinator:
             self._finish_broadcast(number)
 
     def known(self, question: messages.Ask) -> None:
-        """Take over a result of the coordinator that is lost: some workers may not have it yet."""
+        """Take over a result of the lost coordinator, for workers that do not have it yet."""
         number, _ = question.value
         self._known[number] = question
         for waiting in (self._reductions, self._broadcasts):
@@ -92,11 +98,16 @@ class Coordinator:
         return known is not None
 
     def expect(self, worker: int, since: int = 0) -> None:
-        """A worker comes to all collectives from this clock on."""
+        """Wait for a worker in all collectives from this clock on.
+
+        Args:
+            worker: Who comes.
+            since: The clock of its first collectives.
+        """
         self._since.setdefault(worker, since)
 
     def join(self, worker: int, since: int = 0) -> None:
-        """A worker comes; it has a share from the next round that is not decided yet.
+        """Let a worker take part: it has a share from the next round not decided yet.
 
         Args:
             worker: Who.
@@ -113,7 +124,7 @@ class Coordinator:
         self._shares |= dict(zip(message.workers, message.shares, strict=True))
 
     def overdue(self) -> str:
-        """Who is waited for, where a collective takes too long; else nothing."""
+        """Return who is waited for, where a collective takes too long; else an empty string."""
         for number, given in self._reductions.items():
             if time.monotonic() - self._began[number] > self._timeout_seconds:
                 missing = [str(worker) for worker in self._expected(number) if worker not in given]
@@ -125,14 +136,19 @@ class Coordinator:
         return ""
 
     def postpone(self, worker: int) -> None:
-        """The worker pushed something: it lives, and whoever waits for it waits for its work."""
+        """Be patient with collectives that wait for this worker: it has just pushed something."""
         for waiting in (self._reductions, self._broadcasts):
             for number, given in waiting.items() if waiting else ():
                 if worker not in given:
                     self._began[number] = time.monotonic()
 
     def division(self, epoch: int, round_: int) -> tuple[list[int], list[int]]:
-        """Who has which share of the global batches of a round; decided when first asked."""
+        """Return who has which share of a round's global batches; decided when first asked.
+
+        Args:
+            epoch: Which epoch.
+            round_: Which round of it.
+        """
         if (epoch, round_) not in self.divisions:
             self._divide()
             shares = [self._shares[worker] for worker in self.workers]
@@ -161,7 +177,12 @@ class Coordinator:
         self._answer(worker, question, [workers, shares, self.stop])
 
     def add(self, pool: str, values: Mapping[str, float]) -> None:
-        """Put values into a pool."""
+        """Add values to those that ``give`` sums up.
+
+        Args:
+            pool: Which sums.
+            values: By name.
+        """
         self._pools[pool].update(values)
 
     def _give(self, worker: int, question: messages.Ask) -> None:

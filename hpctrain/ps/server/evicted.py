@@ -11,17 +11,22 @@ from hpctrain.ps.protocol.link import Link
 
 
 class Evicted:
-    """The links with workers that a server went on without."""
+    """Keeps the links with workers that a server went on without."""
 
     def __init__(self) -> None:
         self._links: dict[int, tuple[Link, str]] = {}
 
     def add(self, link: Link, reason: str) -> None:
-        """A worker was given up for this reason."""
+        """Remember a worker that was given up.
+
+        Args:
+            link: The link with it.
+            reason: What it will be told.
+        """
         self._links[link.peer] = (link, reason)
 
     def poll(self) -> None:
-        """Tell whoever was heard again."""
+        """Tell those that are heard again that they were evicted."""
         for peer, (link, reason) in list(self._links.items()):
             if link.poll(_Deaf()):
                 link.send(messages.Evicted(reason))

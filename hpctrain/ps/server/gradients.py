@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import torch
 
-from hpctrain.ps.codec import Codec
+from hpctrain.compression.codec import Codec
 from hpctrain.ps.huge_pages import zeros
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.server.slice_state import Pushed, SliceState
@@ -27,18 +27,18 @@ class Gradients:
         self._pool: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
 
     def buffer(self, size: int) -> torch.Tensor:
-        """So many bytes of memory."""
+        """Return so many bytes of memory, used before if there is any."""
         free = self._pool[size]
         return free.pop() if free else zeros(size)
 
     def recycle(self, buffer: torch.Tensor | None) -> None:
-        """Nobody needs this memory any more."""
+        """Take back memory that nobody needs any more."""
         if buffer is not None:
             raw = buffer.view(torch.uint8)
             self._pool[raw.nbytes].append(raw)
 
     def free(self, push: Pushed) -> None:
-        """Nobody needs this push any more."""
+        """Take back the memory of a push that nobody needs any more."""
         if push.rows is None and not push.near:
             self.recycle(push.gradient)
 
@@ -80,7 +80,12 @@ class Gradients:
         return gradient, None
 
     def own(self, held: SliceState, push: Pushed) -> None:
-        """Leave it as it is in its worker's memory: the worker may have to push it again."""
+        """Copy a gradient that lies in its worker's memory, which may have to push it again.
+
+        Args:
+            held: The slice.
+            push: Whose gradient.
+        """
         if push.near:
             copy = self.buffer(held.weights.nbytes).view(held.weights.dtype)
             push.gradient, push.near = copy.copy_(push.gradient), False

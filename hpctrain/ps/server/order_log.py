@@ -129,7 +129,11 @@ class Record:
             about.clocks = [*map(max, about.clocks, other.clocks)]
 
     def check(self, workers: int, consistency: str) -> None:
-        """Refuse to replay it by other ranks or rules.
+        """Refuse to replay the record with other workers or another consistency.
+
+        Args:
+            workers: How many there are now.
+            consistency: As it is configured now.
 
         Raises:
             Error: They are others, or the recorded run lost a rank.
@@ -152,7 +156,7 @@ class Record:
             )
 
     def check_layout(self, layout: Layout) -> None:
-        """Refuse to replay it with other parameters.
+        """Refuse to replay the record with other parameters.
 
         Raises:
             Error: They are others.
@@ -161,7 +165,11 @@ class Record:
             raise Error("the recorded run had other parameters than this one.", hint=SAME)
 
     def slice(self, index: int, workers: Sequence[int]) -> SliceLog:
-        """What happened to a slice, with the workers' numbers of now.
+        """Return what happened to a slice, with the workers' numbers of now.
+
+        Args:
+            index: Which slice.
+            workers: Their numbers, in order.
 
         Raises:
             Error: The record cannot be read.
@@ -234,7 +242,7 @@ class OrderLog:
         self._threads = [1] * len(workers)
 
     def open(self, layout: Layout) -> None:
-        """Say what is recorded, or to be replayed.
+        """Say of which layout the record is, or is to be.
 
         Raises:
             Error: The record is of other parameters.
@@ -244,7 +252,7 @@ class OrderLog:
             self.replayed.check_layout(layout)
 
     def recorded(self, index: int) -> SliceLog | None:
-        """What is to be replayed of a slice; None: nothing, the slice is free."""
+        """Return what is to be replayed of a slice; None: nothing, the slice is free."""
         if self.replayed is None:
             return None
         if index not in self._recorded:
@@ -252,18 +260,30 @@ class OrderLog:
         return self._recorded[index]
 
     def divisions(self) -> list[Division]:
-        """How samples are to be divided, as far as that is recorded."""
+        """Return how samples are to be divided, as far as that is recorded."""
         return [] if self.replayed is None else self.replayed.about.divisions
 
     def answered(self, index: int, version: int, worker: int, clock: int) -> None:
-        """A worker was answered, whose last push was of that clock."""
+        """Note that a worker was answered.
+
+        Args:
+            index: Of which slice.
+            version: Updates that the slice has had.
+            worker: Who was answered.
+            clock: Of its last push.
+        """
         if self.keeps:
             self._noted[index].answers.append((version, worker, clock))
 
     def updated(
         self, index: int, numbers: Iterable[float], tensors: Iterable[torch.Tensor]
     ) -> None:
-        """A slice is about to be updated; by what, is looked at the first time.
+        """Note what a slice's first update is made of, and compare it with the recorded one.
+
+        Args:
+            index: Which slice.
+            numbers: The update rule's.
+            tensors: Weights before the update, and the gradient.
 
         Raises:
             Error: The recorded update was another one.
@@ -281,7 +301,13 @@ class OrderLog:
     def copied(
         self, index: int, number: int, version: int, tensors: Iterable[torch.Tensor]
     ) -> None:
-        """A slice was copied for a snapshot.
+        """Note that a slice was copied for a snapshot, and compare it with the recorded one.
+
+        Args:
+            index: Which slice.
+            number: Of the snapshot.
+            version: Updates that the slice has had.
+            tensors: Its weights and state.
 
         Raises:
             Error: The recorded snapshot holds something else.
@@ -298,7 +324,11 @@ class OrderLog:
             )
 
     def asked(self, worker: int, clock: int) -> None:
-        """A worker wants a snapshot.
+        """Note that a worker wants a snapshot.
+
+        Args:
+            worker: Who.
+            clock: Its steps until then.
 
         Raises:
             Error: It did not want one there in the recorded run.
@@ -319,20 +349,30 @@ class OrderLog:
             )
 
     def rested(self, worker: int, clock: int) -> None:
-        """A worker pushes nothing more, at that clock."""
+        """Note that a worker pushes nothing more.
+
+        Args:
+            worker: Who.
+            clock: Its steps.
+        """
         if self.watches:
             place = self._workers.index(worker)
             self._clocks[place] = max(clock, self._clocks[place])
 
     def left(self, worker: int, threads: int) -> None:
-        """A worker is done; it computed with so many threads."""
+        """Note that a worker is done.
+
+        Args:
+            worker: Who.
+            threads: With how many it computed.
+        """
         if self.watches:
             self._threads[self._workers.index(worker)] = threads
 
     def write(
         self, pushes: Mapping[int, Sequence[Entry]], divisions: list[Division], *, whole: bool
     ) -> None:
-        """Write this server's part.
+        """Write this server's part of the record.
 
         Args:
             pushes: By slice, those that were applied.
@@ -374,7 +414,7 @@ class OrderLog:
 
 
 def check_unused(folder: Path) -> None:
-    """Refuse to mix a record with another.
+    """Refuse a folder that already holds a record.
 
     Raises:
         Error: The folder holds a record.

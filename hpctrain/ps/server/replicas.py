@@ -34,7 +34,15 @@ class Replicas:
     def send(
         self, held: SliceState, push: Pushed, lr_factor: float, pushes: list[Pushed], made: bool
     ) -> None:
-        """Have replicas make an update, or only count it where none is made."""
+        """Have replicas make an update, or only count it where none is made.
+
+        Args:
+            held: The slice.
+            push: The gradient that the update is made of.
+            lr_factor: On the learning rate.
+            pushes: All that the gradient is the mean of.
+            made: Whether there is an update: somebody had samples.
+        """
         # A copy: the update may use the gradient's memory.
         payloads = []
         if made and push.rows is not None:
@@ -50,7 +58,7 @@ class Replicas:
             self._peers.servers[replica].send(message, payloads)
 
     def pass_over(self, held: SliceState) -> None:
-        """A round goes by without an update of this slice."""
+        """Have replicas count a round that goes by without an update of this slice."""
         message = messages.Replicate(
             held.piece.number, held.schedule.version - 1, [], 1.0, [], None
         )
@@ -58,7 +66,12 @@ class Replicas:
             self._peers.servers[replica].send(message)
 
     def promote(self, held: SliceState, before: Placement) -> None:
-        """Be the primary of a slice, and send copies to new replicas."""
+        """Become the primary of a slice, after a failover, and send copies to new replicas.
+
+        Args:
+            held: The slice.
+            before: The placement before the loss.
+        """
         store, index = self._store, held.piece.number
         held.replicas = list(store.placement[index][1:])
         common = store.regions.common(held.piece) if store.consistency.lockstep else None
@@ -83,7 +96,12 @@ class Replicas:
     # A replica's part.
 
     def update(self, message: messages.Replicate, buffer: torch.Tensor) -> None:
-        """Make an update that the primary has made."""
+        """Make an update that the primary has made.
+
+        Args:
+            message: The update.
+            buffer: The gradient as the primary applied it.
+        """
         held = self._store.held[message.slice]
         push = Pushed(0, 0, 0, 1.0, message.hyper, *held.read(buffer))
         push.absent = frozenset(message.absent)
@@ -92,7 +110,12 @@ class Replicas:
             self._gradients.recycle(buffer)
 
     def updated(self, link: Link, message: messages.Replicate) -> None:
-        """Count an update, and acknowledge it."""
+        """Count an update of a replica, and acknowledge it.
+
+        Args:
+            link: With the primary.
+            message: The update.
+        """
         held = self._store.held[message.slice]
         held.schedule.version = message.version + 1
         for worker, clock, read in message.pushes:
@@ -103,7 +126,13 @@ class Replicas:
         link.send(messages.Replicated(message.slice, message.version + 1))
 
     def copied(self, link: Link, message: messages.Copy, buffers: Sequence[torch.Tensor]) -> None:
-        """Hold a copy that the primary has sent."""
+        """Hold a copy of a slice that its primary has sent.
+
+        Args:
+            link: With the primary.
+            message: Which slice, and what it has been through.
+            buffers: Its weights and state.
+        """
         held = self._store.hold(message.slice, message.version)
         held.steps, held.missed = message.steps, dict(message.missed)
         held.log = list(message.log)

@@ -31,7 +31,12 @@ class Replies:
         self._ready_bytes: Counter[int] = Counter()
 
     def grant(self, held: SliceState, worker: int) -> None:
-        """Answer a worker as soon as no loss of a server can take back what it reads."""
+        """Answer a worker as soon as no failover can take back what it reads.
+
+        Args:
+            held: The slice.
+            worker: Who is answered.
+        """
         newest = held.schedule.version
         if not held.replicas or all(done >= newest for done in held.acknowledged.values()):
             if worker in held.schedule.applied:
@@ -42,13 +47,18 @@ class Replies:
             held.delayed.append(worker)
 
     def grant_delayed(self, held: SliceState) -> None:
-        """Replicas have acknowledged: try again."""
+        """Try again to answer workers: a replica has acknowledged an update."""
         delayed, held.delayed = held.delayed, []
         for worker in delayed:
             self.grant(held, worker)
 
     def answer(self, held: SliceState, worker: int) -> None:
-        """Answer a worker, soon."""
+        """Answer a worker soon, together with other slices.
+
+        Args:
+            held: The slice.
+            worker: Who is answered.
+        """
         if worker not in self._peers.workers:
             return
         pull = held.wants[worker]
@@ -65,12 +75,12 @@ class Replies:
             self._send(worker)
 
     def send_all(self) -> None:
-        """Send what is ready."""
+        """Send all answers that are ready."""
         for worker in [worker for worker, answers in self._ready.items() if answers]:
             self._send(worker)
 
     def forget(self, worker: int) -> None:
-        """Drop what is ready for a worker that is done or lost."""
+        """Drop the answers for a worker that is done or lost."""
         self._ready.pop(worker, None)
 
     def _keep_for(self, held: SliceState, worker: int) -> None:

@@ -78,7 +78,12 @@ class Scheduler:
         self._schedule(held, worker, push)
 
     def pull(self, held: SliceState, worker: int) -> None:
-        """Take in that a worker wants a slice's weights, without a push."""
+        """Take in that a worker wants a slice's weights, without a push.
+
+        Args:
+            held: The slice.
+            worker: Who wants them.
+        """
         held.wants[worker] = True
         held.reads.pop(worker, None)
         held.schedule.pull(worker)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from hpctrain.compression.codec import make_codec
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
-from hpctrain.ps.codec import make_codec
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import STARTING_SECONDS, Link
 from hpctrain.ps.protocol.regions import Regions
@@ -114,7 +114,7 @@ class Server:
     # What moves it on.
 
     def poll(self) -> bool:
-        """Move on; True where something happened.
+        """Move on without blocking; return whether something happened.
 
         Raises:
             PeerLost: A slice is lost with all of its replicas, or a worker ended the run.
@@ -152,7 +152,7 @@ class Server:
         return moved
 
     def idle(self) -> bool:
-        """Whether everything sent is on its way."""
+        """Return whether everything sent is on its way."""
         return self.peers.idle()
 
     def _keep_house(self, now: float) -> None:
@@ -172,7 +172,12 @@ class Server:
     # What comes.
 
     def buffers(self, link: Link, message: messages.Message) -> Sequence[torch.Tensor]:
-        """Memory for a message's payloads."""
+        """Return memory for a message's payloads.
+
+        Args:
+            link: Where it comes from.
+            message: What is announced.
+        """
         if isinstance(message, messages.Push):
             return [self._gradients.buffer(size) for size in message.sizes]
         if isinstance(message, messages.Replicate):
@@ -186,7 +191,14 @@ class Server:
     def payload(
         self, link: Link, message: messages.Message, number: int, buffer: torch.Tensor
     ) -> None:
-        """A payload has come: a push's are worked on one by one."""
+        """Take in a payload; gradients are worked on as they come, one by one.
+
+        Args:
+            link: Where it comes from.
+            message: Whose payload it is.
+            number: Its place among the message's payloads.
+            buffer: What has come.
+        """
         if isinstance(message, messages.Push):
             self._pushed(link.peer, message, number, buffer)
         elif isinstance(message, messages.Replicate):
@@ -197,7 +209,12 @@ class Server:
             self.held[message.slices[number]].put[link.peer] = buffer
 
     def message(self, link: Link, message: messages.Message) -> None:
-        """A message has come whole."""
+        """Take in a message that has come whole.
+
+        Args:
+            link: Where it comes from.
+            message: What has come.
+        """
         match message:
             case messages.Push():
                 if not message.sizes:
@@ -271,7 +288,7 @@ class Server:
         self._replicas.copied(link, message, buffers)
 
     def primary(self, index: int) -> bool:
-        """Whether this server is the one that updates a slice."""
+        """Return whether this server is the one that updates a slice."""
         return self.store.primary(index)
 
     def _pulled(self, worker: int, message: messages.Pull) -> None:
@@ -338,7 +355,7 @@ class Server:
         return bool(self.store.layout and self.peers.workers and not self._closing)
 
     def greet(self, link: Link) -> None:
-        """A new worker can be talked with; it will ask to join when it is ready."""
+        """Add a new worker that can be talked with; it asks to join when it is ready."""
         self.peers.newcomers[link.peer] = link
 
     def _join(self, link: Link) -> None:
@@ -390,7 +407,7 @@ class Server:
         self._scheduler.leave(worker)
 
     def _lose(self, peer: int, reason: str) -> None:
-        """A peer is gone: tell everybody, and go on without it."""
+        """Go on without a lost peer, and tell everybody."""
         known = peer in self.peers.workers or peer in self.peers.servers
         if self.order.replayed is not None and known:
             self.abort(f"rank {peer} is lost, and a replay needs all of them: {reason}")
@@ -427,7 +444,7 @@ class Server:
             action()
 
     def _inherit(self, lost: int) -> None:
-        """Take over those of a lost server's slices that fall to this one.
+        """Take over those of a lost server's slices that fail over to this one.
 
         Raises:
             PeerLost: The slices, or one of them, are lost.

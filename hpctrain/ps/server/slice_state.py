@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hpctrain.compression.codec import decode_rows, encode_rows, rows_capacity
 from hpctrain.errors import Error
-from hpctrain.ps.codec import decode_rows, encode_rows, rows_capacity
 from hpctrain.ps.consistency.base import Schedule
 from hpctrain.ps.partition.layout import Slice
 from hpctrain.ps.server.order_log import Entry
@@ -77,7 +77,7 @@ class SliceState:
     reads: dict[int, int] = field(default_factory=dict)
 
     def read(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A gradient as it was sent, without a codec: its values, and their rows if not all."""
+        """Return the values of an uncompressed gradient, and their rows if not all."""
         if not self.width:
             return buffer.view(self.weights.dtype), None
         height = self.weights.numel() // self.width
@@ -85,7 +85,14 @@ class SliceState:
         return values, rows
 
     def update(self, rule: Rule, push: Pushed, lr_factor: float, version: int) -> None:
-        """Make an update, which leads to this version; what has no gradient is left alone."""
+        """Make an update, which leads to this version; what has no gradient is left alone.
+
+        Args:
+            rule: What is done to the weights.
+            push: The gradient, and the rule's numbers.
+            lr_factor: On the learning rate.
+            version: Updates of the slice, with this one.
+        """
         self.steps += 1
         for part in push.absent:
             self.missed[part] = self.missed.get(part, 0) + 1
@@ -158,14 +165,19 @@ class SliceState:
         self.put.clear()
 
     def news(self, worker: int) -> torch.Tensor:
-        """The rows that changed since a worker read them, encoded."""
+        """Return the rows that changed since a worker read them, encoded."""
         assert self.row_versions is not None
         rows = (self.row_versions > self.reads.get(worker, -1)).nonzero().view(-1)
         return encoded_rows(rows, self.weights.view(-1, self.width)[rows])
 
 
 def encoded_rows(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Rows as they are sent."""
+    """Return rows of a matrix as they are sent.
+
+    Args:
+        rows: Their numbers.
+        values: One row each.
+    """
     capacity = rows_capacity(len(rows), values.shape[1], values.itemsize)
     out = torch.empty(capacity, dtype=torch.uint8)
     return out[: encode_rows(rows, values, out)]

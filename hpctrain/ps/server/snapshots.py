@@ -57,7 +57,12 @@ class Snapshots:
     # The coordinator's part.
 
     def ask(self, worker: int, question: messages.Ask) -> None:
-        """A worker wants a snapshot."""
+        """Make a snapshot that a worker wants.
+
+        Args:
+            worker: Who wants it.
+            question: Answered when all servers have their parts.
+        """
         self._question = (worker, question)
         self._last += 1  # of all coordinators' snapshots that this server has heard of
         self._frozen, self._kept = {}, set()
@@ -66,14 +71,19 @@ class Snapshots:
         self._gather(self._peers.me, self._freeze(self._last))
 
     def server_lost(self) -> None:
-        """Begin again without it, if a snapshot is being made: what it had, others have now."""
+        """Begin again without a lost server; what it had, others have now."""
         if self._question is not None and self._peers.coordinates:
             self.ask(*self._question)
         elif self._number is not None:
             self._release()  # the coordinator begins again, or its successor is asked again
 
     def message(self, link: Link, message: messages.Message) -> None:
-        """Of another server, or a worker that fetches."""
+        """Take in a message of another server, or of a worker that fetches.
+
+        Args:
+            link: Where it comes from.
+            message: What has come.
+        """
         match message:
             case messages.Freeze():
                 link.send(self._freeze(message.snapshot))
@@ -113,7 +123,13 @@ class Snapshots:
     # Every server's part.
 
     def holds_back(self, held: SliceState, worker: int, clock: int) -> bool:
-        """Whether a push must wait because it lies beyond the snapshot being made."""
+        """Return whether a push must wait because it lies beyond the snapshot being made.
+
+        Args:
+            held: The slice.
+            worker: Who has pushed.
+            clock: The worker's step.
+        """
         within = self._clocks.get(worker, 0)
         if self._number is not None and not self._store.consistency.rounds and clock >= within:
             return True
@@ -121,11 +137,11 @@ class Snapshots:
         return False
 
     def later(self, action: Callable[[], None]) -> None:
-        """Do it once the snapshot is kept."""
+        """Do something once the snapshot is kept."""
         self._later.append(action)
 
     def keeps_still(self, held: SliceState) -> bool:
-        """Whether a slice may not be updated now: where updates go by rounds."""
+        """Return whether a slice may not be updated now: where updates go by rounds."""
         return (
             self._store.consistency.rounds
             and held.piece.number not in self._copies
@@ -133,7 +149,7 @@ class Snapshots:
         )
 
     def moved(self, held: SliceState) -> None:
-        """A slice was updated: is it at the cut?"""
+        """Copy a slice that was updated if it is at the cut now."""
         # Who asks pushes nothing meanwhile. Where nobody else does, a round stays as it is.
         alone = len(held.schedule.applied) <= 1
         if self._number is None or not self._cut or (held.blocked and not alone):
@@ -151,7 +167,7 @@ class Snapshots:
             self._finish()
 
     def left(self, worker: int) -> None:
-        """A worker is done or lost; nothing more will come of it."""
+        """Expect nothing more of a worker that is done or lost."""
         self._begun.pop(worker, None)
         if self.active:
             for held in list(self._store.held.values()):
@@ -216,16 +232,26 @@ class ReplayedSnapshots(Snapshots):
 
     @property
     def active(self) -> bool:
-        """Always: no version may be missed."""
+        """Whether slices are to be looked at: always, no version may be missed."""
         return True
 
     def ask(self, worker: int, question: messages.Ask) -> None:
-        """A worker wants the next snapshot."""
+        """Answer a worker that wants the next snapshot.
+
+        Args:
+            worker: Who wants it.
+            question: What is answered.
+        """
         self._last += 1
         self._peers.workers[worker].send(messages.Answer(question.number, self._last))
 
     def message(self, link: Link, message: messages.Message) -> None:
-        """A worker fetches."""
+        """Take in that a worker fetches a snapshot.
+
+        Args:
+            link: With the worker.
+            message: Which snapshot.
+        """
         assert isinstance(message, messages.Fetch)
         self._fetches.append((link, message.snapshot))
         self._mine = sum(self._store.primary(index) for index in self._store.held)
@@ -234,15 +260,21 @@ class ReplayedSnapshots(Snapshots):
         self._send_ready()
 
     def holds_back(self, held: SliceState, worker: int, clock: int) -> bool:
-        """Never."""
+        """Return False: no push has to wait.
+
+        Args:
+            held: The slice.
+            worker: Who has pushed.
+            clock: The worker's step.
+        """
         return False
 
     def keeps_still(self, held: SliceState) -> bool:
-        """Never."""
+        """Return False: no slice has to stand still."""
         return False
 
     def moved(self, held: SliceState) -> None:
-        """A slice was updated: is it to be copied?"""
+        """Copy a slice that was updated if a recorded snapshot holds this version."""
         index = held.piece.number
         if held.blocked or not self._store.primary(index):
             return
@@ -259,7 +291,7 @@ class ReplayedSnapshots(Snapshots):
             self._send_ready()
 
     def left(self, worker: int) -> None:
-        """Nothing depends on who is there."""
+        """Do nothing: no snapshot depends on who is there."""
 
     def _send_ready(self) -> None:
         for link, number in list(self._fetches):

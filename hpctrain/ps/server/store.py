@@ -55,7 +55,7 @@ class Store:
         self._config = config
 
     def open(self, message: messages.Open) -> list[torch.Tensor]:
-        """Learn what is trained; returns the memory for the slices that this server is sent."""
+        """Learn what is trained; return the memory for the slices that this server is sent."""
         self.layout = Layout(message.flats, message.slice_bytes, whole=message.whole)
         self.rule = rule_named(message.rule)
         self.clip_norm = message.clip_norm
@@ -91,7 +91,7 @@ class Store:
                 held.weights = common.copy_(held.weights)
 
     def open_again(self, message: messages.Open) -> list[torch.Tensor]:
-        """Memory for what is known already, and not needed."""
+        """Return memory for slices that are known already, and not needed."""
         sizes = [
             size
             for index, steps in zip(message.slices, message.steps, strict=True)
@@ -100,7 +100,12 @@ class Store:
         return [torch.empty(size, dtype=torch.uint8) for size in sizes]
 
     def hold(self, index: int, version: int) -> SliceState:
-        """Hold a slice; its weights and state are yet to be filled in."""
+        """Hold a slice; its weights and state are yet to be filled in.
+
+        Args:
+            index: Which.
+            version: Updates that it has had.
+        """
         assert self.layout is not None
         piece = self.layout.slices[index]
         flat = self.layout.flats[piece.flat]
@@ -125,11 +130,15 @@ class Store:
         return held
 
     def primary(self, index: int) -> bool:
-        """Whether this server is the one that updates a slice."""
+        """Return whether this server is the one that updates a slice."""
         return index in self.held and self.placement[index][0] == self._peers.me
 
     def inherit(self, lost: int, survivors: Sequence[int]) -> None:
-        """Work out who holds what after the loss of a server.
+        """Work out who holds what after the loss of a server: the failover.
+
+        Args:
+            lost: The server that is gone.
+            survivors: The others.
 
         Raises:
             PeerLost: The slices, or one of them, are lost.

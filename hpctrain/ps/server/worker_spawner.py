@@ -49,7 +49,7 @@ class WorkerSpawner:
         self.over = False
 
     def poll(self) -> bool:
-        """Move on; True where something happened."""
+        """Start and connect missing workers without blocking; return whether something happened."""
         server = self._server
         for number in list(self._awaited):
             late = time.monotonic() - self._awaited[number] > START_SECONDS

@@ -64,14 +64,31 @@ class Codec(ABC):
         Raises:
             Error: These bytes are no encoded gradient of that shape and type.
         """
-        size = self.capacity(out.numel(), out.element_size())
+        self._check_size(data, out)
+        self._decode(data, out)
+
+    def _check_size(self, data: Tensor, dense: Tensor) -> None:
+        size = self.capacity(dense.numel(), dense.element_size())
         if data.numel() != size:
             raise Error(
-                f"{data.numel():,} bytes are no gradient of {out.numel():,} values by codec "
+                f"{data.numel():,} bytes are no gradient of {dense.numel():,} values by codec "
                 f"'{self.name}', which takes {size:,}.",
                 hint=_CORRUPT,
             )
-        self._decode(data, out)
+
+    def add(self, data: Tensor, total: Tensor) -> None:
+        """Add a gradient to ``total``.
+
+        Args:
+            data: The bytes of an encoded gradient, and no more.
+            total: Of the gradient's shape and type.
+
+        Raises:
+            Error: These bytes are no encoded gradient of that shape and type.
+        """
+        decoded = torch.empty_like(total)
+        self.decode(data, decoded)
+        total.add_(decoded)
 
     @abstractmethod
     def _encode(self, gradient: Tensor, out: Tensor) -> None:
@@ -167,18 +184,29 @@ class _TopK(Codec):
         out[values:].view(torch.int32).copy_(chosen)
 
     def _decode(self, data: Tensor, out: Tensor) -> None:
-        values = self._count(out.numel()) * out.element_size()
-        indices = data[values:].view(torch.int32).long()
+        indices, values = self._parts(data, out)
         out.zero_()
-        if not indices.numel():
-            return
-        if indices[0] < 0 or indices[-1] >= out.numel() or (indices.diff() <= 0).any():
+        out[indices] = values
+
+    def add(self, data: Tensor, total: Tensor) -> None:
+        """Add a gradient to ``total``: to the values that it has."""
+        self._check_size(data, total)
+        indices, values = self._parts(data, total)
+        total[indices] += values  # each index is there once
+
+    def _parts(self, data: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        """Return indices and values, once it is sure that they fit a gradient like ``dense``."""
+        split = self._count(dense.numel()) * dense.element_size()
+        indices = data[split:].view(torch.int32).long()
+        if indices.numel() and (
+            indices[0] < 0 or indices[-1] >= dense.numel() or (indices.diff() <= 0).any()
+        ):
             raise Error(
-                f"a gradient of {out.numel():,} values by codec '{self.name}' has indices that "
+                f"a gradient of {dense.numel():,} values by codec '{self.name}' has indices that "
                 "are not ascending, or are beyond its end.",
                 hint=_CORRUPT,
             )
-        out[indices] = data[:values].view(out.dtype)
+        return indices, data[:split].view(dense.dtype)
 
 
 def _largest(magnitude: Tensor, count: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""A run's model applied to samples, each once, on any number of ranks."""
