@@ -105,6 +105,7 @@ class AveragedGradients:
         bucket_bytes: A bucket is no larger, unless one parameter is.
         rows: Parameters whose gradients are sparse: their rows are exchanged.
         mark: Told when computing, and when exchanging has ended.
+        alone: Whether gradients are averages as they are: there is no other rank, at present.
     """
 
     def __init__(
@@ -116,11 +117,13 @@ class AveragedGradients:
         bucket_bytes: int,
         rows: Collection[nn.Parameter],
         mark: Callable[[str], None],
+        alone: Callable[[], bool] = lambda: False,
     ) -> None:
         self._world = world
         self._compressor = compressor
         self._begun = False  # in the present world
         self._mark = mark
+        self._is_alone = alone
         self._number = next(_numbers)
         self._prefix = f"hpctrain.{self._number}"
         self._parameters = list(parameters)
@@ -140,6 +143,7 @@ class AveragedGradients:
         ]
         self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self._local_only = False
+        self._alone = False  # in the present pass
         self._warm = False  # whether a pass has been seen
         self._reentrant = False  # whether passes have been seen within others
         self._steps = 0
@@ -179,7 +183,6 @@ class AveragedGradients:
         finally:
             self._local_only = before
 
-    @torch.no_grad()
     def ready(self, parameter: nn.Parameter) -> None:
         """To be called by autograd when a parameter's gradient of one pass is whole."""
         task = torch._C._current_graph_task_id()
@@ -187,10 +190,17 @@ class AveragedGradients:
             self._enter(task)
         self._fired.add(parameter)
         self._owed = True
+        if not self._alone:
+            self._take(parameter)
+
+    @torch.no_grad()
+    def _take(self, parameter: nn.Parameter) -> None:
+        """Put a gradient into its bucket, and begin to exchange those that are whole."""
         bucket = self._bucket_of.get(parameter)
-        if bucket is None or self._local_only:
-            if bucket is not None:
-                adopt(bucket.view(parameter), parameter)
+        if bucket is None:
+            return
+        if self._local_only:
+            adopt(bucket.view(parameter), parameter)
             return
         if bucket.exchange is not None:
             raise Error(
@@ -207,6 +217,7 @@ class AveragedGradients:
             self._complete.append(bucket)
 
     def _enter(self, task: int) -> None:
+        self._alone = self._is_alone()
         within = is_within_another_pass()
         if not within and self._tasks:
             self._abandon()
@@ -294,6 +305,9 @@ class AveragedGradients:
 
     def _round(self, *, in_step: bool) -> None:
         """Average all gradients; or, in ``step()``, find that all have come there."""
+        if self._is_alone():
+            self._settle()
+            return
         buckets = [bucket for bucket in self._buckets if bucket.trained]
         closing = in_step and self._waited_for
         self._begin()
@@ -316,6 +330,9 @@ class AveragedGradients:
         for number, parameter in enumerate(self._rows):
             if parameter.requires_grad and parameter not in unused:
                 self._gather(parameter, f"{self._prefix}.rows.{number}")
+        self._settle()
+
+    def _settle(self) -> None:
         self._averaged = True
         tasks = self._tasks
         self._forget()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hpctrain.compression.compressor import Compressor, Options
+from hpctrain.compression.dense import Dense
 from hpctrain.compression.registry import make_compressor
 from hpctrain.compression.states import gather_states, load_states
 from hpctrain.config import ElasticConfig, HorovodConfig, Section
@@ -97,8 +98,10 @@ class HorovodOptimizer(ElasticOptimizer):
             bucket_bytes,
             sparse_tables(model),
             lambda part: this.mark(part),
+            lambda: isinstance(compressor, Dense) and comm.alone,
         )
-        call_when_ready(parameters, self._gradients.ready)
+        if not (isinstance(compressor, Dense) and comm.stays_alone):
+            call_when_ready(parameters, self._gradients.ready)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -15,12 +15,15 @@ from hpctrain.elastic.membership import Membership
 from hpctrain.errors import PeerLost
 from hpctrain.world.world import Part, equal_part
 
+Handle: TypeAlias = int | torch.Tensor
+"""A collective under way: Horovod's number of it, or its result, where there is no other rank."""
+
 YIELDING_SECONDS = 2e-3
 """How long a wait only yields its core; waking from a sleep would delay a short one too much."""
 
 
 class HorovodCommunicator:
-    """The world as Horovod sees it."""
+    """The world as Horovod sees it; of one rank, Horovod is not asked to exchange anything."""
 
     def __init__(
         self, hvd: Any, timeout_seconds: float, membership: Membership | None = None
@@ -38,6 +41,16 @@ class HorovodCommunicator:
     def size(self) -> int:
         """How many processes take part."""
         return int(self._hvd.size())
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other rank, at present."""
+        return self.size == 1
+
+    @property
+    def stays_alone(self) -> bool:
+        """Whether there is no other rank, and none can join."""
+        return self._membership is None and self.alone
 
     @property
     def local_rank(self) -> int:
@@ -59,6 +72,8 @@ class HorovodCommunicator:
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
         """Overwrite a contiguous tensor with the root's, in place."""
+        if self.alone:
+            return
         with peers(self):
             handle = self._hvd.broadcast_async_(tensor, root, name="hpctrain.broadcast")
         self.wait(handle)
@@ -67,33 +82,39 @@ class HorovodCommunicator:
         """Return when every rank has come here."""
         self.all_reduce(torch.zeros(1))
 
-    def start_sum(self, tensor: torch.Tensor, name: str) -> int:
+    def start_sum(self, tensor: torch.Tensor, name: str) -> Handle:
         """Begin to sum a tensor in place; give what this returns to :meth:`wait`.
 
         Args:
             tensor: Contiguous.
             name: All ranks have the same one; no other exchange under way has it.
         """
+        if self.alone:
+            return tensor
         with peers(self):
             return int(self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum))
 
-    def start_average(self, tensor: torch.Tensor, name: str) -> int:
+    def start_average(self, tensor: torch.Tensor, name: str) -> Handle:
         """Begin to average a tensor in place; give what this returns to :meth:`wait`.
 
         Args:
             tensor: Contiguous.
             name: As in :meth:`start_sum`.
         """
+        if self.alone:
+            return tensor
         with peers(self):
             return int(self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Average))
 
-    def start_gather(self, tensor: torch.Tensor, name: str) -> int:
+    def start_gather(self, tensor: torch.Tensor, name: str) -> Handle:
         """Begin to collect all ranks' rows, in the order of ranks; :meth:`wait` returns them.
 
         Args:
             tensor: Contiguous, of shape (rows, ...); ranks may have other numbers of rows.
             name: As in :meth:`start_sum`.
         """
+        if self.alone:
+            return tensor.clone()
         with peers(self):
             return int(self._hvd.allgather_async(tensor, name=name))
 
@@ -108,21 +129,23 @@ class HorovodCommunicator:
         with peers(self):
             return int(self._hvd.reducescatter_async(tensor, name=name, op=self._hvd.Sum))
 
-    def start_all_to_all(self, tensor: torch.Tensor, name: str) -> int:
+    def start_all_to_all(self, tensor: torch.Tensor, name: str) -> Handle:
         """Begin to give each rank its part; :meth:`wait` returns what all have given to this one.
 
         Args:
             tensor: Contiguous, of shape (n,); n is a multiple of the ranks, and the same on each.
             name: As in :meth:`start_sum`.
         """
+        if self.alone:
+            return tensor.clone()
         with peers(self):
             return int(self._hvd.alltoall_async(tensor, name=name))
 
-    def ready(self, handle: int) -> bool:
+    def ready(self, handle: Handle) -> bool:
         """Whether :meth:`wait` would take no time."""
-        return bool(self._hvd.poll(handle))
+        return isinstance(handle, torch.Tensor) or bool(self._hvd.poll(handle))
 
-    def wait(self, handle: int) -> torch.Tensor:
+    def wait(self, handle: Handle) -> torch.Tensor:
         """Wait for a collective, for ``timeout_seconds`` at most, and return what came of it.
 
         Horovod's own wait spins on a core until the end of time. This one offers its core to others
@@ -131,6 +154,8 @@ class HorovodCommunicator:
         Raises:
             PeerLost: The time is up, or Horovod says that a peer failed.
         """
+        if isinstance(handle, torch.Tensor):
+            return handle
         start = time.monotonic()
         while not self._hvd.poll(handle):
             waited = time.monotonic() - start

@@ -10,8 +10,10 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
+from hpctrain.compression.dense import Dense
 from hpctrain.errors import Error
 from hpctrain.ps.protocol import shared_memory
+from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_ready
 from hpctrain.strategies.single import Single
 from hpctrain.train.state import Counters
 from hpctrain.train.step_rollback import StepRollback
@@ -84,3 +86,56 @@ def test_buffers_that_forward_replaces_are_taken_back():
         for name, buffer in model.named_buffers():
             assert torch.equal(buffer, before[name]), name
         model(torch.ones(2))
+
+
+class Twins:
+    """Other ranks that do as this one does, while there are any; what was exchanged with them."""
+
+    rank = 0
+
+    def __init__(self):
+        self.size = 1
+        self.exchanged = []
+
+    def start_sum(self, tensor, name):
+        self.exchanged.append(name)
+        return tensor.mul_(self.size)
+
+    def start_average(self, tensor, name):
+        self.exchanged.append(name)
+        return tensor
+
+    def ready(self, handle):
+        return True
+
+    def wait(self, handle):
+        return handle
+
+
+def test_a_rank_exchanges_nothing_while_it_is_alone():
+    """Ranks are lost, and join, between steps; a part of the model is not used by any."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)) for _ in range(2)]
+    for model in models:
+        model.unused = nn.Parameter(torch.ones(2))
+    models[1].load_state_dict(models[0].state_dict())
+    twins = Twins()
+    names, parameters = zip(*models[1].named_parameters(), strict=True)
+    averaged = AveragedGradients(
+        parameters, names, twins, Dense(), 40, [], lambda part: None, lambda: twins.size == 1
+    )
+    call_when_ready(parameters, averaged.ready)
+    for ranks in (1, 1, 2, 2, 1, 2):
+        twins.size = ranks
+        twins.exchanged.clear()
+        for model in models:
+            model(torch.randn(3, 4, generator=torch.Generator().manual_seed(1))).sum().backward()
+        averaged.synchronize()
+        averaged.stepped()
+        assert ("hpctrain.round" in twins.exchanged) == bool(twins.exchanged) == (ranks > 1)
+        for one, other in zip(*(m.parameters() for m in models), strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.equal(one.grad, other.grad)
+        averaged.forget_average()
+        for model in models:
+            model.zero_grad()
