@@ -25,7 +25,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
 .PHONY: help train test test-fast check mpi-test slurm-test e2e-test unit-test campaign conformance \
-        horovod chaos requeues strangers fuzz matrix format clean
+        horovod chaos requeues strangers fuzz matrix docs format clean
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -89,6 +89,10 @@ requeues: horovod  ## jobs told that time is up at random moments, 200 times (ab
 	$(BIN)/python -m benchmarks.requeues --requeues 200
 
 horovod: $(VENV)/.horovod
+
+docs: $(VENV)/.installed  ## the documentation with a reference of the Python names, into build/site
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 format: $(VENV)/.installed  ## mend what ruff can
 	ruff check --fix .

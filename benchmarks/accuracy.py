@@ -26,19 +26,20 @@ over samples and over time.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.launching import check, count, latest, parser_of, start
-from benchmarks.output import table
-from benchmarks.training import Case, Line, about, cases, known, save, spread_of, train
+from benchmarks.harness.command import Add, Arguments, count
+from benchmarks.harness.rounds import spread_of
+from benchmarks.harness.tables import table
+from benchmarks.launching import benchmark_of, latest
+from benchmarks.training import Case, Line, about, cases, known, train
 from hpctrain.world.launcher import Launch
 
 WARM_UP_STEPS = 5
+TASKS = ("digits",)
 KEYS = ("task", "strategy", "ranks", "workers", "threads", "emulated_compute", "batch", "epochs",
         "target", "seed")  # fmt: skip
 
@@ -61,14 +62,14 @@ GOALS = {"digits": Goal(0.97, 8, 10), "cifar10": Goal(0.6, 3, 50)}
 USUAL = Goal(0.9, 10, 50)
 
 
-def goal_of(task: str, arguments: argparse.Namespace) -> Goal:
-    """As it is asked for, or else the task's."""
+def goal_of(task: str, arguments: Arguments) -> Goal:
+    """Return the goal that is asked for, or else the task's."""
     given = {name: getattr(arguments, name) for name in Goal._fields}
     return GOALS.get(task, USUAL)._replace(**{k: v for k, v in given.items() if v is not None})
 
 
-def measure(arguments: argparse.Namespace, launch: Launch, number: int) -> Iterator[Line | None]:
-    """A seed on these ranks: every task and strategy."""
+def measure(arguments: Arguments, launch: Launch, number: int) -> Iterator[Line | None]:
+    """Measure a seed on these ranks: every task and strategy."""
     for task in arguments.tasks:
         goal = goal_of(task, arguments)
         batch = arguments.batch or known(task).batch
@@ -90,12 +91,12 @@ def measure(arguments: argparse.Namespace, launch: Launch, number: int) -> Itera
 
 
 def _belongs(case: Case) -> bool:
-    """Whether the strategy is one for so many ranks."""
+    """Return whether the strategy is one for so many ranks."""
     return case.strategy == "single" or case.ranks > 1
 
 
 def layer_of(case: Case, batch: int, goal: Goal, seed: int) -> dict[str, Any]:
-    """Configuration of a run that is measured."""
+    """Return the configuration of a run that is measured."""
     train = {"epochs": goal.epochs, "batch_size": batch}
     return {
         **case.layer,
@@ -105,7 +106,7 @@ def layer_of(case: Case, batch: int, goal: Goal, seed: int) -> dict[str, Any]:
 
 
 def progress_of(records: Sequence[Line], batch: int, target: float) -> Line:
-    """What a run's metrics.jsonl says of its way to the target.
+    """Return what a run's metrics.jsonl says of its way to the target.
 
     Args:
         records: Of that file.
@@ -133,15 +134,15 @@ def progress_of(records: Sequence[Line], batch: int, target: float) -> Line:
 
 
 def summary(lines: Sequence[Line]) -> list[Line]:
-    """A record for each task, strategy and number of ranks."""
+    """Return a record for each task, strategy and number of ranks."""
     groups: dict[tuple[Any, ...], list[Line]] = {}
     for line in latest(lines, KEYS):
         groups.setdefault(tuple(line[key] for key in KEYS[:-1]), []).append(line)
-    return [record_of(group) for group in groups.values()]
+    return [merged(group) for group in groups.values()]
 
 
-def record_of(group: Sequence[Line]) -> Line:
-    """Of all seeds of a case."""
+def merged(group: Sequence[Line]) -> Line:
+    """Return the record of all seeds of a case."""
     first = group[0]
     emulated = ", EMULATED COMPUTE" if first["emulated_compute"] else ""
     record: Line = {"group": f"{first['task']} to {first['target']:g}{emulated}"}
@@ -159,7 +160,7 @@ def record_of(group: Sequence[Line]) -> Line:
 
 
 def curve_of(curves: Sequence[Sequence[Line]]) -> list[Line]:
-    """Medians over seeds, where all of them validated."""
+    """Return medians over seeds, where all of them validated."""
     by_samples = [{point["samples"]: point for point in curve} for curve in curves]
     shared = sorted(set.intersection(*map(set, by_samples)))
     return [
@@ -174,15 +175,8 @@ def curve_of(curves: Sequence[Sequence[Line]]) -> list[Line]:
     ]
 
 
-def show(records: Sequence[Line]) -> str:
-    """A table for each task."""
-    groups: dict[str, list[Line]] = {}
-    for record in records:
-        groups.setdefault(record["group"], []).append(record)
-    return "\n\n".join(f"{group}\n{_table(found)}" for group, found in groups.items())
-
-
-def _table(records: Sequence[Line]) -> str:
+def table_for(records: Sequence[Line]) -> str:
+    """Return the table of a group of records."""
     rows = [["strategy", "ranks", "s to target", "spread", "samples", "spread", "reached",
              "accuracy at last", "s in all"]]  # fmt: skip
     for each in records:
@@ -198,36 +192,18 @@ def _table(records: Sequence[Line]) -> str:
     return table(rows)
 
 
-def report(lines: Sequence[Line], arguments: argparse.Namespace) -> None:
-    """Print tables, and write files."""
-    records = summary(lines)
-    print(show(records))
-    if any(record["oversubscribed"] for record in records):
-        print("* more ranks, times their threads, than cores")
-    if arguments.out is not None:
-        save(arguments, "accuracy", records)
-
-
-def arguments_of(command: Sequence[str]) -> argparse.Namespace:
-    """As given, checked."""
-    parser = parser_of(__doc__, tasks=["digits"], ranks="1,2", what="seed")
-    add = parser.add_argument
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
     add("--target", type=float, help="accuracy to reach; default: by task")
     add("--epochs", type=count, help="of every run; default: by task")
     add("--validate-every", type=count, help="steps between validations; default: by task")
-    add("--quick", action="store_true", help="single, horovod and ps:async, one seed, to 0.8")
-    arguments = parser.parse_args(command)
-    if arguments.quick:
-        arguments.strategies = ["single", "horovod", "ps:async"]
-        arguments.target, arguments.epochs = 0.8, 3
-    check(parser, arguments)
-    return arguments
 
 
-def main(command: Sequence[str]) -> None:
-    """Measure what is asked for."""
-    start("benchmarks.accuracy", command, arguments_of(command), measure, report)
-
+QUICK = {"strategies": "single,horovod,ps:async", "target": 0.8, "epochs": 3, "rounds": 1}
+BENCHMARK = benchmark_of(
+    "accuracy", __doc__, tasks=TASKS, ranks="1,2", what="seed", measure=measure, summary=summary,
+    table=table_for, options=options, quick=QUICK,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    BENCHMARK.run()

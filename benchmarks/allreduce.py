@@ -12,26 +12,29 @@ float32, between barriers; its time is that of the slowest rank. What comes out 
 - torch: ``torch.distributed.all_reduce`` by gloo, or by nccl on GPUs
 
 Shown are the median over rounds and its quartiles; algbw is bytes / time, busbw that times
-2 (n - 1) / n, what each link carries, as nccl-tests have it. ``*``: more ranks than cores here.
+2 (n - 1) / n, what each link carries, as nccl-tests have it. Ratios to mpi are of the same round.
+``*``: more ranks than cores here.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import socket
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 import hpctrain
-from benchmarks.output import table, write
+from benchmarks.harness.bars import at_most
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count
+from benchmarks.harness.rounds import in_turn, quartiles, spread_of
+from benchmarks.harness.tables import FOOTNOTE, table
 from hpctrain.process import cores
 from hpctrain.strategies.horovod import Horovod
 from hpctrain.world.broadcast import broadcast_json
@@ -43,10 +46,15 @@ MOST = 200
 WARM_UP = 2
 
 Case = Callable[[torch.Tensor], None]
+BARS = (
+    # What waits for small buckets is Horovod's own thread, and not the exchange.
+    at_most("time_us", 120, case="horovod", ranks=2, bytes=lambda size: size <= 2**17),
+    at_most("over_mpi", 1.1, case="horovod", bytes=lambda size: size >= 2**21),
+)
 
 
 def connect(world: World, how: Horovod) -> dict[str, Case]:
-    """The cases that there are here, ready to use."""
+    """Return the cases that there are here, ready to use."""
     hvd = how._hvd
     gpu = world.device.type == "cuda"
     found: dict[str, Case] = {
@@ -67,13 +75,13 @@ def connect(world: World, how: Horovod) -> dict[str, Case]:
 
 
 def wait(device: torch.device) -> None:
-    """For whatever a GPU still does."""
+    """Wait for whatever a GPU still does."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def one_round(case: Case, tensor: torch.Tensor, count: int, world: World) -> float:
-    """Seconds of an all-reduce, on the slowest rank; the result is checked."""
+    """Return the seconds of an all-reduce on the slowest rank; the result is checked."""
     tensor.fill_(1.0)
     world.comm.barrier()
     wait(world.device)
@@ -91,25 +99,29 @@ def one_round(case: Case, tensor: torch.Tensor, count: int, world: World) -> flo
     return float(times.max())
 
 
-def measure(world: World, cases: dict[str, Case], rounds: int) -> list[dict[str, Any]]:
-    """All cases at all sizes: a record each."""
+def measured(world: World, cases: dict[str, Case], rounds: int) -> list[dict[str, Any]]:
+    """Return a record for each case at each size.
+
+    Args:
+        world: Whose ranks call this together.
+        cases: To be measured in turn.
+        rounds: Of each size.
+    """
     records = []
     for size in SIZES:
         tensor = torch.ones(size // 4, device=world.device)
         # A sum of sums is a power of the world's size, and must stay below float32's largest.
         exact = int(120 / max(1.0, math.log2(world.size)))
-        counts, times = {}, {name: [] for name in cases}
+        runs = {}
         for name, case in cases.items():
             probe = statistics.median(one_round(case, tensor, 1, world) for _ in range(3))
-            counts[name] = max(1, min(MOST, exact, int(BUDGET_SECONDS / probe)))
-        for number in range(rounds + WARM_UP):
-            for name, case in cases.items():
-                seconds = one_round(case, tensor, counts[name], world)
-                if number >= WARM_UP:
-                    times[name].append(seconds)
+            some = max(1, min(MOST, exact, int(BUDGET_SECONDS / probe)))
+            runs[name] = partial(one_round, case, tensor, some, world)
+        times = in_turn(runs, rounds, warm_up=WARM_UP)
         for name, seconds in times.items():
-            lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+            lower, median, upper = quartiles(seconds)
             algbw = size / median / 1e9
+            ratios = [one / mpi for one, mpi in zip(seconds, times.get("mpi", []), strict=False)]
             records.append(
                 {
                     "operation": "allreduce",
@@ -123,40 +135,46 @@ def measure(world: World, cases: dict[str, Case], rounds: int) -> list[dict[str,
                     "algbw_GBps": round(algbw, 4),
                     "busbw_GBps": round(algbw * 2 * (world.size - 1) / world.size, 4),
                     "rounds": rounds,
+                    **spread_of("over_mpi", ratios),
                 }
             )
     return records
 
 
 def show(records: list[dict[str, Any]]) -> str:
-    """A line for each case and size."""
-    rows = [["bytes", "case", "median us", "quartiles us", "busbw GB/s"]]
+    """Return a table with a line for each case and size."""
+    rows = [["bytes", "case", "median us", "quartiles us", "busbw GB/s", "of mpi's time"]]
     for record in records:
         star = "*" if record["oversubscribed"] else ""
         spread = f"{record['lower_us']:.1f}-{record['upper_us']:.1f}"
+        ratio = f"{record['over_mpi']:.2f}" if "over_mpi" in record else ""
         rows.append(
             [str(record["bytes"]), record["case"], f"{record['time_us']:.1f}{star}", spread,
-             f"{record['busbw_GBps']:.3f}"]
+             f"{record['busbw_GBps']:.3f}", ratio]
         )  # fmt: skip
-    return table(rows)
+    return f"{table(rows)}\n{FOOTNOTE}"
 
 
-def main() -> None:
-    """Measure; rank 0 prints and writes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="folder for allreduce.json and allreduce.csv")
-    options = parser.parse_args()
+def measure(arguments: Arguments) -> Report | None:
+    """Measure on every rank; rank 0 reports."""
     world = hpctrain.init()
     how = Horovod(world)
-    records = measure(world, connect(world, how), options.rounds)
-    if world.rank == 0:
-        print(show(records))
-        if options.out is not None:
-            write(options.out, "allreduce", records, launcher=world.launch.name)
+    records = measured(world, connect(world, how), arguments.rounds)
+    more = {"launcher": world.launch.name}
+    report = None if world.rank else Report(records, show(records), more)
     dist.destroy_process_group()
     world.comm.close()
+    return report
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--rounds", type=count, default=9)
+
+
+BENCHMARK = Benchmark(
+    "allreduce", __doc__, measure, options=options, bars=BARS, quick={"rounds": 2}
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

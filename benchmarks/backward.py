@@ -10,23 +10,22 @@ of the ratio of neighbouring steps, and its quartiles; below 1, waiting at the e
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import statistics
 import time
 
 import torch
 from torch import nn
 
 import hpctrain
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count
+from benchmarks.harness.rounds import in_turn, quartiles
+from hpctrain.process import cores
+
+WARM_UP = 3
 
 
-def main() -> None:
-    """Measure on every rank; rank 0 tells."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--width", type=int, default=512)
-    arguments = parser.parse_args()
+def measure(arguments: Arguments) -> Report | None:
+    """Measure on every rank; rank 0 reports."""
     width = arguments.width
     world = hpctrain.init()
     torch.manual_seed(0)
@@ -46,18 +45,31 @@ def main() -> None:
         optimizer.step()
         return time.perf_counter() - start
 
-    ratios = []
-    for pair in range(arguments.pairs + 3):
-        at_end, later = seconds(in_step=False), seconds(in_step=True)
-        if pair >= 3:
-            ratios.append(at_end / later)
-    low, median, high = statistics.quantiles(ratios, n=4)
-    if world.rank == 0:
-        print(
-            f"{world.size} ranks, {arguments.pairs} pairs: {median:.3f} ({low:.3f} to {high:.3f})"
-        )
+    cases = {"at_end": lambda: seconds(in_step=False), "later": lambda: seconds(in_step=True)}
+    times = in_turn(cases, arguments.pairs, warm_up=WARM_UP)
+    ratios = [one / other for one, other in zip(times["at_end"], times["later"], strict=True)]
+    low, median, high = quartiles(ratios)
+    record = {
+        "width": width,
+        "ranks": world.size,
+        "oversubscribed": world.launch.local_size > cores(),
+        "pairs": arguments.pairs,
+        "ratio_median": median,
+        "ratio_quartiles": [low, high],
+    }
+    text = f"{world.size} ranks, {arguments.pairs} pairs: {median:.3f} ({low:.3f} to {high:.3f})"
+    report = None if world.rank else Report([record], text)
     world.comm.close()
+    return report
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--pairs", type=count, default=30)
+    add("--width", type=count, default=512, help="of the model's layers")
+
+
+BENCHMARK = Benchmark("backward", __doc__, measure, options=options, quick={"pairs": 5})
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -35,17 +35,15 @@ Prints a table and what held; --out gets checkpoint.json, checkpoint.csv and plo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import itertools
 import os
 import shutil
-import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +53,14 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed import checkpoint as dcp
 
-from benchmarks.output import plots, spread, spread_of, table, write
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, numbers, words_of
+from benchmarks.harness.processes import scratch
+from benchmarks.harness.rounds import Record, Round, in_turn, spread_of
+from benchmarks.harness.rounds import record_of as summed
+from benchmarks.harness.tables import by_group, say, table_of
 from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.errors import Error
 from hpctrain.files import sync
 
 SIZES = (16, 64, 256)  # MB
@@ -93,7 +97,7 @@ def state_of(megabytes: int, seed: int) -> State:
 
 
 def nbytes(state: State) -> int:
-    """Of all tensors."""
+    """Return the bytes of all tensors."""
     return sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values())
 
 
@@ -105,7 +109,7 @@ def put(state: State, found: Any) -> None:
 
 
 def flat(state: State) -> dict[str, torch.Tensor]:
-    """All tensors by one name each."""
+    """Return all tensors by one name each."""
     return {f"{kind}.{name}": t for kind, tensors in state.items() for name, t in tensors.items()}
 
 
@@ -149,7 +153,7 @@ def torch_restore(state: State, folder: Path) -> None:
 
 
 def dcp_save(state: State, folder: Path) -> Callable[[], object]:
-    """Its writer calls fsync by itself."""
+    """Save by torch.distributed.checkpoint, whose writer calls fsync by itself."""
     dcp.save(state, checkpoint_id=folder)
     return lambda: None
 
@@ -160,26 +164,26 @@ def dcp_async_save(state: State, folder: Path) -> Callable[[], object]:
 
 
 def dcp_restore(state: State, folder: Path) -> None:
-    """In place."""
+    """Restore by torch.distributed.checkpoint, in place."""
     dcp.load(state, checkpoint_id=folder)
 
 
 def safetensors_save(state: State, folder: Path) -> Callable[[], object]:
-    """One file."""
+    """Save by safetensors, to one file."""
     save_file(flat(state), folder / "state.safetensors")
     settle(folder / "state.safetensors")
     return lambda: None
 
 
 def safetensors_restore(state: State, folder: Path) -> None:
-    """Mapped."""
+    """Restore by safetensors, which maps the file."""
     found = load_file(folder / "state.safetensors")
     for name, tensor in flat(state).items():
         tensor.copy_(found[name])
 
 
 def plain_save(state: State, folder: Path) -> Callable[[], object]:
-    """Nothing but bytes."""
+    """Write nothing but the bytes."""
     with (folder / "state").open("wb", buffering=0) as file:
         for tensor in flat(state).values():
             view = memoryview(tensor.numpy()).cast("B")
@@ -190,7 +194,7 @@ def plain_save(state: State, folder: Path) -> Callable[[], object]:
 
 
 def plain_restore(state: State, folder: Path) -> None:
-    """In place."""
+    """Read the bytes into place."""
     with (folder / "state").open("rb", buffering=0) as file:
         for tensor in flat(state).values():
             view = memoryview(tensor.numpy()).cast("B")
@@ -217,13 +221,13 @@ def remember(folder: Path) -> None:
                     pass
 
 
-def memcpy_ms(state: State) -> float:
+def copied(state: State) -> Round:
     """Copy as many bytes as a state has, once, to memory that was written to."""
     size = nbytes(state)
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
     began = time.perf_counter()
     ctypes.memmove(target.ctypes.data, source.ctypes.data, size)
-    return 1e3 * (time.perf_counter() - began)
+    return {"memcpy_ms": 1e3 * (time.perf_counter() - began)}
 
 
 def forget(folder: Path) -> None:
@@ -236,7 +240,7 @@ def forget(folder: Path) -> None:
 
 
 def one_round(case: Case, state: State, live: State, folder: Path) -> dict[str, float]:
-    """Milliseconds of saving, and of restoring into another state.
+    """Return the milliseconds of saving, and of restoring into another state.
 
     Raises:
         AssertionError: Something else was restored.
@@ -261,79 +265,76 @@ def one_round(case: Case, state: State, live: State, folder: Path) -> dict[str, 
     return {key: 1e3 * seconds for key, seconds in times.items()}
 
 
-def record_of(case: str, size: int, moved: int, rounds: Sequence[dict[str, float]]) -> Any:
-    """Of a case and a size: times, and from them rates."""
-    record: dict[str, Any] = {"case": case, "state_MB": size, "rounds": len(rounds)}
-    for key in rounds[0]:
-        record |= spread_of(key, [each[key] for each in rounds])
+def record_of(case: str, size: int, moved: int, rounds: Sequence[dict[str, float]]) -> Record:
+    """Return the record of a case and a size: times, and from them rates.
+
+    Args:
+        case: Its name.
+        size: Of the state, in MB.
+        moved: The same, in bytes.
+        rounds: Times in milliseconds, and ratios.
+    """
+    record = summed({"case": case, "state_MB": size}, rounds)
     for key in ("durable", "warm_restore", "cold_restore"):
         rates = [moved / each[f"{key}_ms"] / 1e6 for each in rounds]
         record |= spread_of(f"{key}_GBps", rates)
     return record
 
 
-def measure(folder: Path, cases: Sequence[str], sizes: Sequence[int], rounds: int) -> list[Any]:
-    """All cases and sizes."""
+def measured(folder: Path, cases: Sequence[str], sizes: Sequence[int], rounds: int) -> list[Record]:
+    """Return a record for each case and size.
+
+    Args:
+        folder: On the disk to be measured.
+        cases: Of ``CASES``.
+        sizes: Of the state, in MB.
+        rounds: That count; one more warms up.
+    """
     records = []
     for size in sizes:
         state, live = state_of(size, 0), state_of(size, 1)
-        times: dict[str, list[dict[str, float]]] = {case: [] for case in cases}
-        copies: list[float] = []
-        for number in range(1 + rounds):  # the first warms up
-            copies.append(memcpy_ms(state))
-            for case in cases:
-                times[case].append(one_round(CASES[case], state, live, folder / case))
-            print(f"{size} MB: round {number} of {rounds}", file=sys.stderr, flush=True)
+        runs: dict[str, Callable[[], Round]] = {"memcpy": partial(copied, state)}
         for case in cases:
-            record = record_of(case, size, nbytes(state), times[case][1:])
-            record["first_blocked_ms"] = times[case][0]["blocked_ms"]
-            records.append(record | spread_of("memcpy_ms", copies[1:]))
-    return records
+            runs[case] = partial(one_round, CASES[case], state, live, folder / case)
+        first, times = in_turn(runs, 1), in_turn(runs, rounds)  # the first warms up
+        say(f"{size} MB: {rounds} rounds")
+        copies = spread_of("memcpy_ms", [each["memcpy_ms"] for each in times["memcpy"]])
+        for case in cases:
+            record = record_of(case, size, nbytes(state), times[case])
+            record["first_blocked_ms"] = first[case][0]["blocked_ms"]
+            records.append(record | copies)
+    return beside_others(records)
 
 
-def show(records: Sequence[dict[str, Any]]) -> str:
-    """A table for each size."""
-    fields = ("blocked_ms", "durable_ms", "durable_GBps", "warm_restore_ms", "cold_restore_ms")
-    parts = []
-    for size in dict.fromkeys(record["state_MB"] for record in records):
-        rows = [[f"{size} MB", *(field.replace("_", " ") for field in fields)]]
-        for record in (each for each in records if each["state_MB"] == size):
-            rows.append([record["case"], *(spread(record, field) for field in fields)])
-        parts.append(table(rows))
-    return "\n\n".join(parts)
+def beside_others(records: Sequence[Record]) -> list[Record]:
+    """Return the records, hpctrain's of the largest state with its ratios to others.
 
-
-def verdicts(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What was to hold, and whether it did; nothing where a case is missing."""
+    They are by the best round of each case, as what a round takes longer for is the machine's.
+    """
     size = max(record["state_MB"] for record in records)
     by = {record["case"]: record for record in records if record["state_MB"] == size}
-    if "hpctrain" not in by or "safetensors" not in by:
-        return []
-    ours = by.pop("hpctrain")
-    fastest = min(by, key=lambda case: by[case]["durable_ms_min"])
-    ratios = [
-        (
-            f"on disk, speed by the fastest's ({fastest})",
-            by[fastest]["durable_ms_min"] / ours["durable_ms_min"],
-            1.0,
-        ),
-        (
-            "warm restore, speed by safetensors'",
-            by["safetensors"]["warm_restore_ms_min"] / ours["warm_restore_ms_min"],
-            0.9,
-        ),
-        ("memcpy by blocked", ours["memcpy_ms_min"] / ours["blocked_ms_min"], 1.0),
-    ]
-    return [
-        f"{'held' if ratio >= bar else 'fell short'}: {size} MB: {what} {ratio:.2f}, "
-        f"to be {bar:g} at least"
-        for what, ratio, bar in ratios
-    ]
+    ours, ratios = by.pop("hpctrain", None), {}
+    if ours is None or not by:
+        return list(records)
+    durable = min(each["durable_ms_min"] for each in by.values())
+    ratios["durable_speed_over_fastest"] = durable / ours["durable_ms_min"]
+    if "safetensors" in by:
+        warm = by["safetensors"]["warm_restore_ms_min"]
+        ratios["warm_restore_speed_over_safetensors"] = warm / ours["warm_restore_ms_min"]
+    ratios["memcpy_over_blocked"] = ours["memcpy_ms_min"] / ours["blocked_ms_min"]
+    return [{**each, **ratios} if each is ours else each for each in records]
+
+
+def show(records: Sequence[Record]) -> str:
+    """Return a table for each size."""
+    fields = ("blocked_ms", "durable_ms", "durable_GBps", "warm_restore_ms", "cold_restore_ms")
+    sizes = by_group(records, "state_MB")
+    return "\n\n".join(table_of(f"{size} MB", some, "case", fields) for size, some in sizes)
 
 
 @contextlib.contextmanager
 def world_of_one() -> Iterator[None]:
-    """What async_save asks for."""
+    """Have a process group of one, which async_save asks for."""
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -342,33 +343,32 @@ def world_of_one() -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", type=lambda text: text.split(","), default=",".join(CASES))
-    parser.add_argument(
-        "--mb", type=lambda text: [int(size) for size in text.split(",")], default=list(SIZES),
-        help="sizes of the state",
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured")
-    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and plots")
-    options = parser.parse_args()
-    if unknown := {*options.cases} - {*CASES}:
-        parser.error(f"there is no {', '.join(sorted(unknown))}")
-    if options.rounds < 1 or min(options.mb) < 1:
-        parser.error("a round, and a MB, at least")
+def measure(arguments: Arguments) -> Report:
+    """Measure all cases and sizes."""
     warnings.filterwarnings("ignore", module="torch")  # that dcp has but one process
     try:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder, world_of_one():
-            records = measure(Path(folder), options.cases, options.mb, options.rounds)
+        with scratch(arguments.folder) as folder, world_of_one():
+            records = measured(folder, arguments.cases, arguments.mb, arguments.rounds)
     except OSError as error:
-        parser.error(str(error))
-    print(show(records), *verdicts(records), sep="\n")
-    if options.out is not None:
-        write(options.out, "checkpoint", records)
-        plots(options.out, "checkpoint")
+        raise Error(f"cannot write to {arguments.folder}: {error}.") from error
+    return Report(records, show(records))
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--cases", type=words_of(CASES), default=",".join(CASES))
+    add("--mb", type=numbers(count), default=",".join(map(str, SIZES)), help="sizes of the state")
+    add("--rounds", type=count, default=4)
+    add("--folder", type=Path, help="on the disk to be measured; made where it is missing")
+
+
+BARS = (
+    at_least("durable_speed_over_fastest", 1.0, case="hpctrain"),
+    at_least("warm_restore_speed_over_safetensors", 0.9, case="hpctrain"),
+    at_least("memcpy_over_blocked", 1.0, case="hpctrain"),
+)
+QUICK = {"mb": "16", "rounds": 2}
+BENCHMARK = Benchmark("checkpoint", __doc__, measure, options=options, bars=BARS, quick=QUICK)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -26,7 +26,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,7 +35,10 @@ from typing import Any
 import torch
 
 from benchmarks import peers_cases, peers_models, ps_hosts
-from benchmarks.output import plots, spread, spread_of, table, write
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, numbers, words
+from benchmarks.harness.processes import end_with_parent, module, scratch
+from benchmarks.harness.rounds import Record, Round, compared, in_turn, record_of
+from benchmarks.harness.tables import FOOTNOTE, by_group, table_of
 from hpctrain.compression.codec import Codec, ErrorFeedback, make_codec
 from hpctrain.errors import Error
 from hpctrain.process import cores
@@ -47,8 +49,7 @@ SLICE = 2**19  # values: 2 MiB
 CODECS = ("fp16", "bf16", "int8", "topk:0.1", "topk:0.01", "topk:0.001")
 HOSTS = 2
 MODEL = "mlp_2M"
-CHILD = (sys.executable, "-m", "benchmarks.compression", "--child")
-Result = dict[str, Any]
+CHILD = module("compression", "--child")
 
 
 class Slices:
@@ -73,28 +74,28 @@ class Slices:
         ]
 
     def encode(self) -> None:
-        """All slices."""
+        """Encode all slices."""
         for index, (encoder, part, out) in enumerate(
             zip(self.encoders, self.parts, self.outs, strict=True)
         ):
             self.sizes[index] = encoder.encode(part, out)
 
     def decode(self) -> None:
-        """All slices."""
+        """Decode all slices."""
         pieces = zip(self.outs, self.sizes, self.decoded.split(SLICE), strict=True)
         for out, size, decoded in pieces:
             self.codec.decode(out[:size], decoded)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Of one call."""
+    """Return how long a call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def break_even_gbps(count: int, encoded: int, encode: float, decode: float) -> float:
-    """The rate of a network below which an encoding pays, in 10**9 bits a second.
+    """Return the rate of a network below which an encoding pays, in 10**9 bits a second.
 
     Args:
         count: Bytes of the gradient.
@@ -105,12 +106,10 @@ def break_even_gbps(count: int, encoded: int, encode: float, decode: float) -> f
     return max(0.0, 8e-9 * (count - encoded) / (encode + decode))
 
 
-def measure_codecs(names: Sequence[str], count: int, rounds: int) -> list[Result]:
-    """All codecs, in one process with one thread."""
+def measure_codecs(names: Sequence[str], count: int, rounds: int) -> list[Record]:
+    """Return a record for each codec, measured in one process with one thread."""
     gradient = torch.randn(count, generator=torch.Generator().manual_seed(0))
-    found: dict[str, list[Result]] = {name: [] for name in names}
-    errors = {}
-    slices = {}
+    errors, slices = {}, {}
     for name in names:
         codec = make_codec(name)
         assert codec is not None
@@ -118,61 +117,63 @@ def measure_codecs(names: Sequence[str], count: int, rounds: int) -> list[Result
         slices[name].encode()
         slices[name].decode()
         errors[name] = float((slices[name].decoded - gradient).norm() / gradient.norm())
-    for _ in range(rounds):
-        for name, each in slices.items():
-            encode, decode = seconds_of(each.encode), seconds_of(each.decode)
-            found[name].append(
-                {
-                    "encode_GBps": 4e-9 * count / encode,
-                    "decode_GBps": 4e-9 * count / decode,
-                    "break_even_Gbps": break_even_gbps(4 * count, sum(each.sizes), encode, decode),
-                }
-            )
-    records = []
-    for name, results in found.items():
-        record = {"group": "codec", "codec": name, "values": count, "rounds": rounds}
-        for key in results[0]:
-            record |= spread_of(key, [each[key] for each in results])
-        ratio = 4 * count / sum(slices[name].sizes)
-        records.append({**record, "ratio": ratio, "error": errors[name]})
-    return records
+
+    def measure(each: Slices) -> Round:
+        encode, decode = seconds_of(each.encode), seconds_of(each.decode)
+        return {
+            "encode_GBps": 4e-9 * count / encode,
+            "decode_GBps": 4e-9 * count / decode,
+            "break_even_Gbps": break_even_gbps(4 * count, sum(each.sizes), encode, decode),
+        }
+
+    found = in_turn({name: partial(measure, each) for name, each in slices.items()}, rounds)
+    return [
+        {
+            **record_of({"group": "codec", "codec": name, "values": count}, results),
+            "ratio": 4 * count / sum(slices[name].sizes),
+            "error": errors[name],
+        }
+        for name, results in found.items()
+    ]
 
 
 # What runs on the hosts.
 
 
 def child(codecs: str, steps: str, rounds: str, folder: str) -> None:
-    """A rank: trains with all codecs in turn; the first writes what it measured."""
-    peers_cases.end_with_parent()
+    """Train with all codecs in turn, as a rank; the first rank writes what it measured."""
+    end_with_parent()
     launch = detect()
     peers_cases.take_cores(launch.rank, launch.size)
     place = peers_cases.Place(launch.rank, launch.size, "", torch.device("cpu"))
-    found: dict[str, list[Result]] = {name: [] for name in codecs.split(",")}
     kind, dense = peers_models.MODELS[MODEL], torch.zeros(0)
-    for _ in range(int(rounds)):
-        for name, results in found.items():
-            case = partial(peers_cases.ps, compression=name)
-            record, moved = peers_cases.train(case, kind, place, int(steps))
-            dense = moved if name == "none" else dense
-            drift = float((moved - dense).norm() / dense.norm())
-            results.append({"step_ms": statistics.median(record["times_ms"]), "drift": drift})
+
+    def measure(name: str) -> Round:
+        nonlocal dense
+        case = partial(peers_cases.ps, compression=name)
+        record, moved = peers_cases.train(case, kind, place, int(steps))
+        dense = moved if name == "none" else dense
+        drift = float((moved - dense).norm() / dense.norm())
+        return {"step_ms": statistics.median(record["times_ms"]), "drift": drift}
+
+    found = in_turn({name: partial(measure, name) for name in codecs.split(",")}, int(rounds))
     if launch.rank == 0:
         (Path(folder) / "result.json").write_text(json.dumps(found))
 
 
 def measure_steps(
     mbits: float, codecs: Sequence[str], steps: int, rounds: int, seconds: float
-) -> list[Result]:
-    """Training steps on hosts with links of so many Mbit/s: a record a codec.
+) -> list[Record]:
+    """Return a record of training steps for each codec, on hosts with links of so many Mbit/s.
 
     Raises:
         Error: They did not get through.
     """
     names = ["none", *codecs]
-    with tempfile.TemporaryDirectory() as folder, ps_hosts.hosts(HOSTS, mbits) as cluster:
-        command = [*CHILD, ",".join(names), str(steps), str(rounds), folder]
+    with scratch() as folder, ps_hosts.hosts(HOSTS, mbits) as cluster:
+        command = [*CHILD, ",".join(names), str(steps), str(rounds), str(folder)]
         done = cluster.mpirun([1] * HOSTS, command, seconds)
-        file = Path(folder) / "result.json"
+        file = folder / "result.json"
         if done.returncode or not file.exists():
             raise Error(f"steps at {mbits:g} Mbit/s: code {done.returncode}: {done.stdout[-300:]}")
         found = json.loads(file.read_text())
@@ -180,71 +181,78 @@ def measure_steps(
 
 
 def step_record(
-    mbits: float, name: str, results: Sequence[Result], dense: Sequence[Result]
-) -> Result:
-    """Of a codec's rounds: independent variables first."""
-    record: Result = {"group": "step", "codec": name, "link_Mbps": mbits, "ranks": HOSTS}
-    record |= {"oversubscribed": cores() < HOSTS, "rounds": len(results)}
-    pairs = zip(results, dense, strict=True)
-    record |= spread_of("step_ms", [each["step_ms"] for each in results])
-    record |= spread_of("speed_over_dense", [b["step_ms"] / a["step_ms"] for a, b in pairs])
-    return {**record, "drift": statistics.median(each["drift"] for each in results)}
+    mbits: float, name: str, results: Sequence[Round], dense: Sequence[Round]
+) -> Record:
+    """Return the record of a codec's steps.
+
+    Args:
+        mbits: Of the hosts' links.
+        name: Of the codec.
+        results: Its rounds.
+        dense: The same rounds without a codec.
+    """
+    variables = {"group": "step", "codec": name, "link_Mbps": mbits, "ranks": HOSTS}
+    variables["oversubscribed"] = cores() < HOSTS
+    ratio = "speed_over_dense"
+    rounds = compared(results, dense, ratio, lambda one, base: base["step_ms"] / one["step_ms"])
+    return record_of(variables, rounds)
 
 
-def show(records: Sequence[Result]) -> str:
-    """A table for the codecs, and one for each network."""
-    head = ["codec", "ratio", "error", "encode GB/s", "decode GB/s", "pays below Gbit/s"]
-    rows = [head]
-    for record in (each for each in records if each["group"] == "codec"):
-        cells = [spread(record, key) for key in ("encode_GBps", "decode_GBps", "break_even_Gbps")]
-        rows.append([record["codec"], f"{record['ratio']:.4g}", f"{record['error']:.2g}", *cells])
-    parts = [table(rows)]
-    for mbits in dict.fromkeys(each["link_Mbps"] for each in records if each["group"] == "step"):
-        rows = [[f"{mbits:g} Mbit/s", "step ms", "speed over dense", "drift"]]
-        for record in (each for each in records if each.get("link_Mbps") == mbits):
-            star = "*" * record["oversubscribed"]
-            cells = [spread(record, key) for key in ("step_ms", "speed_over_dense")]
-            rows.append([record["codec"] + star, *cells, f"{record['drift']:.2g}"])
-        parts.append(table(rows))
-    return "\n\n".join(parts)
-
-
-def main() -> None:
-    """Measure, print and write."""
-    if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:])
-        return
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--codecs", type=lambda text: text.split(","), default=",".join(CODECS))
-    parser.add_argument("--count", type=int, default=COUNT, help="values of the gradient")
-    parser.add_argument("--rounds", type=int, default=5, help="of encoding and decoding")
-    parser.add_argument(
-        "--mbits", type=lambda text: [float(rate) for rate in text.split(",") if rate],
-        default="100,1000", help="of the hosts' links; none: no steps",
+def show(records: Sequence[Record]) -> str:
+    """Return a table for the codecs, and one for each network."""
+    codec = [record for record in records if record["group"] == "codec"]
+    columns = (
+        ("ratio", lambda record: f"{record['ratio']:.4g}"),
+        ("error", lambda record: f"{record['error']:.2g}"),
+        "encode_GBps", "decode_GBps", "break_even_Gbps",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=5, help="timed in each round")
-    parser.add_argument("--step-rounds", type=int, default=3)
-    parser.add_argument("--timeout", type=float, default=180, help="seconds for each network")
-    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and plots")
-    options = parser.parse_args()
-    if os.geteuid() != 0 and options.mbits:
-        print("emulated hosts: skipped; they need root", flush=True)
-        options.mbits = []
-    torch.set_num_threads(1)
-    try:
-        records = measure_codecs(options.codecs, options.count, options.rounds)
-        print(show(records), end="\n\n", flush=True)
-        for mbits in options.mbits:
-            records += measure_steps(
-                mbits, options.codecs, options.steps, options.step_rounds, options.timeout
-            )
-    except Error as error:
-        parser.error(str(error))
-    print(show(records))
-    if options.out is not None:
-        write(options.out, "compression", records)
-        plots(options.out, "compression")
+    parts = [table_of("codec", codec, "codec", columns)]
+    for mbits, some in by_group(records, "link_Mbps"):
+        columns = (
+            "step_ms",
+            "speed_over_dense",
+            ("drift", lambda record: f"{record['drift']:.2g}"),
+        )
+        parts.append(table_of(f"{mbits:g} Mbit/s", some, "codec", columns))
+    return "\n\n".join([*parts, FOOTNOTE])
 
+
+def measure(arguments: Arguments) -> Report:
+    """Measure the codecs alone, then steps on each network."""
+    torch.set_num_threads(1)
+    records = measure_codecs(arguments.codecs, arguments.count, arguments.rounds)
+    for mbits in arguments.mbits:
+        records += measure_steps(
+            mbits, arguments.codecs, arguments.steps, arguments.step_rounds, arguments.timeout
+        )
+    return Report(records, show(records))
+
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--codecs", type=words, default=",".join(CODECS))
+    add("--count", type=count, default=COUNT, help="values of the gradient")
+    add("--rounds", type=count, default=5, help="of encoding and decoding")
+    add("--mbits", type=numbers(float), default="100,1000",
+        help="of the hosts' links; none: no steps")  # fmt: skip
+    add("--steps", type=count, default=5, help="timed in each round")
+    add("--step-rounds", type=count, default=3)
+    add("--timeout", type=float, default=180, help="seconds for each network")
+
+
+def check(parser: argparse.ArgumentParser, arguments: Arguments) -> None:
+    """Leave out what needs root where there is none."""
+    if os.geteuid() != 0 and arguments.mbits:
+        print("emulated hosts: skipped; they need root", flush=True)
+        arguments.mbits = []
+
+
+QUICK = {"codecs": "fp16,int8", "count": 1_000_000, "rounds": 2, "mbits": "1000", "steps": 2,
+         "step_rounds": 1}  # fmt: skip
+BENCHMARK = Benchmark("compression", __doc__, measure, options=options, check=check, quick=QUICK)
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--child"]:
+        child(*sys.argv[2:])
+    else:
+        BENCHMARK.run()

@@ -9,12 +9,14 @@ Both reach hosts by ssh; there is an sshd on each.
 
 from __future__ import annotations
 
-import sys
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import elastic_tasks
+from benchmarks.harness.processes import module
 from tests.slurm.cluster import Cluster
 
 WORKERS = 3
@@ -35,7 +37,7 @@ class Hpctrain:
     driver = "n1"
 
     def submit(self, cluster: Cluster, work: Work, run: Path) -> str:
-        """The job's number."""
+        """Submit the job, and return its number."""
         task = {"digits": "Digits", "cifar10": "Cifar10"}[work.task]
         data = [] if work.data is None else ["--data", str(work.data)]
         said = cluster.call(
@@ -57,7 +59,7 @@ class Stock:
     driver = "n1"
 
     def submit(self, cluster: Cluster, work: Work, run: Path) -> str:
-        """The job's number."""
+        """Submit the job, and return its number."""
         run.mkdir()
         ssh(cluster, run.parent, self.tuned)
         (run.parent / "hosts.sh").write_text(PROBED if self.tuned else LISTED)
@@ -67,10 +69,16 @@ class Stock:
         return str(said.split()[-1])
 
     def script(self, work: Work, run: Path) -> str:
-        """What sbatch is given."""
+        """Return what sbatch is given."""
         nodes = WORKERS + 1 if self.tuned else WORKERS
         options = ["--network-interfaces eth0", "--blacklist-cooldown-range 5 20"]
-        data = "" if work.data is None else f"--data {work.data}"
+        job = {
+            "task": work.task,
+            "data": work.data and str(work.data),
+            "rank_batch_size": work.batch_size // WORKERS,
+            "steps": work.steps,
+            "out": str(run),
+        }
         return "\n".join([
             "#!/bin/bash",
             f"#SBATCH --job-name=stock --nodes={nodes} --ntasks-per-node=1 --no-kill",
@@ -80,8 +88,7 @@ class Stock:
             f"exec horovodrun -np {WORKERS} --min-np {WORKERS - 1} --max-np {WORKERS} \\",
             f"  --host-discovery-script {run.parent}/hosts.sh \\",
             f"  {' '.join(options) if self.tuned else ''} \\",
-            f"  {sys.executable} -m benchmarks.elastic_stock --task {work.task} {data} \\",
-            f"  --rank-batch-size {work.batch_size // WORKERS} --steps {work.steps} --out {run}",
+            f"  {shlex.join(module('elastic_stock', json.dumps(job)))}",
             "",
         ])  # fmt: skip
 

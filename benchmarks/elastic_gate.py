@@ -46,7 +46,7 @@ class Gated:
         self._gate: socket.socket | None = None
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """The task's own."""
+        """Return the task's own loss, after asking whether the next block may begin."""
         if self._steps % self.block == 0:
             self._ask()
         self._steps += 1
@@ -72,7 +72,7 @@ class Cifar10(Gated, cifar10.Cifar10):
     """The ready task `cifar10`, of random images in memory."""
 
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """Of no meaning; a step takes as long."""
+        """Return random images: a step takes as long with them."""
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (SAMPLES, 32, 32, 3), np.uint8)
         return {"train": ArraySource({"image": images, "label": rng.integers(0, 10, SAMPLES)})}
@@ -82,18 +82,18 @@ class _Perceptron(Task):
     """A perceptron of a few milliseconds a step."""
 
     def model(self) -> nn.Module:
-        """Three layers."""
+        """Return a perceptron of three layers."""
         return nn.Sequential(
             nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Cross entropy."""
+        """Return the cross entropy."""
         loss: torch.Tensor = nn.functional.cross_entropy(model(batch["x"]), batch["y"])
         return loss
 
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """Random samples in memory."""
+        """Return random samples in memory."""
         rng = np.random.default_rng(0)
         x = rng.normal(size=(SAMPLES, 256)).astype(np.float32)
         return {"train": ArraySource({"x": x, "y": rng.integers(0, 10, SAMPLES)})}
@@ -101,4 +101,4 @@ class _Perceptron(Task):
 
 @dataclass
 class Perceptron(Gated, _Perceptron):
-    """It, when told to."""
+    """The perceptron, when told to."""

@@ -28,7 +28,6 @@ its samples are not each taken once.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -37,7 +36,6 @@ import random
 import shutil
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -46,12 +44,15 @@ from typing import Any, NamedTuple
 
 from benchmarks import elastic_tasks
 from benchmarks.elastic_engines import ENGINES, WORKERS, Work
-from benchmarks.output import table, write
+from benchmarks.harness.bars import at_least, at_most
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, words_of
+from benchmarks.harness.rounds import quartiles
+from benchmarks.harness.tables import table, tell
+from benchmarks.slurm import slurm_cluster
 from hpctrain import process
-from tests.slurm.cluster import Cluster, can_have_hosts, missing
+from tests.slurm.cluster import Cluster
 
 KINDS = {"worker": "kill", "first": "kill", "cable": "cut"}
-NAME = "elastic_hosts"
 START_SECONDS = 120.0
 SILENCE_SECONDS = 15.0  # without a step, before it is looked whether there are processes left
 POLL_SECONDS = 0.1
@@ -72,7 +73,7 @@ class Samples(NamedTuple):
 
 
 def samples(run: Path) -> Samples:
-    """Read the trace; of each step counts what the last world did in which it ended."""
+    """Read a run's trace; of each step counts what the last world did in which it ended."""
     begun: dict[tuple[int, tuple[int, ...]], dict[int, Any]] = {}
     ended: dict[int, dict[tuple[int, ...], list[int]]] = {}
     for path in sorted((run / "trace").glob("*.jsonl")):
@@ -99,7 +100,7 @@ def samples(run: Path) -> Samples:
 
 
 def stall_seconds(ends: list[float], hit: float) -> float | None:
-    """The longest time between two ends of steps, from the last one before the fault on."""
+    """Return the longest time between two ends of steps, from the last one before the fault on."""
     before = max((end for end in ends if end <= hit), default=None)
     if before is None or ends[-1] <= hit:
         return None
@@ -108,7 +109,7 @@ def stall_seconds(ends: list[float], hit: float) -> float | None:
 
 
 def target(kind: str, driver: str, workers: list[elastic_tasks.Process]) -> str:
-    """The host to lose."""
+    """Return the host to lose."""
     hosts = {worker.host: worker.rank for worker in workers}
     zero = next(host for host, rank in hosts.items() if rank == 0)
     if kind == "first":
@@ -117,13 +118,13 @@ def target(kind: str, driver: str, workers: list[elastic_tasks.Process]) -> str:
 
 
 def processes(folder: Path) -> list[int]:
-    """The processes whose command names a folder."""
+    """Return the processes whose command names a folder."""
     found = process.run(["pgrep", "--full", str(folder)], timeout_seconds=10).stdout
     return [int(word) for word in found.split()]
 
 
 def watch(run: Path, host: str, patience: float) -> str:
-    """Wait for the end of a run that has lost a host; what became of it."""
+    """Wait for the end of a run that has lost a host, and return what became of it."""
     began = time.monotonic()
     while not (run / "result.json").exists():
         time.sleep(POLL_SECONDS)
@@ -139,7 +140,7 @@ def watch(run: Path, host: str, patience: float) -> str:
 def one(
     cluster: Cluster, engine: str, kind: str, number: int, work: Work, patience: float
 ) -> dict[str, Any]:
-    """A run, and what became of it."""
+    """Run once, and return what became of it."""
     generator = random.Random(f"{kind}-{number}")
     at = generator.randrange(work.steps // 4, work.steps // 2)
     pause = generator.uniform(0, 0.2)
@@ -187,80 +188,98 @@ def one(
 
 
 def log(folder: Path) -> str:
-    """The end of a run's log."""
+    """Return the end of a run's log."""
     text = "".join(path.read_text(errors="replace") for path in sorted(folder.rglob("*.out")))
     return text[-2000:]
 
 
-def summary(records: list[dict[str, Any]]) -> str:
-    """A line for each kind and engine; stalls in milliseconds."""
-    rows = [["what is lost: engine", "runs", "went on", "stall: median", "quartiles", "max",
-             "usual step", "steps done again", "samples twice", "never"]]  # fmt: skip
+def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a record for each kind and engine; stalls in milliseconds."""
+    found = []
     for kind, engine in itertools.product(KINDS, ENGINES):
         some = [each for each in records if (each["kind"], each["engine"]) == (kind, engine)]
         good = [each for each in some if each["outcome"] == "went on"]
-        row = [f"{kind}: {engine}", str(len(some)), str(len(good))]
+        if not some:
+            continue
+        each = {"kind": kind, "engine": engine, "runs": len(some), "went_on": len(good)}
+        each["went_on_share"] = len(good) / len(some)
         if good:
-            stalls = [each["stall_ms"] for each in good]
-            low, middle, high = (
-                statistics.quantiles(stalls, n=4, method="inclusive")
-                if len(stalls) > 1
-                else stalls * 3
-            )
-            usual = statistics.median(each["usual_step_ms"] for each in good)
-            row += [f"{middle:.0f}", f"{low:.0f}-{high:.0f}", f"{max(stalls):.0f}", f"{usual:.0f}"]
-            row += [str(sum(each[name] for each in good)) for name in Samples._fields]
-        if some:
-            rows.append(row + ["-"] * (len(rows[0]) - len(row)))
+            stalls = [one["stall_ms"] for one in good]
+            low, middle, high = quartiles(stalls)
+            each |= {"stall_ms": middle, "stall_ms_min": min(stalls), "stall_ms_max": max(stalls)}
+            each["stall_ms_quartiles"] = [low, high]
+            each["usual_step_ms"] = statistics.median(one["usual_step_ms"] for one in good)
+            each |= {name: sum(one[name] for one in good) for name in Samples._fields}
+        found.append(each)
+    return found
+
+
+def show(records: list[dict[str, Any]]) -> str:
+    """Return a table of the summary."""
+    rows = [["what is lost: engine", "runs", "went on", "stall: median", "quartiles", "max",
+             "usual step", "steps done again", "samples twice", "never"]]  # fmt: skip
+    for each in records:
+        row = [f"{each['kind']}: {each['engine']}", str(each["runs"]), str(each["went_on"])]
+        if "stall_ms" in each:
+            row += [f"{each['stall_ms']:.0f}", "{:.0f}-{:.0f}".format(*each["stall_ms_quartiles"])]
+            row += [f"{each['stall_ms_max']:.0f}", f"{each['usual_step_ms']:.0f}"]
+            row += [str(each[name]) for name in Samples._fields]
+        rows.append(row + ["-"] * (len(rows[0]) - len(row)))
     return table(rows)
 
 
-def main() -> int:
-    """Run all; 1 if anything was wrong with hpctrain."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=2, help="of each kind and engine")
-    parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--engines", default="hpctrain", help=f"of {', '.join(ENGINES)}")
-    parser.add_argument("--data", type=Path, help="shards of CIFAR-10; without: the digits")
-    parser.add_argument("--batch-size", type=int, default=24, help="of all three ranks")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--patience", type=float, default=60, help="seconds without a step")
-    parser.add_argument("--seconds", type=float, help="begin no run after so long")
-    parser.add_argument("--out", type=Path, help="folder for all records, as JSON and CSV")
-    options = parser.parse_args()
-    if lacking := missing() or ("" if can_have_hosts() else "root, or namespaces"):
-        parser.error(f"no Slurm cluster can be had here: no {lacking}. HINT: see CONTRIBUTING.md.")
-    task, data = ("digits", None) if options.data is None else ("cifar10", options.data.resolve())
-    work = Work(task, data, options.batch_size, options.steps)
-    records: list[dict[str, Any]] = []
-    if options.out is not None and (options.out / f"{NAME}.json").exists():
-        records = json.loads((options.out / f"{NAME}.json").read_text())["records"]
-    there = {(each["run"], each["kind"], each["engine"]) for each in records}
-    cases = itertools.product(
-        range(options.runs), options.kinds.split(","), options.engines.split(",")
-    )
-    left = [case for case in cases if case not in there]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster ends with it
-    began = time.monotonic()
-    cluster = Cluster(4)
-    try:
-        if left:
-            cluster.up()
-        for number, kind, engine in left:
-            if options.seconds is not None and time.monotonic() - began > options.seconds:
-                break
-            records.append(one(cluster, engine, kind, number, work, options.patience))
-            print(json.dumps(records[-1]), flush=True)
-            if options.out is not None:
-                write(options.out, NAME, records, task=work.task, batch_size=work.batch_size)
-    finally:
-        cluster.down()
-    print(summary(records))
-    ours = [each for each in records if each["engine"] == "hpctrain"]
-    return int(
-        any(each["outcome"] != "went on" or each["twice"] or each["missed"] for each in ours)
-    )
+def measure(arguments: Arguments) -> Report:
+    """Make the runs that are not there yet."""
 
+    def report() -> Report:
+        found = summary(records)
+        more = {"task": work.task, "batch_size": work.batch_size}
+        return Report(records, show(found), more, summary=found)
+
+    data = arguments.data and arguments.data.resolve()
+    work = Work("cifar10" if data else "digits", data, arguments.batch_size, arguments.steps)
+    records: list[dict[str, Any]] = []
+    file = arguments.out and arguments.out / f"{BENCHMARK.name}.json"
+    if file and file.exists():
+        records = json.loads(file.read_text())["records"]
+    there = {(each["run"], each["kind"], each["engine"]) for each in records}
+    cases = itertools.product(range(arguments.runs), arguments.kinds, arguments.engines)
+    left = [case for case in cases if case not in there]
+    if not left:
+        return report()
+    began = time.monotonic()
+    with slurm_cluster(4) as cluster:
+        for number, kind, engine in left:
+            if arguments.seconds is not None and time.monotonic() - began > arguments.seconds:
+                break
+            records.append(one(cluster, engine, kind, number, work, arguments.patience))
+            tell(records[-1])
+            if arguments.out is not None:
+                BENCHMARK.save(report(), arguments)
+    return report()
+
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--runs", type=int, default=2, help="of each kind and engine")
+    add("--kinds", type=words_of(KINDS), default=",".join(KINDS))
+    add("--engines", type=words_of(ENGINES), default="hpctrain", help=f"of {', '.join(ENGINES)}")
+    add("--data", type=Path, help="shards of CIFAR-10; without: the digits")
+    add("--batch-size", type=count, default=24, help="of all three ranks")
+    add("--steps", type=count, default=60)
+    add("--patience", type=float, default=60, help="seconds without a step")
+    add("--seconds", type=float, help="begin no run after so long")
+
+
+BARS = (
+    at_least("went_on_share", 1.0, must=True, kind=tuple(KINDS), engine="hpctrain"),
+    at_most("twice", 0, must=True, kind=tuple(KINDS), engine="hpctrain"),
+    at_most("missed", 0, must=True, kind=tuple(KINDS), engine="hpctrain"),
+)
+QUICK = {"runs": 1, "kinds": "worker"}
+BENCHMARK = Benchmark(
+    "elastic_hosts", __doc__, measure, options=options, bars=BARS, quick=QUICK, plots=False
+)
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    BENCHMARK.run()

@@ -18,17 +18,17 @@ was not good. Recovery is the step of the loss, from the end of the last step be
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
 import random
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.output import write
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count
+from benchmarks.harness.processes import scratch
+from benchmarks.harness.tables import table, tell
 from hpctrain.launch.chaos import Chaos, Outcome, judge_metrics
 from hpctrain.launch.faults import Fault, draw
 from hpctrain.process import mpirun
@@ -40,7 +40,7 @@ LIMIT_SECONDS = 90.0
 
 
 def train(engine: str, folder: Path, ranks: int, faults: list[Fault]) -> Outcome:
-    """A run, with what goes wrong in it."""
+    """Run a training, with what goes wrong in it."""
     launcher = [*mpirun(ranks), "--with-ft", "ulfm"]
     if engine == "gloo":
         launcher = ["hpctrain", "launch", "-np", str(ranks), "--"]
@@ -55,7 +55,7 @@ def train(engine: str, folder: Path, ranks: int, faults: list[Fault]) -> Outcome
 
 
 def plan(engine: str, seed: int, number: int) -> tuple[int, list[Fault]]:
-    """How many ranks a run has, and what goes wrong in it."""
+    """Return how many ranks a run has, and what goes wrong in it."""
     generator = random.Random(f"{seed}-{number}")
     ranks = generator.choice([3, 4])
     faults: list[Fault] = []
@@ -66,10 +66,9 @@ def plan(engine: str, seed: int, number: int) -> tuple[int, list[Fault]]:
 
 
 def run(engine: str, seed: int, number: int, faultless: list[dict[str, float]]) -> dict[str, Any]:
-    """One run of the campaign, as a record."""
+    """Return one run of the campaign, as a record."""
     ranks, faults = plan(engine, seed, number)
-    with tempfile.TemporaryDirectory(prefix="elastic-kills-") as name:
-        folder = Path(name)
+    with scratch() as folder:
         outcome = train(engine, folder, ranks, faults)
         judge_metrics(outcome, faultless, lambda text: None)
         record = {
@@ -84,15 +83,12 @@ def run(engine: str, seed: int, number: int, faultless: list[dict[str, float]]) 
     return record
 
 
-def table(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What all runs together say."""
-    kinds = ("kill", "stop")
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what all runs together say."""
     came = [fault for record in records for fault in record["faults"]]
-    rows = [
-        ("runs", str(len(records))),
-        ("good", str(sum(record["verdict"] == "good" for record in records))),
-        *((f"{kind}s", str(sum(fault.startswith(kind) for fault in came))) for kind in kinds),
-    ]
+    good = sum(record["verdict"] == "good" for record in records)
+    found = {"runs": len(records), "good": good, "good_share": good / len(records)}
+    found |= {f"{kind}s": sum(each.startswith(kind) for each in came) for kind in ("kill", "stop")}
     single = [
         record["recovery_ms"][0]
         for record in records
@@ -100,36 +96,38 @@ def table(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
         and record["faults"][0].startswith("kill")
     ]
     if single:
-        rows += [
-            ("recovery from a single kill, median ms", f"{statistics.median(single):.0f}"),
-            ("the same, longest ms", f"{max(single):.0f}"),
-        ]
-    return rows
+        found["single_kill_recovery_ms"] = round(statistics.median(single))
+        found["single_kill_recovery_ms_max"] = round(max(single))
+    return found
 
 
-def main() -> int:
-    """Run the campaign; 1 if anything was wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--engine", choices=sorted(EPOCHS), default="ulfm")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--first", type=int, default=0, help="number of the first run")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for all records, as JSON and CSV")
-    arguments = parser.parse_args()
+def measure(arguments: Arguments) -> Report:
+    """Run the campaign."""
     faultless = []
     for ranks in (1, 2, 3, 4):
-        with tempfile.TemporaryDirectory(prefix="elastic-kills-") as folder:
-            faultless.append(train(arguments.engine, Path(folder), ranks, []).metrics)
+        with scratch() as folder:
+            faultless.append(train(arguments.engine, folder, ranks, []).metrics)
     records = []
     for number in range(arguments.first, arguments.first + arguments.runs):
         records.append(run(arguments.engine, arguments.seed, number, faultless))
-        print(json.dumps(records[-1]), flush=True)
-    for name, value in table(records):
-        print(f"{name:42}{value}")
-    if arguments.out is not None:
-        write(arguments.out, "elastic_kills", records, faultless=faultless)
-    return int(any(record["verdict"] != "good" for record in records))
+        tell(records[-1])
+    found = summary(records)
+    text = table([[key.replace("_", " "), str(value)] for key, value in found.items()])
+    return Report(records, text, {"faultless": faultless}, summary=[found])
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--engine", choices=sorted(EPOCHS), default="ulfm")
+    add("--runs", type=count, default=20)
+    add("--first", type=int, default=0, help="number of the first run")
+    add("--seed", type=int, default=0)
+
+
+BENCHMARK = Benchmark(
+    "elastic_kills", __doc__, measure, options=options, quick={"runs": 2}, plots=False,
+    bars=(at_least("good_share", 1.0, must=True),),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    BENCHMARK.run()

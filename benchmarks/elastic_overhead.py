@@ -13,7 +13,6 @@ this method's own error. Blocks are short against the silence after which a rank
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,8 +20,6 @@ import signal
 import socket
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import elastic_gate
-from benchmarks.output import table, write
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, positive, words_of
+from benchmarks.harness.processes import scratch
+from benchmarks.harness.tables import table_of
+from hpctrain.errors import Error
 from hpctrain.process import cores, mpirun, search_path
 
 RANKS, BATCH = 2, 128
@@ -55,7 +55,7 @@ class World:
                 os.kill(pid, number)
 
     def block(self) -> float:
-        """Have it take a block of steps; the seconds of its slowest rank."""
+        """Have it take a block of steps, and return the seconds of its slowest rank."""
         self.signal(signal.SIGCONT)
         for gate in self.gates:
             gate.sendall(b".")
@@ -67,7 +67,7 @@ class World:
 def _line(gate: socket.socket) -> dict[str, Any]:
     said = gate.recv(1000)
     if not said:
-        raise SystemExit("a rank has ended; see its world's log")
+        raise Error("a rank has ended.", hint="its world's log is above.")
     read: dict[str, Any] = json.loads(said)
     return read
 
@@ -95,11 +95,10 @@ def launch(name: str, model: str, elastic: bool, folder: Path) -> subprocess.Pop
     )
 
 
-def measure(model: str, duration: float, control: bool) -> list[tuple[float, float]]:
-    """Seconds of a block with and without, for each pair that there is time for."""
+def pairs_of(model: str, duration: float, control: bool) -> list[tuple[float, float]]:
+    """Return the seconds of a block with and without, for each pair that there is time for."""
     first = "control" if control else "elastic"
-    with tempfile.TemporaryDirectory() as name, socket.socket(socket.AF_UNIX) as listener:
-        folder = Path(name)
+    with scratch() as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "gate"))
         listener.listen()
         listener.settimeout(START_SECONDS)
@@ -142,7 +141,7 @@ def measure(model: str, duration: float, control: bool) -> list[tuple[float, flo
 
 
 def record(model: str, control: bool, seconds: list[tuple[float, float]]) -> dict[str, Any]:
-    """What the pairs say."""
+    """Return what the pairs say."""
     ratios = np.array([with_ / without for with_, without in seconds])
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (RESAMPLES, len(ratios))), axis=1)
@@ -163,30 +162,31 @@ def record(model: str, control: bool, seconds: list[tuple[float, float]]) -> dic
     }
 
 
-def main() -> None:
-    """Run the pairs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="of each model")
-    parser.add_argument("--models", default=",".join(BLOCK_STEPS))
-    parser.add_argument("--control", action="store_true", help="both worlds without --elastic")
-    parser.add_argument("--out", type=Path, help="folder for the records, as JSON and CSV")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worlds end with it
+def measure(arguments: Arguments) -> Report:
+    """Run the pairs of each model."""
     records = []
-    rows = [["model", "pairs", "off: step ms", "elastic: step ms", "ratio", "95%"]]
-    for model in options.models.split(","):
-        seconds = measure(model, options.seconds, options.control)
-        records.append({**record(model, options.control, seconds), "seconds": seconds})
-        each = records[-1]
-        low, high = each["ratio_interval_95"]
-        rows.append(
-            [model, str(each["pairs"]), f"{each['off_step_ms']:.2f}", f"{each['step_ms']:.2f}",
-             f"{each['ratio_median']:.4f}", f"{low:.4f}-{high:.4f}"]
-        )  # fmt: skip
-    print(table(rows))
-    if options.out is not None:
-        write(options.out, "elastic_overhead", records)
+    for model in arguments.models:
+        seconds = pairs_of(model, arguments.seconds, arguments.control)
+        records.append({**record(model, arguments.control, seconds), "seconds": seconds})
+    columns = (
+        ("pairs", lambda each: str(each["pairs"])),
+        ("off: step ms", lambda each: f"{each['off_step_ms']:.2f}"),
+        ("elastic: step ms", lambda each: f"{each['step_ms']:.2f}"),
+        ("ratio", lambda each: f"{each['ratio_median']:.4f}"),
+        ("95%", lambda each: "{:.4f}-{:.4f}".format(*each["ratio_interval_95"])),
+    )
+    return Report(records, table_of("model", records, "model", columns))
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--seconds", type=positive, default=60, help="of each model")
+    add("--models", type=words_of(BLOCK_STEPS), default=",".join(BLOCK_STEPS))
+    add("--control", action="store_true", help="both worlds without --elastic")
+
+
+QUICK = {"seconds": 5, "models": "Perceptron"}
+BENCHMARK = Benchmark("elastic_overhead", __doc__, measure, options=options, quick=QUICK)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -1,5 +1,7 @@
 """A worker of stock elastic Horovod, as its documentation has it; elastic_hosts.py starts them.
 
+    python -m benchmarks.elastic_stock '{"task": "digits", "rank_batch_size": 8, ...}'
+
 https://horovod.readthedocs.io/en/stable/elastic_include.html. The model, loss, data and global
 batch are those of hpctrain's run beside it, and the samples and the times of its steps are written
 down in the same way.
@@ -7,11 +9,11 @@ down in the same way.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import horovod.torch as hvd
 import numpy as np
@@ -29,20 +31,32 @@ LR = 0.01
 COMMIT_STEPS = 5
 
 
-def main() -> None:
-    """Train."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--task", default="digits")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--rank-batch-size", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+class Job(NamedTuple):
+    """What the workers train.
 
+    Attributes:
+        task: A ready one.
+        data: Its shards, or None.
+        rank_batch_size: Samples of a rank's step.
+        steps: Of the run.
+        out: The run folder.
+    """
+
+    task: str
+    data: str | None
+    rank_batch_size: int
+    steps: int
+    out: str
+
+
+def main() -> None:
+    """Train what the command line says, as JSON."""
+    options = Job(**json.loads(sys.argv[1]))
+    out = Path(options.out)
     hvd.init()
     torch.manual_seed(0)
     task = load_task(options.task)()
-    source = task.data(DataConfig(path=options.data))["train"]
+    source = task.data(DataConfig(path=options.data and Path(options.data)))["train"]
     # Horovod's broadcast refuses the channels-last layout that the task likes best.
     model = task.model().to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR * hvd.size(), momentum=0.9)
@@ -62,7 +76,7 @@ def main() -> None:
 
     state.register_reset_callbacks([on_reset])
     number = int(os.uname().nodename.lstrip("n"))  # one worker a host
-    times, ledger = Times(options.out, hvd.rank()), SampleTrace(options.out, number, 0)
+    times, ledger = Times(out, hvd.rank()), SampleTrace(out, number, 0)
     formed = 0  # how often a world was
 
     @hvd.elastic.run
@@ -103,7 +117,7 @@ def main() -> None:
     train(state)
     if hvd.rank() == 0:
         result = {"steps": state.step, "size": hvd.size()}
-        (options.out / "result.json").write_text(json.dumps(result))
+        (out / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

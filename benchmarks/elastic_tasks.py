@@ -38,7 +38,7 @@ class Times:
         self._file.write(json.dumps({"host": host, "rank": rank}) + "\n")
 
     def step(self) -> None:
-        """A step has ended."""
+        """Write that a step has ended."""
         self._file.write(f"{time.monotonic()}\n")
 
 
@@ -51,7 +51,7 @@ class Process(NamedTuple):
 
 
 def read(run: Path) -> list[Process]:
-    """What all processes of a run have written so far."""
+    """Return what all processes of a run have written so far."""
     processes = []
     for path in sorted((run / FOLDER).glob("*.jsonl")):
         head, *lines = path.read_text().split("\n")[:-1] or [""]
@@ -71,7 +71,7 @@ class Timed:
     times: str = ""
 
     def optimizer(self, model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-        """The task's own."""
+        """Return the task's own optimizer, with a hook after each step."""
         optimizer: torch.optim.Optimizer = super().optimizer(model, config)  # type: ignore[misc]
         times = Times(Path(self.times), detect().rank)
 
@@ -82,7 +82,7 @@ class Timed:
         return optimizer
 
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """The task's own samples to train on; there is no validation to wait for."""
+        """Return the task's samples to train on alone; there is no validation to wait for."""
         return {"train": super().data(config)["train"]}  # type: ignore[misc]
 
 

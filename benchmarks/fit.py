@@ -18,13 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.output import table, write
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report
+from benchmarks.harness.tables import table
 from hpctrain.costmodel.fit import Record, fit, held_out, read_records
 from hpctrain.errors import Error
 
 
 def groups_of(records: Sequence[Record], together: bool) -> dict[str, list[Record]]:
-    """Records by family of strategies."""
+    """Return records by family of strategies."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         name = "all" if together else record.known_strategy.family
@@ -32,10 +33,17 @@ def groups_of(records: Sequence[Record], together: bool) -> dict[str, list[Recor
     return groups
 
 
-def record_of(
+def fitted(
     name: str, records: Sequence[Record], known: dict[str, float], confidence: float
 ) -> dict[str, Any]:
-    """Of a fit."""
+    """Return the record of a family's fit, with its errors where it was not fitted.
+
+    Args:
+        name: Of the family.
+        records: Measurements.
+        known: Parameters that are not fitted.
+        confidence: Of the intervals.
+    """
     found = fit(records, known, confidence)
     errors = held_out(records, known)
     sizes = [abs(error) for error in errors]
@@ -53,7 +61,7 @@ def record_of(
 
 
 def known_of(texts: Sequence[str]) -> dict[str, float]:
-    """Parameters as they are given: NAME=VALUE.
+    """Return parameters that are given as NAME=VALUE.
 
     Raises:
         Error: One is not so.
@@ -70,7 +78,7 @@ def known_of(texts: Sequence[str]) -> dict[str, float]:
 
 
 def shown(records: Sequence[dict[str, Any]], confidence: float) -> str:
-    """The tables."""
+    """Return the tables of parameters and of errors."""
     rows = [["strategy", "parameter", "estimate", f"{confidence:.0%} interval"]]
     for each in records:
         for name, interval in each["parameters"].items():
@@ -83,29 +91,30 @@ def shown(records: Sequence[dict[str, Any]], confidence: float) -> str:
     return f"{table(rows)}\n\n{table(errors)}"
 
 
-def main(command: Sequence[str] | None = None) -> None:
-    """Fit what is asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("records", type=Path, help="JSON file of measurements")
-    parser.add_argument("--together", action="store_true", help="one fit for all strategies")
-    parser.add_argument("--known", action="append", default=[], help="NAME=VALUE, not fitted")
-    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
-    parser.add_argument("--out", type=Path, help="folder for JSON and CSV")
-    arguments = parser.parse_args(command)
-    if not 0 < arguments.confidence < 1:
-        parser.error("--confidence must be between 0 and 1")
-    try:
-        known = known_of(arguments.known)
-        groups = groups_of(read_records(arguments.records), arguments.together)
-        records = [
-            record_of(name, group, known, arguments.confidence) for name, group in groups.items()
-        ]
-    except Error as error:
-        parser.error(str(error))
-    print(shown(records, arguments.confidence))
-    if arguments.out:
-        write(arguments.out, "fit", records, confidence=arguments.confidence)
+def measure(arguments: Arguments) -> Report:
+    """Fit each family of strategies."""
+    known, confidence = known_of(arguments.known), arguments.confidence
+    groups = groups_of(read_records(arguments.records), arguments.together)
+    records = [fitted(name, group, known, confidence) for name, group in groups.items()]
+    return Report(records, shown(records, confidence), {"confidence": confidence})
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("records", type=Path, help="JSON file of measurements")
+    add("--together", action="store_true", help="one fit for all strategies")
+    add("--known", action="append", default=[], help="NAME=VALUE, not fitted")
+    add("--confidence", type=share, default=0.95, help="of the intervals")
+
+
+def share(text: str) -> float:
+    """Return an option's number between 0 and 1."""
+    if not 0 < (found := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return found
+
+
+BENCHMARK = Benchmark("fit", __doc__, measure, options=options, plots=False)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

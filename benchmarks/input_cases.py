@@ -37,6 +37,7 @@ from hpctrain.data.batch import Batch
 from hpctrain.data.chunks import ChunkedDataset
 from hpctrain.data.loader import Loader
 from hpctrain.data.normalize import normalize
+from hpctrain.data.prefetch import JOB_BATCHES, JOB_BYTES
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.writer import ShardWriter
 
@@ -49,6 +50,7 @@ STRETCHES = 3
 # By channel, in values of 0 to 255; which ones does not matter, but all use the same.
 MEAN = (125.3, 123.0, 113.9)
 STD = (63.0, 62.1, 66.7)
+DELIVERIES = ("uint8", "float32")
 # Samples at a time, where data are made.
 AT_A_TIME = 250
 
@@ -68,7 +70,7 @@ class Size:
 
     @property
     def bytes(self) -> int:
-        """Of a sample."""
+        """The bytes of a sample."""
         return math.prod(self.shape)
 
 
@@ -94,20 +96,20 @@ class Data:
 
     @property
     def size(self) -> Size:
-        """By its name."""
+        """The size, by its name."""
         return SIZES[self.name]
 
     @property
     def samples(self) -> int:
-        """How many."""
+        """The number of samples."""
         return self.size.quick_samples if self.quick else self.size.samples
 
     def folder(self, layout: str) -> Path:
-        """Where a layout's files are."""
+        """Return where a layout's files are."""
         return self.root / f"{self.name}-{self.samples}" / layout
 
     def marker(self, layout: str) -> Path:
-        """The file that is there once the layout has been made."""
+        """Return the file that is there once the layout has been made."""
         return self.root / f"{self.name}-{self.samples}" / f"{layout}.made"
 
     def images(self, layout: str) -> NDArray[np.uint8]:
@@ -120,7 +122,7 @@ class Data:
         return np.arange(self.samples, dtype=np.int64)
 
     def parts(self, samples: int) -> Iterator[slice]:
-        """All samples, so many at a time."""
+        """Yield all samples, so many at a time."""
         for start in range(0, self.samples, samples):
             yield slice(start, min(start + samples, self.samples))
 
@@ -134,7 +136,7 @@ class Data:
 
 
 def make_raw(data: Data, folder: Path) -> None:
-    """Random bytes, which no codec makes smaller; so are photographs, nearly."""
+    """Make random bytes, which no codec makes smaller; so are photographs, nearly."""
     rng = np.random.default_rng(0)
     with (folder / "images.bin").open("wb") as file:
         for part in data.parts(AT_A_TIME):
@@ -143,7 +145,7 @@ def make_raw(data: Data, folder: Path) -> None:
 
 
 def make_counts(data: Data, folder: Path) -> None:
-    """Counts of mean 1.5, as detectors give them: they compress well."""
+    """Make counts of mean 1.5, as detectors give them: they compress well."""
     rng = np.random.default_rng(0)
     # The inverse of Poisson's distribution to 16 bits: many times as fast as numpy's own.
     terms = [math.exp(-1.5) * 1.5**k / math.factorial(k) for k in range(30)]
@@ -155,7 +157,7 @@ def make_counts(data: Data, folder: Path) -> None:
 
 
 def make_h5(data: Data, folder: Path) -> None:
-    """One plain file, contiguous."""
+    """Make one plain HDF5 file, contiguous."""
     with h5py.File(folder / "data.h5", "w") as file:
         file["labels"] = data.labels()
         images = file.create_dataset("images", (data.samples, *data.size.shape), np.uint8)
@@ -166,7 +168,7 @@ def make_h5(data: Data, folder: Path) -> None:
 def make_shards(
     data: Data, folder: Path, *, layout: str = "raw", compression: Any = "none", samples: int = 0
 ) -> None:
-    """What hpctrain reads."""
+    """Make shards of hpctrain."""
     samples = samples or data.shard_samples
     images, labels = data.images(layout), data.labels()
     folder.rmdir()
@@ -178,7 +180,7 @@ def make_shards(
 
 
 def make_mds(data: Data, folder: Path) -> None:
-    """MosaicML's: arrays of fixed shape, and integers."""
+    """Make shards of MosaicML's: arrays of fixed shape, and integers."""
     import_peer("streaming")
     from streaming import MDSWriter
 
@@ -191,7 +193,7 @@ def make_mds(data: Data, folder: Path) -> None:
 
 
 def make_tar(data: Data, folder: Path) -> None:
-    """WebDataset's: the bytes of each image, and its label as text."""
+    """Make shards of WebDataset's: the bytes of each image, and its label as text."""
     images = data.images("raw")
     for number, part in enumerate(data.parts(data.shard_samples)):
         with tarfile.open(folder / f"train-{number:06d}.tar", "w") as archive:
@@ -206,7 +208,7 @@ def make_tar(data: Data, folder: Path) -> None:
 
 
 def make_litdata(data: Data, folder: Path) -> None:
-    """LitData's: tensors, and integers."""
+    """Make chunks of LitData's: tensors, and integers."""
     import litdata
 
     litdata.optimize(
@@ -243,7 +245,7 @@ LAYOUTS: dict[str, Callable[[Data, Path], None]] = {
 
 
 def source_of(layout: str) -> str:
-    """The raw files that a layout is made from."""
+    """Return the raw files that a layout is made from."""
     return "counts" if layout in ("counts", "lz4", "zstd") else "raw"
 
 
@@ -267,21 +269,33 @@ class Finish:
         self._out = torch.empty(BATCH, *data.size.shape) if delivery == "float32" else None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """A batch; valid until the next."""
+        """Return a batch; it is valid until the next."""
         if self._out is None:
             return images
         return normalize(images, MEAN, STD, out=self._out[: len(images)])
 
 
 def gathered(
-    data: Data, delivery: str, images: NDArray[np.uint8], labels: NDArray[np.int64]
+    data: Data,
+    delivery: str,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    buffers: int = 1,
 ) -> Epoch:
-    """A random gather on one thread, into one and the same batch."""
+    """Gather samples at random on one thread, into one and the same batch, or some in turn.
+
+    Args:
+        data: Which samples.
+        delivery: ``uint8`` or ``float32``.
+        images: All of them.
+        labels: Theirs.
+        buffers: Batches whose memory is used in turn.
+    """
     rng = np.random.default_rng(0)
     rows = images.reshape(data.samples, -1)
-    batch = np.empty((BATCH, data.size.bytes), np.uint8)
+    memory = [np.empty((BATCH, data.size.bytes), np.uint8) for _ in range(buffers)]
     numbers = np.empty(BATCH, np.int64)
-    finish = Finish(data, delivery)
+    turns = itertools.cycle(zip(memory, [Finish(data, delivery) for _ in memory], strict=True))
 
     def epoch() -> Batches:
         return batches(rng.permutation(data.samples))
@@ -289,6 +303,7 @@ def gathered(
     def batches(order: NDArray[np.int64]) -> Batches:
         for part in data.parts(BATCH):
             count = part.stop - part.start
+            batch, finish = next(turns)
             # Without a mode other than "raise", numpy gathers into a buffer first.
             np.take(rows, order[part], axis=0, out=batch[:count], mode="clip")
             np.take(labels, order[part], out=numbers[:count], mode="clip")
@@ -298,21 +313,33 @@ def gathered(
     return epoch
 
 
-def open_memory(data: Data, delivery: str) -> Epoch:
-    """From memory, which is what any loader is limited by; its first batch reads everything."""
+def open_memory(data: Data, delivery: str, buffers: int = 1) -> Epoch:
+    """Open samples in memory, which any loader is limited by; the first batch reads everything."""
     folder = data.folder("raw")
     images = np.fromfile(folder / "images.bin", np.uint8)
-    return gathered(data, delivery, images, np.fromfile(folder / "labels.bin", np.int64))
+    labels = np.fromfile(folder / "labels.bin", np.int64)
+    return gathered(data, delivery, images, labels, buffers)
+
+
+def open_rotating(data: Data, delivery: str) -> Epoch:
+    """Open samples in memory, and gather into as much memory in turn as hpctrain's loader does.
+
+    One batch that is written again and again stays in the processor's cache. A loader that makes
+    batches ahead of time writes each into other memory.
+    """
+    batch_bytes = BATCH * data.size.bytes * (4 if delivery == "float32" else 1)
+    of_job = max(1, min(JOB_BATCHES, JOB_BYTES // batch_bytes))
+    return open_memory(data, delivery, buffers=(WORKERS + 1) * of_job)
 
 
 def open_memmap(data: Data, delivery: str) -> Epoch:
-    """From a mapped raw file."""
+    """Open a mapped raw file."""
     labels = np.memmap(data.folder("raw") / "labels.bin", np.int64, mode="r")
     return gathered(data, delivery, data.images("raw"), labels)
 
 
 def open_h5py(data: Data, delivery: str) -> Epoch:
-    """Sample by sample with h5py; the labels, which is kind, all at once."""
+    """Read sample by sample with h5py; the labels, which is kind, all at once."""
     file = h5py.File(data.folder("h5") / "data.h5", "r")
     images, labels = file["images"], file["labels"][:]
     rng = np.random.default_rng(0)
@@ -355,7 +382,7 @@ class H5Samples(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
 
 
 def open_dataloader(data: Data, delivery: str) -> Epoch:
-    """The DataLoader of torch over an HDF5 file."""
+    """Open the DataLoader of torch over an HDF5 file."""
     loader = torch.utils.data.DataLoader(
         H5Samples(data.folder("h5") / "data.h5", data.samples),
         batch_size=BATCH,
@@ -373,7 +400,7 @@ def open_dataloader(data: Data, delivery: str) -> Epoch:
 
 
 def open_streaming(data: Data, delivery: str) -> Epoch:
-    """MosaicML Streaming, shuffled as it does by default."""
+    """Open MosaicML Streaming, shuffled as it does by default."""
     from streaming import StreamingDataset
 
     dataset = StreamingDataset(local=str(data.folder("mds")), shuffle=True, batch_size=BATCH)
@@ -390,7 +417,7 @@ def open_streaming(data: Data, delivery: str) -> Epoch:
 
 
 def open_webdataset(data: Data, delivery: str) -> Epoch:
-    """WebDataset: shards are shuffled, then samples in a buffer; batches are made in the workers.
+    """Open WebDataset: shards are shuffled, then samples in a buffer; workers make the batches.
 
     Decoding is as cheap as can be: the bytes as they are.
     """
@@ -421,7 +448,7 @@ def _image_of(shape: tuple[int, ...], content: bytes) -> NDArray[np.uint8]:
 
 
 def open_litdata(data: Data, delivery: str, workers: int = WORKERS) -> Epoch:
-    """LitData, shuffled as it does by default.
+    """Open LitData, shuffled as it does by default.
 
     Samples are decoded one by one. By default many are at a time, which for arrays in shuffled
     order takes several times as long.
@@ -444,7 +471,7 @@ def open_litdata(data: Data, delivery: str, workers: int = WORKERS) -> Epoch:
 
 
 def open_hpctrain(data: Data, delivery: str, layout: str = "shards") -> Epoch:
-    """The loader as it is by default; normalised where one would do it, in a transform."""
+    """Open hpctrain's loader as it is by default; a transform normalises, as one would do it."""
     loader = Loader(
         ShardSet(data.folder(layout)).split("train"),
         BATCH,
@@ -459,7 +486,7 @@ def open_hpctrain(data: Data, delivery: str, layout: str = "shards") -> Epoch:
 
 
 def normalized(batch: Batch) -> Batch:
-    """The transform."""
+    """Return a batch with its images normalised: a transform."""
     images = batch["image"]
     return batch.replace(image=normalize(images, MEAN, STD, out=batch.empty(*images.shape)))
 
@@ -487,7 +514,7 @@ class Case:
     module: str = ""
     versus: str = "memory"
     sizes: tuple[str, ...] = tuple(SIZES)
-    deliveries: tuple[str, ...] = ("uint8", "float32")
+    deliveries: tuple[str, ...] = DELIVERIES
     first_only: bool = False
 
 
@@ -497,6 +524,7 @@ _ZSTD = functools.partial(open_hpctrain, layout="zstd")
 _MANY = functools.partial(open_hpctrain, layout="many")
 CASES = {
     "memory": Case("raw", open_memory),
+    "rotating": Case("raw", open_rotating),
     "memmap": Case("raw", open_memmap),
     "h5py": Case("h5", open_h5py),
     "dataloader": Case("h5", open_dataloader),
@@ -514,7 +542,6 @@ CASES = {
     ),
 }
 PEERS = ("h5py", "dataloader", "streaming", "webdataset", "litdata", "litdata-0")
-LIMITS = ("memory", "lz4", "zstd")
 
 
 def import_peer(module: str) -> None:
@@ -527,7 +554,7 @@ def import_peer(module: str) -> None:
 
 
 def measure(name: str, data: Data, delivery: str) -> dict[str, Any]:
-    """Everything about one case, in this process.
+    """Measure everything about one case, in this process.
 
     Returns:
         ``best`` and ``median``, the samples a second of stretches; whether an epoch was ``exact``;
@@ -562,7 +589,7 @@ def measure(name: str, data: Data, delivery: str) -> dict[str, Any]:
 
 
 def speeds(epoch: Callable[[], tuple[int, float]], seconds: float) -> dict[str, Any]:
-    """Of three stretches of whole epochs, each for at least so long.
+    """Measure three stretches of whole epochs, each for at least so long.
 
     A loader may make the next epoch's first batches before this one ends. So single short epochs
     say little, and there is one that is not timed before the first stretch.
@@ -583,7 +610,7 @@ def speeds(epoch: Callable[[], tuple[int, float]], seconds: float) -> dict[str, 
 
 
 def delivered(batches: Batches) -> tuple[int, float]:
-    """Samples of an epoch, and the seconds it takes."""
+    """Return the samples of an epoch, and the seconds it takes."""
     samples, began = 0, time.perf_counter()
     for _, labels in batches:
         samples += len(labels)
@@ -591,7 +618,7 @@ def delivered(batches: Batches) -> tuple[int, float]:
 
 
 def stall_seconds(epoch: Epoch, steps: int) -> float:
-    """Mean wait for a batch of someone who takes 4 ms for each, ends of epochs included."""
+    """Return the mean wait for a batch of who takes 4 ms for each, ends of epochs included."""
     waited, taken = 0.0, 0
     while True:
         batches = epoch()
@@ -608,7 +635,7 @@ def stall_seconds(epoch: Epoch, steps: int) -> float:
 
 
 def exact(batches: Batches, data: Data, delivery: str, layout: str) -> bool:
-    """Whether these are all samples, each once; images are looked at once a batch."""
+    """Return whether these are all samples, each once; images are looked at once a batch."""
     images_on_disk = data.images(source_of(layout))
     seen, right = [], True
     for images, labels in batches:
@@ -624,7 +651,7 @@ def exact(batches: Batches, data: Data, delivery: str, layout: str) -> bool:
 
 
 def decompression(data: Data, layout: str) -> Callable[[], tuple[int, float]]:
-    """What decompresses all of a shard set's images, with nothing else done with them.
+    """Return what decompresses all of a shard set's images, and does nothing else with them.
 
     On as many threads as the loader has, each into one and the same memory of its own.
 

@@ -28,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report
+
 ROOT = Path(__file__).parents[1]
 NOT_COPIED = (".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache")
 FREE_BYTES = 25 * 2**30
@@ -75,29 +78,34 @@ class NotRunError(Exception):
     """A cell cannot be set up on this machine."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 1 where a cell failed, else 0."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("cells", nargs="*", metavar="CELL", help="all, if none is named")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "matrix")
-    parser.add_argument("--list", action="store_true", help="print the cells' names")
-    chosen = parser.parse_args(arguments)
-    if unknown := set(chosen.cells) - CELLS.keys():
-        parser.error(f"there is no cell {', '.join(sorted(unknown))}; --list says which there are")
-    if chosen.list:
-        print("\n".join(CELLS))
-        return 0
-    results = chosen.folder / "results.jsonl"
-    chosen.folder.mkdir(parents=True, exist_ok=True)
-    failed = False
-    for name in chosen.cells or CELLS:
-        record = tried(name, chosen.folder)
-        failed |= record["result"] == "failed"
+def measure(arguments: Arguments) -> Report:
+    """Try the cells asked for, or list them."""
+    if arguments.list:
+        return Report([], "\n".join(CELLS))
+    results = arguments.folder / "results.jsonl"
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for name in arguments.cells or CELLS:
+        records.append(tried(name, arguments.folder))
         with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
-    return 1 if failed else 0
+            file.write(json.dumps(records[-1]) + "\n")
+    text = table([json.loads(line) for line in results.read_text().splitlines()])
+    good = sum(record["result"] != "failed" for record in records) / len(records)
+    return Report(records, text, summary=[{"cells": len(records), "not_failed_share": good}])
+
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("cells", nargs="*", type=cell_name, metavar="CELL", help="all, if none is named")
+    add("--folder", type=Path, default=ROOT / "build" / "matrix")
+    add("--list", action="store_true", help="print the cells' names")
+
+
+def cell_name(text: str) -> str:
+    """Return an option's word, the name of a cell."""
+    if text not in CELLS:
+        raise argparse.ArgumentTypeError(f"there is no cell {text}; --list says which there are")
+    return text
 
 
 def tried(name: str, folder: Path) -> dict[str, Any]:
@@ -261,5 +269,10 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+BENCHMARK = Benchmark(
+    "install_matrix", __doc__, measure, options=options, quick={"cells": ["newest"]}, plots=False,
+    bars=(at_least("not_failed_share", 1.0, must=True),),
+)  # fmt: skip
+
 if __name__ == "__main__":
-    sys.exit(main())
+    BENCHMARK.run()

@@ -15,42 +15,37 @@ import argparse
 import json
 import os
 import shlex
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, numbers, words
+from benchmarks.harness.processes import module, scratch
+from benchmarks.harness.tables import by_group, say
 from benchmarks.training import STRATEGIES, TASKS, Line, case_of, known
 from hpctrain.errors import Error
 from hpctrain.process import mpirun, run
 from hpctrain.world.launcher import Launch, detect
 
-Measure = Callable[[argparse.Namespace, Launch, int], Iterator[Line | None]]
+Measure = Callable[[Arguments, Launch, int], Iterator[Line | None]]
 """Measures a round, on every rank; rank 0 yields lines."""
 
 
-def parser_of(
-    text: str | None, *, tasks: Sequence[str], ranks: str, what: str
-) -> argparse.ArgumentParser:
-    """What all have in common.
+def options_of(add: Add, *, tasks: Sequence[str], ranks: str, what: str) -> None:
+    """Add the options that all benchmarks have that train.
 
     Args:
-        text: The benchmark's own.
+        add: Adds an option to the benchmark's parser.
         tasks: Those it trains unless said otherwise; cifar10 besides where there are --data.
         ranks: Numbers of ranks.
         what: What differs from round to round: ``round`` or ``seed``.
     """
-    parser = argparse.ArgumentParser(
-        description=(text or "").partition("\n")[0], allow_abbrev=False
-    )
-    add = parser.add_argument
-    parser.set_defaults(usual=tasks, what=what)
-    add("--tasks", type=listed, metavar="LIST",
+    add("--tasks", type=words, metavar="LIST",
         help=f"of {', '.join(TASKS)}, or what `hpctrain train` takes; default: {','.join(tasks)} "
         "and, with --data, cifar10")  # fmt: skip
-    add("--strategies", type=listed, default=",".join(STRATEGIES), metavar="LIST",
+    add("--strategies", type=words, default=",".join(STRATEGIES), metavar="LIST",
         help="default: %(default)s")  # fmt: skip
     add("--data", type=Path, help="shard set for cifar10 and tasks of your own")
     add("--batch", type=count, help="samples of a step of one rank alone; default: by task")
@@ -60,41 +55,73 @@ def parser_of(
         help="EMULATED COMPUTE: sleep so long for each sample, besides computing it")  # fmt: skip
     add("--threads", type=count, default=os.environ.get("OMP_NUM_THREADS", "1"),
         help="of each rank, at any number of ranks; default: OMP_NUM_THREADS, or 1")  # fmt: skip
-    add("--ranks", type=numbers, default=ranks, metavar="LIST", help="default: %(default)s")
-    add(f"--{what}s", dest="rounds", type=count, help="default: 3, or 1 where it is to be --quick")
+    add("--ranks", type=numbers(count), default=ranks, metavar="LIST", help="default: %(default)s")
+    add(f"--{what}s", dest="rounds", type=count, default=3, help="default: %(default)s")
     add(f"--first-{what}", dest="first", type=int, default=0, metavar="N", help="default: 0")
     add("--launcher", metavar="WORDS",
         help='starts ranks, their number following: "srun --mpi=pmix -n"')  # fmt: skip
     add("--timeout", type=count, default=600, help="seconds for a round of some ranks")
-    add("--out", type=Path, help="folder for results")
     add("--lines", type=Path, help="append what is measured to this file, and write nothing else")
-    return parser
 
 
-def listed(text: str) -> list[str]:
-    """Of an option: words between commas."""
-    return [word for word in text.split(",") if word]
+def benchmark_of(
+    name: str, text: str | None, *, tasks: Sequence[str], ranks: str, what: str, measure: Measure,
+    summary: Callable[[Sequence[Line]], list[Line]], table: Callable[[Sequence[Line]], str],
+    options: Callable[[Add], object], **more: Any,
+) -> Benchmark:  # fmt: skip
+    """Return a benchmark that trains.
+
+    Args:
+        name: Of its module.
+        text: That module's docstring.
+        tasks: Those it trains unless said otherwise; cifar10 besides where there are --data.
+        ranks: Numbers of ranks.
+        what: What differs from round to round: ``round`` or ``seed``.
+        measure: Measures a round.
+        summary: Makes records of all lines.
+        table: Makes the table of a group of records.
+        options: Adds its own options.
+        more: Of :class:`Benchmark`.
+    """
+
+    def all_options(add: Add) -> None:
+        options_of(add, tasks=tasks, ranks=ranks, what=what)
+        options(add)
+
+    def report(lines: Sequence[Line]) -> Report:
+        return Report(records := summary(lines), shown(records, table))
+
+    run = partial(start, name=name, what=what, measure=measure, report=report)
+    return Benchmark(
+        name, text, run, options=all_options, check=partial(check, tasks=tasks), **more
+    )
 
 
-def numbers(text: str) -> list[int]:
-    """Of an option: numbers of ranks between commas."""
-    found = [count(word) for word in listed(text)]
-    if not found:
-        raise ValueError
-    return found
+def shown(records: Sequence[Line], table: Callable[[Sequence[Line]], str]) -> str:
+    """Return a table for each group of records.
+
+    Args:
+        records: All of them.
+        table: Makes the table of a group.
+    """
+    text = "\n\n".join(f"{group}\n{table(some)}" for group, some in by_group(records))
+    if any(record["oversubscribed"] for record in records):
+        text += "\n* more ranks, times their threads, than cores"
+    return text
 
 
-def count(text: str) -> int:
-    """Of an option: 1 or more."""
-    if (found := int(text)) < 1:
-        raise ValueError
-    return found
+def check(parser: argparse.ArgumentParser, arguments: Arguments, *, tasks: Sequence[str]) -> None:
+    """Refuse what cannot be, and fill in what depends on other options.
 
-
-def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse what cannot be, and fill in what depends on other options."""
+    Args:
+        parser: Of the benchmark.
+        arguments: To be checked.
+        tasks: Those that it trains unless said otherwise.
+    """
+    if not arguments.ranks:
+        parser.error("--ranks: give a number of ranks at least")
     if arguments.tasks is None:
-        arguments.tasks = [*arguments.usual, *(["cifar10"] if arguments.data else [])]
+        arguments.tasks = [*tasks, *(["cifar10"] if arguments.data else [])]
     for task in arguments.tasks:
         if task == "cifar10" and arguments.data is None:
             parser.error("task cifar10 needs --data, as `hpctrain data import` makes it")
@@ -105,45 +132,47 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             case_of(strategy, 2, 0)
     except Error as error:
         parser.error(str(error))
-    arguments.rounds = (
-        (1 if arguments.quick else 3) if arguments.rounds is None else arguments.rounds
-    )
-    arguments.load = round(os.getloadavg()[0], 2)
 
 
 def start(
-    module: str,
-    command: Sequence[str],
-    arguments: argparse.Namespace,
+    arguments: Arguments,
+    name: str,
+    what: str,
     measure: Measure,
-    report: Callable[[list[Line], argparse.Namespace], None],
-) -> None:
+    report: Callable[[list[Line]], Report],
+) -> Report | None:
     """Measure these ranks or, started alone, every number of ranks that was asked for.
 
     Args:
-        module: The benchmark's, as ``python -m`` takes it.
-        command: Its command line.
-        arguments: The same, read: what the parser has, ``ranks``, ``rounds`` and ``first``.
+        arguments: Of the benchmark: what :func:`options_of` adds.
+        name: Of the benchmark.
+        what: What differs from round to round.
         measure: A round.
-        report: All lines.
+        report: Makes a report of all lines.
     """
     try:
         launch = detect()
-        with tempfile.TemporaryDirectory() as name:
-            folder = arguments.out or Path(name)
-            file = arguments.lines or folder / f"{module.rpartition('.')[2]}.jsonl"
+        with scratch() as folder:
+            file = arguments.lines or (arguments.out or folder) / f"{name}.jsonl"
             if launch.name == "alone" or arguments.launcher is not None:
-                drive(module, command, arguments, file)
+                drive(arguments, name, what, file)
             else:
                 take_part(arguments, launch, file, measure)
             if launch.rank == 0 and arguments.lines is None:
-                report(read_lines(file), arguments)
+                return report(read_lines(file))
     except Error as error:
         fail(error)
+    return None
 
 
-def drive(module: str, command: Sequence[str], arguments: argparse.Namespace, file: Path) -> None:
+def drive(arguments: Arguments, name: str, what: str, file: Path) -> None:
     """Start the ranks, round after round.
+
+    Args:
+        arguments: Of the benchmark.
+        name: Of the benchmark.
+        what: What differs from round to round.
+        file: Gets the lines.
 
     Raises:
         Error: They failed.
@@ -161,8 +190,7 @@ def drive(module: str, command: Sequence[str], arguments: argparse.Namespace, fi
                 if arguments.launcher is None
                 else [*shlex.split(arguments.launcher), str(ranks)]
             )
-            line = [*prefix, sys.executable, "-m", module, *_forwarded(command)]
-            what = arguments.what
+            line = [*prefix, *module(name, *_forwarded(arguments.command))]
             line += [f"--{what}s=1", f"--first-{what}={number}", f"--lines={file.resolve()}"]
             done = run(line, timeout_seconds=arguments.timeout + 60, env=environment)
             if done.returncode != 0:
@@ -174,7 +202,7 @@ def drive(module: str, command: Sequence[str], arguments: argparse.Namespace, fi
 
 
 def _forwarded(command: Sequence[str]) -> Iterator[str]:
-    """What the ranks get of the driver's options: they are started, and write but lines."""
+    """Yield what the ranks get of the driver's options: they are started, and write but lines."""
     words = iter(command)
     for word in words:
         name, equals, _ = word.partition("=")
@@ -190,7 +218,7 @@ def _cause(output: str) -> str:
     return (errors or lines or ["it said nothing"])[-1][:300]
 
 
-def take_part(arguments: argparse.Namespace, launch: Launch, file: Path, measure: Measure) -> None:
+def take_part(arguments: Arguments, launch: Launch, file: Path, measure: Measure) -> None:
     """Be one of the ranks."""
     # Read by libraries when they are loaded, and by hpctrain.init().
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
@@ -203,7 +231,7 @@ def take_part(arguments: argparse.Namespace, launch: Launch, file: Path, measure
 
 
 def read_lines(file: Path) -> list[Line]:
-    """What was measured so far.
+    """Return what was measured so far.
 
     Raises:
         Error: It cannot be read.
@@ -217,7 +245,7 @@ def read_lines(file: Path) -> list[Line]:
 
 
 def latest(lines: Sequence[Line], keys: Sequence[str]) -> list[Line]:
-    """Without what was measured again later.
+    """Return lines without what was measured again later.
 
     Args:
         lines: The first ones first.
@@ -233,8 +261,3 @@ def fail(error: Error) -> NoReturn:
         time.sleep(1.0)
     say(f"error: {error}")
     os._exit(error.exit_code)
-
-
-def say(text: str) -> None:
-    """To standard error."""
-    print(text, file=sys.stderr, flush=True)

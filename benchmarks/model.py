@@ -25,13 +25,10 @@ Prints tables; --out gets model.json, model.csv, a plot, and records.json for be
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import itertools
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -39,10 +36,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ps_hosts
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, numbers, positive
+from benchmarks.harness.processes import module
+from benchmarks.harness.tables import by_group, say, table
 from benchmarks.model_steps import Job
-from benchmarks.output import table, write
 from hpctrain.costmodel.fit import Record, held_out
 from hpctrain.errors import Error
+from hpctrain.report.figures import Plot, Series
 
 HOSTS, MBITS = (2, 4, 8), (100.0, 200.0, 400.0)
 BYTES, LAYERS, BUCKETS = 2**22, 8, 4
@@ -62,7 +62,7 @@ Point = dict[str, Any]
 
 
 def cases_of(hosts: int, full: bool) -> list[str]:
-    """Strategies for so many hosts, with a rank each."""
+    """Return the strategies for so many hosts, with a rank each."""
     half = f"ps:{hosts // 2}"
     everywhere = f"ps:{hosts}+colocated"
     cases = ["horovod", "ps:1", half, everywhere]
@@ -75,8 +75,13 @@ def cases_of(hosts: int, full: bool) -> list[str]:
     return list(dict.fromkeys(cases))
 
 
-def measure(hosts: int, mbits: float, full: bool) -> list[Point]:
-    """All strategies at a place.
+def measured_at(hosts: int, mbits: float, full: bool) -> list[Point]:
+    """Measure all strategies at a place.
+
+    Args:
+        hosts: How many.
+        mbits: Of their links.
+        full: Whether these are all strategies, for longer.
 
     Raises:
         Error: The hosts do not come up, or a job fails.
@@ -105,12 +110,12 @@ def run(
     cases: list[str],
     full: bool,
 ) -> list[Point]:
-    """Strategies that one job can measure."""
+    """Measure strategies that one job can."""
     job = Job(
         cases, BYTES, LAYERS, BUCKETS, FORWARD_SECONDS, BACKWARD_SECONDS, JITTER,
         WINDOW_SECONDS[full],
     )  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.model_steps", json.dumps(job._asdict())]
+    command = module("model_steps", json.dumps(job._asdict()))
     done = cluster.mpirun(
         [1] * hosts,
         command,
@@ -133,8 +138,8 @@ def run(
     ]
 
 
-def record_of(point: Point) -> Record:
-    """A point as the fit takes it."""
+def fit_record(point: Point) -> Record:
+    """Return a point as the fit takes it."""
     strategy = str(point["strategy"])
     return Record(
         strategy=strategy,
@@ -155,8 +160,8 @@ def record_of(point: Point) -> Record:
 
 
 def predicted(points: Sequence[Point]) -> tuple[list[Point], list[Record]]:
-    """Points with the errors of predictions, and the records that these are made of."""
-    records = [record_of(point) for point in points]
+    """Return points with the errors of predictions, and the records that these are made of."""
+    records = [fit_record(point) for point in points]
     points = [
         {
             **point,
@@ -185,13 +190,13 @@ def predicted(points: Sequence[Point]) -> tuple[list[Point], list[Record]]:
 
 
 def without_number(point: Point) -> str:
-    """A strategy without its number of servers."""
+    """Return a strategy without its number of servers."""
     name, _, rest = str(point["strategy"]).partition("+")
     return "+".join(filter(None, [name.partition(":")[0], rest]))
 
 
 def summaries(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Errors by strategy, by hosts, by rate, and in all."""
+    """Return errors by strategy, by hosts, by rate, and in all."""
     groups: dict[str, list[Point]] = {}
     for point in points:
         groups.setdefault(without_number(point), []).append(point)
@@ -213,7 +218,7 @@ def summaries(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 
 def shown(points: Sequence[Point], groups: Sequence[dict[str, Any]]) -> str:
-    """The tables."""
+    """Return the tables."""
     rows = [["hosts", "Mbit/s", "strategy", "step ms", "least..most", "predicted", "error"]]
     for p in points:
         span = f"{1e3 * p['seconds_low']:.0f}..{1e3 * p['seconds_high']:.0f}"
@@ -229,37 +234,24 @@ def shown(points: Sequence[Point], groups: Sequence[dict[str, Any]]) -> str:
     return f"{table(rows)}\n* bound by this machine's cores\n\n{table(errors)}"
 
 
-def plot(points: Sequence[Point], file: Path) -> None:
-    """Predicted by measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    figure, axis = pyplot.subplots(figsize=(6, 6), layout="constrained")
-    names = list(dict.fromkeys(map(without_number, points)))
-    for number, name in enumerate(names):
-        some = [point for point in points if without_number(point) == name]
-        x = [1e3 * point["seconds"] for point in some]
-        y = [1e3 * point["seconds_predicted"] for point in some]
-        axis.plot(x, y, "ov^sD<>"[number % 7], color=f"C{number % 10}", label=name, markersize=4)
+def figure(points: Sequence[Point]) -> Plot:
+    """Return a plot of predicted steps by measured ones, of each strategy in order of time."""
+    lines = []
+    ordered = sorted(points, key=lambda point: float(point["seconds"]))
+    named = [{**point, "group": without_number(point)} for point in ordered]
+    for look, (name, some) in enumerate(by_group(named)):
+        x, y = ([1e3 * p[key] for p in some] for key in ("seconds", "seconds_predicted"))
+        lines.append(Series(name, x, y, look=look))
     ends = [1e3 * f(p["seconds"] for p in points) for f in (min, max)]
-    axis.plot(ends, ends, "k-", linewidth=0.8)
-    for factor in (0.85, 1.15):
-        axis.plot(ends, [factor * end for end in ends], "k:", linewidth=0.8)
-    axis.set(xscale="log", yscale="log", xlabel="measured step, ms (emulated compute)",
-             ylabel="predicted from other places, ms", title="dotted: 15 % off")  # fmt: skip
-    for direction in (axis.xaxis, axis.yaxis):
-        direction.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        direction.set_major_formatter(ticker.ScalarFormatter())
-        direction.set_minor_formatter(ticker.NullFormatter())
-    axis.legend(fontsize=7)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    return Plot(
+        "model", "Steps predicted from other places", "measured step, ms (emulated compute)",
+        "predicted, ms", lines, "The straight line: predicted as measured.",
+        ideal=[(end, end) for end in ends], log_x=True, log_y=True,
+    )  # fmt: skip
 
 
 def read(files: Iterable[Path]) -> list[Point]:
-    """What earlier runs measured.
+    """Return what earlier runs measured.
 
     Raises:
         Error: A file is not one of this benchmark's.
@@ -275,48 +267,40 @@ def read(files: Iterable[Path]) -> list[Point]:
     return points
 
 
-def numbers(text: str) -> list[float]:
-    """Of an option: with commas."""
-    return [float(part) for part in text.split(",")]
-
-
-def main(command: Sequence[str] | None = None) -> None:
+def measure(arguments: Arguments) -> Report:
     """Measure, or take what was measured; then predict."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", nargs="*", type=Path, help="model.json of earlier runs")
-    parser.add_argument("--full", action="store_true", help="all strategies, for longer")
-    parser.add_argument("--hosts", type=numbers, default=HOSTS, help="default: 2,4,8")
-    parser.add_argument("--mbits", type=numbers, help="default: 200,400; with --full 100, too")
-    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a plot")
-    arguments = parser.parse_args(command)
-    rates = arguments.mbits or (MBITS if arguments.full else MBITS[1:])
-    try:
-        points = read(arguments.files)
-        if not arguments.files:
-            for hosts, mbits in itertools.product(map(int, arguments.hosts), rates):
-                began, load = time.perf_counter(), os.getloadavg()[0]
-                some = measure(hosts, mbits, arguments.full)
-                points += [{**point, "load_before": load} for point in some]
-                took = time.perf_counter() - began
-                line = f"{hosts} hosts, {mbits:g} Mbit/s: {len(some)} strategies in {took:.0f} s"
-                print(line, file=sys.stderr, flush=True)
-        measured = points
-        if len({(point["hosts"], point["link_Mbps"]) for point in points}) > 1:
-            points, records = predicted(points)
-            groups = summaries(points)
-            print(shown(points, groups))
-        else:
-            records, groups = [], []
-            print(f"one place alone predicts nothing; {len(points)} measurements")
-    except Error as error:
-        raise SystemExit(str(error)) from error
+    points = read(arguments.files)
+    if not arguments.files:
+        rates = arguments.mbits or (MBITS if arguments.full else MBITS[1:])
+        for hosts, mbits in itertools.product(arguments.hosts, rates):
+            began, load = time.perf_counter(), os.getloadavg()[0]
+            some = measured_at(hosts, mbits, arguments.full)
+            points += [{**point, "load_before": load} for point in some]
+            took = time.perf_counter() - began
+            say(f"{hosts} hosts, {mbits:g} Mbit/s: {len(some)} strategies in {took:.0f} s")
+    if len({(point["hosts"], point["link_Mbps"]) for point in points}) < 2:
+        text = f"one place alone predicts nothing; {len(points)} measurements"
+        return Report(points, text, {"measured": points})
+    found, records = predicted(points)
+    groups = summaries(found)
+    more = {"measured": points, "errors": groups}
     if arguments.out:
-        write(arguments.out, "model", points, measured=measured, errors=groups)
+        arguments.out.mkdir(parents=True, exist_ok=True)
         content = [record.model_dump(mode="json") for record in records]
         (arguments.out / "records.json").write_text(json.dumps(content, indent=1) + "\n")
-        if records and importlib.util.find_spec("matplotlib") is not None:
-            plot(points, arguments.out / "model.png")
+    return Report(found, shown(found, groups), more, figures=[figure(found)])
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("files", nargs="*", type=Path, help="model.json of earlier runs")
+    add("--full", action="store_true", help="all strategies, for longer")
+    add("--hosts", type=numbers(count), default="2,4,8", help="default: %(default)s")
+    add("--mbits", type=numbers(positive), help="default: 200,400; with --full 100, too")
+
+
+QUICK = {"hosts": "2", "mbits": "400"}
+BENCHMARK = Benchmark("model", __doc__, measure, options=options, quick=QUICK)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

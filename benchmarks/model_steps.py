@@ -69,7 +69,7 @@ class Job(NamedTuple):
 
 
 class _Slept(torch.autograd.Function):
-    """Nothing, but its backward takes time."""
+    """The identity, whose backward takes time."""
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, stack: Stack) -> torch.Tensor:
@@ -100,7 +100,7 @@ class Stack(nn.Module):
         self.layers = nn.ParameterList(nn.Parameter(torch.zeros(size)) for _ in range(job.layers))
 
     def forward(self) -> torch.Tensor:
-        """A number that depends on all parameters."""
+        """Return a number that depends on all parameters."""
         variance = math.log1p(self.job.jitter**2)
         self.pace = self._random.lognormvariate(-variance / 2, math.sqrt(variance))
         time.sleep(self.pace * self.job.forward_seconds)
@@ -112,21 +112,22 @@ class Stack(nn.Module):
 
 
 def connect(world: World, strategy: StrategyCost, job: Job) -> Horovod | ParameterServer:
-    """The strategy in hpctrain."""
+    """Connect the strategy in hpctrain."""
     world.comm = Unconnected(world.launch)
     if strategy.kind == "horovod":
-        return Horovod(world, HorovodConfig(bucket_bytes=job.bytes // job.buckets), TIMEOUT_SECONDS)
+        buckets = HorovodConfig(bucket_bytes=job.bytes // job.buckets)
+        return Horovod(world, buckets, timeout_seconds=TIMEOUT_SECONDS)
     config = PsConfig(
         servers=strategy.servers,
         colocate=strategy.colocated,
         consistency=strategy.consistency,
         compression=strategy.compression.name,
     )
-    return ParameterServer(world, config, TIMEOUT_SECONDS)
+    return ParameterServer(world, config, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def measure_alone(job: Job) -> dict[str, Any]:
-    """A rank's step without exchange, while the others do the same."""
+    """Measure a rank's step without exchange, while the others do the same."""
     model = Stack(job, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     marks = []
@@ -150,7 +151,7 @@ def measure_alone(job: Job) -> dict[str, Any]:
 
 
 def measure(world: World, name: str, job: Job) -> dict[str, Any]:
-    """Steps by a strategy; what the first rank that works has to say of them."""
+    """Measure steps by a strategy; the first rank that works returns what it has to say of them."""
     strategy = strategy_of(name, Compression)
     how = connect(world, strategy, job)
     if isinstance(how, ParameterServer) and how.serves:
@@ -200,7 +201,7 @@ def measure(world: World, name: str, job: Job) -> dict[str, Any]:
 
 
 def codec_of(name: str, job: Job) -> dict[str, float]:
-    """What a codec does to a layer's gradients, measured on this rank while the others wait."""
+    """Measure what a codec does to a layer's gradients, on this rank while the others wait."""
     if name == "none":
         return {}
     found = codec(name, job.bytes / job.layers)
@@ -212,7 +213,7 @@ def codec_of(name: str, job: Job) -> dict[str, float]:
 
 
 def _busy() -> tuple[float, float]:
-    """Of all cores, jiffies of work and of idling, since the machine was started."""
+    """Return all cores' jiffies of work and of idling, since the machine was started."""
     line, *_ = Path("/proc/stat").read_text(encoding="ascii").splitlines()
     user, nice, system, idle, wait, *other = map(float, line.split()[1:9])
     return user + nice + system + sum(other), idle + wait

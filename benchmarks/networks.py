@@ -23,7 +23,7 @@ class Layer(NamedTuple):
 
 
 def _convolution(inputs: int, outputs: int, size: int, *, height: int = 0, kernel: int) -> Layer:
-    """A convolution of height x kernel (a square, unless said) to size x size, and its norm."""
+    """Return a convolution of height x kernel (or a square) to size x size, and its norm."""
     weights = inputs * outputs * (height or kernel) * kernel
     return Layer(weights + 2 * outputs, weights * size**2)
 
@@ -33,7 +33,7 @@ def _block(*layers: Layer) -> Layer:
 
 
 def vgg16() -> list[Layer]:
-    """138,357,544 parameters; no norms, but biases."""
+    """Return the layers of VGG-16, 138,357,544 parameters; no norms, but biases."""
     layers, inputs, size = [], 3, 224
     for count, outputs in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
         for _ in range(count):
@@ -51,7 +51,7 @@ def _linear(inputs: int, outputs: int) -> Layer:
 
 
 def resnet101() -> list[Layer]:
-    """44,549,160 parameters."""
+    """Return the blocks of ResNet-101, 44,549,160 parameters."""
     layers, inputs, size = [_convolution(3, 64, 112, kernel=7)], 64, 56
     for stage, blocks in enumerate((3, 4, 23, 3)):
         width = 64 * 2**stage
@@ -71,7 +71,7 @@ def resnet101() -> list[Layer]:
 
 
 def inception3() -> list[Layer]:
-    """23,834,568 parameters."""
+    """Return the blocks of Inception V3, 23,834,568 parameters."""
 
     def chain(size: int, *steps: tuple[int, ...]) -> list[Layer]:
         """Convolutions one after the other: (inputs, outputs, kernel[, height])."""

@@ -4,22 +4,17 @@
 
 Both train in the same processes, a block of steps of the one and then of the other, so that
 whatever else the machine does falls on both alike; each such pair of blocks gives a ratio. The
-trainer runs as it does for `hpctrain train`, with loader, metrics and recorder. Rank 0 prints JSON.
+trainer runs as it does for `hpctrain train`, with loader, metrics and recorder. Rank 0 reports.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 # Horovod's own default, which the bare loop would have; hpctrain alone would set 0.
@@ -29,10 +24,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.harness.bars import at_most
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count
+from benchmarks.harness.processes import scratch
+from benchmarks.harness.rounds import quartiles
+from benchmarks.harness.tables import table
 from hpctrain import Batch, Task, init, strategy
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import DataConfig, OptimizerConfig, read_environment, resolve
 from hpctrain.data.source import ArraySource, Source
+from hpctrain.process import cores
 from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import RunRecorder, Silent
 
@@ -43,14 +44,14 @@ BLOCK_STEPS = {"convnet": 10, "perceptron": 200}
 
 
 def arrays(kind: str) -> dict[str, np.ndarray]:
-    """Random samples in memory."""
+    """Return random samples in memory."""
     rng = np.random.default_rng(0)
     shape = (SAMPLES, 3, 32, 32) if kind == "convnet" else (SAMPLES, 256)
     return {"x": rng.normal(size=shape).astype(np.float32), "y": rng.integers(0, 10, SAMPLES)}
 
 
 def build(kind: str) -> nn.Module:
-    """CIFAR-10's network, of some 100 ms a step, or a perceptron of a few."""
+    """Return CIFAR-10's network, of some 100 ms a step, or a perceptron of a few."""
     torch.manual_seed(0)
     if kind == "convnet":
         from hpctrain.tasks.cifar10 import Cifar10
@@ -63,35 +64,35 @@ def build(kind: str) -> nn.Module:
 
 
 def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The same for both."""
+    """Return the loss, the same for both."""
     return nn.functional.cross_entropy(model(x), y)
 
 
 @dataclass
 class Overhead(Task):
-    """What the trainer is given."""
+    """The task that the trainer is given."""
 
     kind: str
 
     def model(self) -> nn.Module:
-        """See build."""
+        """Return the model; see build."""
         return build(self.kind)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """See loss_of."""
+        """Return the loss; see loss_of."""
         return loss_of(model, batch["x"], batch["y"])
 
     def optimizer(self, model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-        """The bare loop's."""
+        """Return the optimizer, the bare loop's."""
         return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
 
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """In memory."""
+        """Return the samples, in memory."""
         return {"train": ArraySource(arrays(self.kind))}
 
 
 def bare(kind: str) -> Iterator[None]:
-    """The barest hand-written loop, as Horovod's documentation has it; a step each time."""
+    """Run the barest hand-written loop, as Horovod's documentation has it; a step each time."""
     import horovod.torch as hvd
 
     data = arrays(kind)
@@ -137,12 +138,8 @@ class Alternating:
         return getattr(self.recorder, name)
 
 
-def main() -> None:
-    """Run the pairs of blocks."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--model", choices=list(BLOCK_STEPS), default="convnet")
-    arguments = parser.parse_args()
+def measure(arguments: Arguments) -> Report | None:
+    """Run the pairs of blocks on every rank; rank 0 reports."""
     block = BLOCK_STEPS[arguments.model]
     config = resolve(
         [
@@ -158,9 +155,8 @@ def main() -> None:
         ]
     )
     world = init()
-    how = strategy("auto", world)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    how = strategy("horovod", world)  # also where there is one rank
+    with scratch() as folder:
         store = CheckpointStore(folder, keep=1)
         trainer = Trainer(config, Overhead(arguments.model), how, store)
         trainer.restore(None)
@@ -168,29 +164,34 @@ def main() -> None:
         alternating = Alternating(recorder, arguments.model, block)
         trainer.run(alternating)
     pairs = alternating.seconds[1:]  # the first warms up
-    ratios = [ours / theirs for ours, theirs in pairs]
-    if world.rank == 0:
-        quartiles = statistics.quantiles(ratios, n=4)
-        record = {
-            "schema": 1,
-            "benchmark": "overhead",
-            "model": arguments.model,
-            "ranks": world.size,
-            "global_batch": BATCH,
-            "block_steps": block,
-            "pairs": len(pairs),
-            "ratio_median": statistics.median(ratios),
-            "ratio_quartiles": [quartiles[0], quartiles[2]],
-            "hpctrain_step_ms": 1e3 * statistics.median(p[0] for p in pairs) / block,
-            "bare_step_ms": 1e3 * statistics.median(p[1] for p in pairs) / block,
-            "oversubscribed": world.size > (os.cpu_count() or 1),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-        }
-        print(json.dumps(record, indent=2))
+    low, median, high = quartiles([ours / theirs for ours, theirs in pairs])
+    record = {
+        "model": arguments.model,
+        "ranks": world.size,
+        "global_batch": BATCH,
+        "block_steps": block,
+        "oversubscribed": world.launch.local_size > cores(),
+        "pairs": len(pairs),
+        "ratio_median": median,
+        "ratio_quartiles": [low, high],
+        "hpctrain_step_ms": 1e3 * statistics.median(p[0] for p in pairs) / block,
+        "bare_step_ms": 1e3 * statistics.median(p[1] for p in pairs) / block,
+    }
+    rows = [[key.replace("_", " "), str(value)] for key, value in record.items()]
+    report = None if world.rank else Report([record], table(rows))
     world.comm.close()
+    return report
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--pairs", type=count, default=40)
+    add("--model", choices=list(BLOCK_STEPS), default="convnet")
+
+
+BARS = (at_most("ratio_median", 1.02, model="perceptron", ranks=(1, 2)),)
+QUICK = {"pairs": 3, "model": "perceptron"}
+BENCHMARK = Benchmark("overhead", __doc__, measure, options=options, bars=BARS, quick=QUICK)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -29,49 +29,46 @@ import contextlib
 import json
 import os
 import statistics
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from subprocess import CompletedProcess
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
 from benchmarks import ps_hosts
-from benchmarks.output import plots, spread, spread_of, table, write
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, words, words_of
+from benchmarks.harness.processes import Start, module, on_ranks, scratch, why_failed
+from benchmarks.harness.rounds import Record, Round, compared, in_turn, record_of
+from benchmarks.harness.tables import FOOTNOTE, by_group, say, table_of
 from benchmarks.peers_cases import CASES
 from benchmarks.peers_models import MODELS
-from hpctrain.errors import Error
-from hpctrain.process import cores, mpirun, run
+from hpctrain.process import cores
 
-ROOT = Path(__file__).parents[1]
 RANKS = 2
 HERE = "here"
 TOLERANCE = 1e-4
 BASE = "ddp"
 TRAINED = "resnet18,mlp_25M"
 COMPARED = "horovod,ps,ddp,stock_horovod,torch_rpc"
-TARGET = 1.0
-Result = dict[str, Any]
-Start = Callable[[Sequence[str], float], CompletedProcess[str]]
+FIELDS = ("step_ms", "speed_over_ddp", "error")
+BARS = (
+    at_least("speed_over_ddp", 1.0, case="horovod", network=HERE),
+    # Between hosts, where all wait for the network, uncompressed.
+    at_least("speed_over_ddp", 1.02, case="horovod", network=lambda name: name != HERE),
+    at_least("speed_over_ddp", 1.0, case="ps", network=lambda name: name != HERE),
+)
 
 
 @contextlib.contextmanager
 def network(name: str) -> Iterator[tuple[Start, str]]:
-    """What starts a command on all ranks, and whether each has cores of its own.
+    """Give what starts a command on all ranks, and whether each has cores of its own.
 
     Args:
         name: ``here``, or the Mbit/s of the links between emulated hosts.
     """
     if name == HERE:
-        yield (
-            lambda command, seconds: run(
-                [*mpirun(RANKS), *command], timeout_seconds=seconds, cwd=ROOT
-            ),
-            "shared",
-        )
+        yield on_ranks(RANKS), "shared"
         return
     with ps_hosts.hosts(RANKS, float(name)) as cluster:
         yield lambda command, seconds: cluster.mpirun([1] * RANKS, command, seconds), "own"
@@ -79,17 +76,28 @@ def network(name: str) -> Iterator[tuple[Start, str]]:
 
 def run_case(
     start: Start, own_cores: str, case: str, models: Sequence[str], steps: int, seconds: float
-) -> dict[str, Result]:
-    """A case in processes of its own: by model, its step, losses, and how far parameters moved."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.peers_cases", case, ",".join(models)]
-        done = start([*command, str(steps), folder, own_cores], seconds)
-        found: dict[str, Result] = {}
+) -> dict[str, Round]:
+    """Run a case in processes of its own.
+
+    Args:
+        start: Starts a command on all ranks.
+        own_cores: ``own`` or ``shared``.
+        case: Of ``CASES``.
+        models: Of ``MODELS``, to be trained one after the other.
+        steps: To be timed.
+        seconds: A limit.
+
+    Returns:
+        By model: its step, its losses, and how far parameters moved.
+    """
+    with scratch() as folder:
+        command = module("peers_cases", case, ",".join(models), str(steps), str(folder), own_cores)
+        done = start(command, seconds)
+        found: dict[str, Round] = {}
         for model in models:
-            files = [Path(folder) / f"{model}.{rank}" for rank in range(RANKS)]
+            files = [folder / f"{model}.{rank}" for rank in range(RANKS)]
             if not all(file.with_name(f"{file.name}.json").exists() for file in files):
-                why = done.stdout.split("-" * 40)[0].strip()[-300:]  # without what mpirun says
-                found[model] = {"failed": f"exit code {done.returncode}: {why}"}
+                found[model] = {"failed": why_failed(done)}
                 continue
             ranks = [json.loads(file.with_name(f"{file.name}.json").read_text()) for file in files]
             found[model] = {
@@ -100,8 +108,8 @@ def run_case(
     return found
 
 
-def check(results: dict[str, Result]) -> None:
-    """Mark the cases that came to other parameters or losses than most did."""
+def check_round(results: dict[str, Round]) -> None:
+    """Mark the cases that came to other parameters or losses than most did in a round."""
     good = {name: each for name, each in results.items() if "failed" not in each}
     if not good:
         return
@@ -115,116 +123,83 @@ def check(results: dict[str, Result]) -> None:
             each["failed"] = f"other parameters ({each['error']:g}), losses {each['loss_error']:g}"
 
 
-def record_of(
-    variables: dict[str, Any], rounds: Sequence[Result], base: Sequence[Result]
-) -> Result:
-    """Of a case: independent variables first; medians over rounds, least and largest."""
-    record = {**variables, "oversubscribed": cores() < RANKS}
-    failures = [each["failed"] for each in rounds if "failed" in each]
-    good = [
-        {**each, "speed_over_ddp": other["step_ms"] / each["step_ms"]}
-        if "failed" not in other
-        else each
-        for each, other in zip(rounds, base, strict=True)
-        if "failed" not in each
-    ]
-    record["rounds"] = len(good)
-    for key in ("step_ms", "speed_over_ddp", "error", "loss_error"):
-        record |= spread_of(key, [each[key] for each in good if key in each])
-    return {**record, "failed": failures} if failures else record
+def beside_ddp(variables: Record, rounds: Sequence[Round], base: Sequence[Round]) -> Record:
+    """Return the record of a case.
+
+    Args:
+        variables: What sets it apart.
+        rounds: What it gave.
+        base: What ddp gave in the same rounds.
+    """
+    ratio = partial(compared, rounds, base, "speed_over_ddp")
+    variables = {**variables, "oversubscribed": cores() < RANKS}
+    return record_of(variables, ratio(lambda one, ddp: ddp["step_ms"] / one["step_ms"]))
 
 
-def measure(options: argparse.Namespace) -> list[Result]:
-    """All cases on all networks."""
+def measure_on(name: str, arguments: Arguments) -> list[Record]:
+    """Return the records of all cases and models on a network."""
+
+    def told(number: int, case: str, result: dict[str, Round]) -> None:
+        shown = {model: round(each.get("step_ms", 0), 1) for model, each in result.items()}
+        took = time.perf_counter() - began
+        say(f"{name}: round {number + 1}: {case}: {shown} ms a step ({took:.0f} s since the start)")
+
+    began = time.perf_counter()
+    with network(name) as (start, own_cores):
+        cases = {
+            case: partial(
+                run_case, start, own_cores, case, arguments.models, arguments.steps,
+                arguments.timeout,
+            )
+            for case in arguments.cases
+        }  # fmt: skip
+        results = in_turn(cases, arguments.rounds, turn_back=True, tell=told)
+    where = "one host" if name == HERE else f"2 hosts, {float(name):g} Mbit/s"
     records = []
-    for name in options.networks:
-        rounds: list[dict[str, dict[str, Result]]] = []
-        with network(name) as (start, own_cores):
-            for number in range(options.rounds):
-                found = {}
-                for case in options.cases[:: -1 if number % 2 else 1]:
-                    began = time.perf_counter()
-                    found[case] = run_case(
-                        start, own_cores, case, options.models, options.steps, options.timeout
-                    )
-                    shown = {m: round(r.get("step_ms", 0), 1) for m, r in found[case].items()}
-                    took = time.perf_counter() - began
-                    line = f"{name}: round {number + 1}: {case}: {shown} ms a step ({took:.0f} s)"
-                    print(line, file=sys.stderr, flush=True)
-                rounds.append(found)
-        for model in options.models:
-            by_case = [{case: found[case][model] for case in options.cases} for found in rounds]
-            for each in by_case:
-                check(each)
-            where = "one host" if name == HERE else f"2 hosts, {float(name):g} Mbit/s"
-            base = [each.get(BASE, {"failed": "not run"}) for each in by_case]
-            for case in options.cases:
-                variables = {"group": f"{model}, {where}", "case": case, "ranks": RANKS}
-                records.append(record_of(variables, [each[case] for each in by_case], base))
+    for model in arguments.models:
+        by_round = [
+            {case: results[case][number][model] for case in results}
+            for number in range(arguments.rounds)
+        ]
+        for each in by_round:
+            check_round(each)
+        base = [each.get(BASE, {"failed": "not run"}) for each in by_round]
+        for case in results:
+            variables = {"group": f"{model}, {where}", "case": case, "network": name}
+            rounds = [each[case] for each in by_round]
+            records.append(beside_ddp({**variables, "ranks": RANKS}, rounds, base))
     return records
 
 
-def verdicts(records: Sequence[Result]) -> list[Result]:
-    """Whether horovod is as fast as the fastest of ddp's cases."""
-    found = []
-    for record in records:
-        if record["case"] == "horovod" and "speed_over_ddp" in record:
-            value = record["speed_over_ddp"]
-            found.append(
-                {"group": record["group"], "case": "horovod", "speed_over_ddp": round(value, 3),
-                 "target": f">= {TARGET:g}", "met": value >= TARGET}
-            )  # fmt: skip
-    return found
+def measure(arguments: Arguments) -> Report:
+    """Measure all cases on all networks."""
+    records = [record for name in arguments.networks for record in measure_on(name, arguments)]
+    parts = [table_of(group, some, "case", FIELDS) for group, some in by_group(records)]
+    return Report(records, "\n\n".join([*parts, FOOTNOTE]))
 
 
-def show(records: Sequence[Result]) -> str:
-    """A table for each model and network."""
-    parts = []
-    for group in dict.fromkeys(record["group"] for record in records):
-        rows = [[group, "step ms", "speed over ddp", "error"]]
-        for record in (each for each in records if each["group"] == group):
-            star = "*" * record["oversubscribed"]
-            cells = [spread(record, key) for key in ("step_ms", "speed_over_ddp", "error")]
-            rows.append([record["case"] + star, *cells])
-        parts.append(table(rows))
-    return "\n\n".join(parts)
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--cases", type=words_of(CASES), default=COMPARED, help=", ".join(CASES))
+    add("--models", type=words_of(MODELS), default=TRAINED, help=", ".join(MODELS))
+    add("--networks", type=words, default=f"{HERE},1000",
+        help=f"'{HERE}', or Mbit/s between emulated hosts")  # fmt: skip
+    add("--rounds", type=count, default=2, help="of processes")
+    add("--steps", type=count, default=4, help="timed in each process")
+    add("--timeout", type=float, default=120, help="seconds for each process")
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--cases", type=lambda text: text.split(","), default=COMPARED, help=", ".join(CASES)
-    )
-    parser.add_argument(
-        "--models", type=lambda text: text.split(","), default=TRAINED, help=", ".join(MODELS)
-    )
-    parser.add_argument(
-        "--networks", type=lambda text: text.split(","), default=f"{HERE},1000",
-        help=f"'{HERE}', or Mbit/s between emulated hosts",
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=2, help="of processes")
-    parser.add_argument("--steps", type=int, default=4, help="timed in each process")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for each process")
-    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and plots")
-    options = parser.parse_args()
-    if unknown := {*options.cases} - {*CASES} | {*options.models} - {*MODELS}:
-        parser.error(f"there is no {', '.join(sorted(unknown))}")
-    if os.geteuid() != 0 and set(options.networks) - {HERE}:
+def check(parser: argparse.ArgumentParser, arguments: Arguments) -> None:
+    """Leave out what needs root where there is none."""
+    if os.geteuid() != 0 and set(arguments.networks) - {HERE}:
         print("emulated hosts: skipped; they need root", flush=True)
-        options.networks = [HERE]
-    try:
-        records = measure(options)
-    except Error as error:
-        parser.error(str(error))
-    targets = verdicts(records)
-    print(show(records))
-    for each in targets:
-        print(*each.values())
-    if options.out is not None:
-        write(options.out, "peers", records, targets=targets, steps=options.steps)
-        plots(options.out, "peers")
+        arguments.networks = [HERE]
 
+
+QUICK = {"cases": "horovod,ps,ddp", "models": "mlp_2M", "rounds": 1, "steps": 2}
+BENCHMARK = Benchmark(
+    "peers", __doc__, measure, options=options, check=check, bars=BARS, quick=QUICK
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.harness.processes import end_with_parent
 from benchmarks.peers_models import MODELS, Kind
 from hpctrain.world.launcher import detect
 
@@ -35,7 +34,6 @@ WARM_UP = 2
 COMPRESSIONS = ("fp16", "bf16", "int8", "topk:0.01", "powersgd:1", "powersgd:4")
 POOL = 4  # batches, taken in turn
 SAMPLED = 97  # every so many-th parameter is compared
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Case = Callable[
     ["Place", nn.Module, torch.optim.Optimizer], contextlib.AbstractContextManager[Step]
@@ -59,12 +57,12 @@ class Place(NamedTuple):
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """Every case's optimizer."""
+    """Return every case's optimizer."""
     return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, fused=True)
 
 
 def training_step(model: nn.Module, optimizer: Any) -> Step:
-    """A step as it is written by all who wrap the optimizer or the model."""
+    """Return a step as it is written by all who wrap the optimizer or the model."""
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad()
@@ -80,7 +78,7 @@ def training_step(model: nn.Module, optimizer: Any) -> Step:
 def hpctrain(
     place: Place, model: nn.Module, optimizer: torch.optim.Optimizer, name: str, **settings: Any
 ) -> Iterator[Step]:
-    """A strategy of hpctrain as a user with a loop of their own has it."""
+    """Train by a strategy of hpctrain as a user with a loop of their own has it."""
     from hpctrain import init, strategy
 
     how = strategy(name, init(), **settings)
@@ -92,7 +90,7 @@ def hpctrain(
 def ps(
     place: Place, model: nn.Module, optimizer: torch.optim.Optimizer, compression: str = "none"
 ) -> Iterator[Step]:
-    """Our parameter server, a server in every worker's process: as many processes as the others."""
+    """Train by our parameter server, a server in every worker's process: as many as the others."""
     from hpctrain.config import PsConfig
 
     config = PsConfig(servers=place.size, colocate=True, compression=compression)
@@ -141,7 +139,7 @@ def ddp(
     bucket_mb: int | None = None,
     hook: Hook | None = None,
 ) -> Iterator[Step]:
-    """PyTorch's DistributedDataParallel, by gloo, or by nccl on GPUs.
+    """Train by PyTorch's DistributedDataParallel, over gloo, or over nccl on GPUs.
 
     Without copies of gradients (``gradient_as_bucket_view``), with a graph that never changes
     (``static_graph``), and without sending running statistics, which none of the others do.
@@ -172,7 +170,7 @@ def ddp(
 def stock_horovod(
     place: Place, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[Step]:
-    """Horovod's own optimizer, with its own default of fusing tensors up to 128 MB."""
+    """Train by Horovod's own optimizer, with its default of fusing tensors up to 128 MB."""
     import horovod.torch as hvd
 
     hvd.init()
@@ -198,7 +196,7 @@ class RpcServer:
         self.answer: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
 
     def update(self, gradients: list[torch.Tensor]) -> torch.futures.Future[list[torch.Tensor]]:
-        """A worker's gradients; what it returns is done when all have come."""
+        """Take a worker's gradients; what is returned is done when all have come."""
         with self.lock, torch.no_grad():
             answer = self.answer
             self.came.append(gradients)
@@ -219,13 +217,13 @@ _rpc_server: list[RpcServer] = []
 
 @torch.distributed.rpc.functions.async_execution
 def rpc_update(gradients: list[torch.Tensor]) -> torch.futures.Future[list[torch.Tensor]]:
-    """What a worker calls."""
+    """Pass a worker's gradients to the server in this process."""
     return _rpc_server[0].update(gradients)
 
 
 @contextlib.contextmanager
 def torch_rpc(place: Place, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Step]:
-    """A parameter server by PyTorch's RPC, in the first worker's process."""
+    """Train by a parameter server of PyTorch's RPC, in the first worker's process."""
     from torch.distributed import rpc
 
     if place.rank == 0:
@@ -267,13 +265,13 @@ CASES: dict[str, Case] = {
 
 
 def sample(model: nn.Module, before: torch.Tensor | None = None) -> torch.Tensor:
-    """Some of all parameters, less what they were before."""
+    """Return some of all parameters, less what they were before."""
     flat = nn.utils.parameters_to_vector(model.parameters()).detach()[::SAMPLED].cpu().double()
     return flat if before is None else flat - before
 
 
 def train(case: Case, kind: Kind, place: Place, steps: int) -> tuple[dict[str, Any], torch.Tensor]:
-    """Train, and time each step; also how far a sample of the parameters has come."""
+    """Train, time each step, and say how far a sample of the parameters has come."""
     torch.manual_seed(0)
     model = kind.build().to(place.device)
     before = sample(model)
@@ -297,14 +295,6 @@ KEPT: list[nn.Module] = []
 it with Python's lock in hand, for which that group's own thread may be waiting."""
 
 
-def end_with_parent() -> None:
-    """Have this process killed when its launcher is.
-
-    mpirun gives each rank a group of its own, so killing its own at the time limit is not enough.
-    """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def take_cores(rank: int, size: int) -> None:
     """Have an emulated host's rank run on its share of this host's cores."""
     all_cores = sorted(os.sched_getaffinity(0))
@@ -313,7 +303,7 @@ def take_cores(rank: int, size: int) -> None:
 
 
 def child(name: str, models: str, steps: str, folder: str, own_cores: str) -> None:
-    """A rank of a case; each writes what it measured, and a sample of its parameters."""
+    """Be a rank of a case: measure, write that, and a sample of the parameters."""
     end_with_parent()
     launch = detect()
     if own_cores == "own":

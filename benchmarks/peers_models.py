@@ -47,7 +47,7 @@ def resnet18() -> nn.Module:
 
 
 def mlp(inputs: int, hidden: int, layers: int) -> nn.Module:
-    """A perceptron with so many hidden layers."""
+    """Return a perceptron with so many hidden layers."""
     sizes = [inputs, *[hidden] * layers]
     pairs = ((nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(sizes))
     return nn.Sequential(*itertools.chain(*pairs), nn.Linear(hidden, 10))

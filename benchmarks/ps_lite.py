@@ -17,7 +17,6 @@ benchmark that comes with that alone.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -27,11 +26,13 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.ps_peers import COUNT, LR, MOMENTUM, ROOT, TOLERANCE, WARM_UP, Result
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count
+from benchmarks.harness.processes import ROOT, module, scratch
+from benchmarks.harness.tables import table_of, tell
+from benchmarks.ps_peers import COUNT, LR, MOMENTUM, TOLERANCE, WARM_UP, Result
 from hpctrain.errors import Error
 from hpctrain.process import run
 
@@ -123,7 +124,7 @@ int main(int, char** argv) {
 
 
 def is_byteps(tree: Path) -> bool:
-    """Whether it is BytePS's has another interface and another benchmark."""
+    """Return whether it is BytePS's, which has another interface and another benchmark."""
     return (tree / "tests" / "test_benchmark.cc").exists()
 
 
@@ -163,7 +164,7 @@ def compile_with(*command: str) -> None:
 
 
 def cases_of(tree: Path) -> list[str]:
-    """What can be measured with what was built."""
+    """Return what can be measured with what was built."""
     if is_byteps(tree):
         return ["byteps_ps_lite_own"]
     return ["ps_lite_tcp", "ps_lite_ipc", "ps_lite_own"]
@@ -214,7 +215,7 @@ def run_case(tree: Path, name: str, rounds: int, *, timeout_seconds: float = 120
 
 
 def roles(command: Sequence[str], settings: Mapping[str, int], timeout_seconds: float) -> str:
-    """What a scheduler, a server and a worker print run the same command."""
+    """Return what a scheduler, a server and a worker print that run the same command."""
     with contextlib.ExitStack() as stack:
         free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in ROLES]
         ports = [each.getsockname()[1] for each in free]
@@ -229,7 +230,7 @@ def roles(command: Sequence[str], settings: Mapping[str, int], timeout_seconds: 
     }
     try:
         return run(
-            [sys.executable, "-m", "benchmarks.ps_lite", "--roles", json.dumps(ports), *command],
+            module("ps_lite", "--roles", json.dumps(ports), *command),
             timeout_seconds=timeout_seconds,
             env={**os.environ, **{name: str(value) for name, value in variables.items()}},
             cwd=ROOT,
@@ -249,27 +250,31 @@ def start_roles(ports: Sequence[int], command: Sequence[str]) -> None:
         process.wait()
 
 
-def main() -> None:
-    """Build and measure."""
-    if sys.argv[1:2] == ["--roles"]:
-        start_roles(json.loads(sys.argv[2]), sys.argv[3:])
-        return
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sources", type=Path, help="folder with a checkout")
-    parser.add_argument("--prefix", type=Path, default=Path("/usr"), help="of zeromq and protobuf")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for each case")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        try:
-            build(arguments.sources, tree, arguments.prefix)
-            for name in cases_of(tree):
-                record = run_case(tree, name, arguments.rounds, timeout_seconds=arguments.timeout)
-                print(json.dumps(record), flush=True)
-        except Error as error:
-            raise SystemExit(str(error)) from error
+def measure(arguments: Arguments) -> Report:
+    """Build, and measure what can be measured with that."""
+    records = []
+    with scratch() as tree:
+        build(arguments.sources, tree, arguments.prefix)
+        for name in cases_of(tree):
+            records.append(
+                run_case(tree, name, arguments.rounds, timeout_seconds=arguments.timeout)
+            )
+            tell(records[-1])
+    return Report(records, table_of("case", records, "case", ("median_ms", "best_ms", "error")))
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("sources", type=Path, help="folder with a checkout")
+    add("--prefix", type=Path, default=Path("/usr"), help="of zeromq and protobuf")
+    add("--rounds", type=count, default=20)
+    add("--timeout", type=float, default=120, help="seconds for each case")
+
+
+BENCHMARK = Benchmark("ps_lite", __doc__, measure, options=options, quick={"rounds": 3})
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--roles"]:
+        start_roles(json.loads(sys.argv[2]), sys.argv[3:])
+    else:
+        BENCHMARK.run()

@@ -10,39 +10,42 @@ of as many bytes, the yardstick of the same process.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import torch
 
-from hpctrain.process import mpirun, run
+from benchmarks.harness.processes import (
+    ROOT,
+    Start,
+    end_with_parent,
+    module,
+    on_ranks,
+    scratch,
+    why_failed,
+)
+from hpctrain.process import run
 
-ROOT = Path(__file__).parents[1]
 COUNT = 25_557_032
 LR = 0.01
 MOMENTUM = 0.9
 WARM_UP = 3
 TOLERANCE = 1e-5
-CHILD = (sys.executable, "-m", "benchmarks.ps_peers", "--child")
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+CHILD = module("ps_peers", "--child")
+TWO_RANKS = on_ranks(2)
 Result = dict[str, Any]
-Start = Callable[[Sequence[str], float], CompletedProcess[str]]
 Cases = Mapping[str, Callable[..., Result]]
 
 
 def pattern(count: int = COUNT) -> torch.Tensor:
-    """The mean of all ranks' gradients, unlike in neighbours so that a shift is seen."""
+    """Return the mean of all ranks' gradients, unlike in neighbours so that a shift is seen."""
     return 1 + torch.arange(count, dtype=torch.float32).remainder_(5)
 
 
@@ -55,7 +58,7 @@ class Parameters:
         self.steps = 0
 
     def step(self, gradient: torch.Tensor, lr: float = LR) -> None:
-        """Of SGD with momentum, in one pass over memory."""
+        """Make a step of SGD with momentum, in one pass over memory."""
         torch._fused_sgd_(
             [self.weights],
             [gradient],
@@ -72,7 +75,7 @@ class Parameters:
 
 
 def error_after(weights: torch.Tensor, steps: int) -> float:
-    """The largest relative error of parameters after so many steps."""
+    """Return the largest relative error of parameters after so many steps."""
     velocity = weight = 0.0
     for _ in range(steps):
         velocity = MOMENTUM * velocity + 1
@@ -81,7 +84,7 @@ def error_after(weights: torch.Tensor, steps: int) -> float:
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """Of one call."""
+    """Return how long a call takes."""
     start = time.perf_counter()
     work()
     return 1e3 * (time.perf_counter() - start)
@@ -94,7 +97,7 @@ def rounds_of(
     *,
     yardstick: bool = True,
 ) -> Result:
-    """Milliseconds of each round, after some that are not counted.
+    """Return the milliseconds of each round, after some that are not counted.
 
     Args:
         rounds: To be timed.
@@ -113,21 +116,21 @@ def rounds_of(
 
 
 def memcpy(rounds: int, folder: Path) -> Result:
-    """The yardstick: as many bytes as the parameters have, from one tensor to another."""
+    """Time the yardstick: as many bytes as the parameters have, from one tensor to another."""
     source, target = pattern(), torch.zeros(COUNT)
     result = rounds_of(rounds, lambda: target.copy_(source))
     return {**result, "error": float((target - source).abs().max())}
 
 
 def update(rounds: int, folder: Path) -> Result:
-    """The other yardstick: the optimizer's step with nothing sent anywhere."""
+    """Time the other yardstick: the optimizer's step with nothing sent anywhere."""
     gradient, parameters = pattern(), Parameters()
     result = rounds_of(rounds, lambda: parameters.step(gradient))
     return {**result, "error": error_after(parameters.weights, parameters.steps)}
 
 
 def mpi_allreduce(rounds: int, folder: Path) -> Result:
-    """MPI sums the gradients in place; each rank updates its own parameters."""
+    """Have MPI sum the gradients in place; each rank updates its own parameters."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
@@ -139,7 +142,7 @@ def mpi_allreduce(rounds: int, folder: Path) -> Result:
 
 
 def gloo(rounds: int, folder: Path) -> Result:
-    """PyTorch's Gloo sums the gradients in place; each rank updates its own parameters.
+    """Have PyTorch's Gloo sum the gradients in place; each rank updates its own parameters.
 
     In one piece, which was the fastest of all sizes tried.
     """
@@ -157,7 +160,7 @@ def gloo(rounds: int, folder: Path) -> Result:
 
 
 def all_reduce(rounds: int, comm: Any, reduce: Callable[[torch.Tensor], object]) -> Result:
-    """Rounds of a sum over all ranks, in place, and the update."""
+    """Time rounds of a sum over all ranks, in place, and the update."""
     parameters = Parameters()
     mine = pattern() * (2 * (comm.rank + 1) / (comm.size + 1))  # the mean over ranks is the pattern
     gradient = torch.empty_like(mine)
@@ -178,7 +181,7 @@ def all_reduce(rounds: int, comm: Any, reduce: Callable[[torch.Tensor], object])
 
 
 class RpcServer:
-    """What the worker of ``torch_rpc`` has a remote reference to."""
+    """The server that the worker of ``torch_rpc`` has a remote reference to."""
 
     def __init__(self, slice_count: int) -> None:
         parts = torch.empty(COUNT).split(slice_count)
@@ -191,7 +194,7 @@ class RpcServer:
 
 
 def torch_rpc(rounds: int, folder: Path, slice_count: int = COUNT) -> Result:
-    """PyTorch's RPC over TensorPipe: one call, with the gradient, returns the parameters."""
+    """Time PyTorch's RPC over TensorPipe: a call with the gradient returns the parameters."""
     from mpi4py import MPI  # as in gloo
     from torch.distributed import rpc
 
@@ -221,12 +224,12 @@ def torch_rpc(rounds: int, folder: Path, slice_count: int = COUNT) -> Result:
 
 
 def torch_rpc_slices(rounds: int, folder: Path) -> Result:
-    """The same with slices of 4 MB, all of them on their way at once: the fastest of all tried."""
+    """Time PyTorch's RPC with slices of 4 MB, all on their way at once: the fastest tried."""
     return torch_rpc(rounds, folder, slice_count=2**20)
 
 
 def connected(count: int, settings: dict[str, Any]) -> tuple[Any, Any, list[list[float]]]:
-    """This rank of our parameter server, when it is ready: ends, client, the rule's numbers.
+    """Return this rank of our parameter server, ready: ends, client, the rule's numbers.
 
     A server serves first, until all workers have left; its client is None.
     """
@@ -258,7 +261,7 @@ def ours(
     key: str | None = None,
     **settings: Any,
 ) -> Result:
-    """Our parameter server: a worker pushes its gradients, and pulls the weights.
+    """Time our parameter server: a worker pushes its gradients, and pulls the weights.
 
     Args:
         rounds: To be timed.
@@ -313,7 +316,7 @@ def ours(
 
 
 def compressed(gradient: torch.Tensor, name: str, layout: Any, steps: int) -> torch.Tensor:
-    """The weights after so many steps with a gradient that a codec has changed."""
+    """Return the weights after so many steps with a gradient that a codec has changed."""
     from hpctrain.compression.codec import ErrorFeedback, make_codec
 
     codec = make_codec(name)
@@ -345,16 +348,11 @@ CASES: Cases = {
 ALONE = ("memcpy", "update")
 
 
-def start_here(command: Sequence[str], timeout_seconds: float) -> CompletedProcess[str]:
-    """Run two ranks on this host."""
-    return run([*mpirun(2), *command], timeout_seconds=timeout_seconds, cwd=ROOT)
-
-
 def run_case(
     name: str,
     rounds: int,
     *,
-    start: Start = start_here,
+    start: Start = TWO_RANKS,
     timeout_seconds: float = 300,
     command: Sequence[str] = CHILD,
     options: Mapping[str, Any] | None = None,
@@ -376,16 +374,15 @@ def run_case(
     options = options or {}
     record: Result = {"benchmark": "ps_peers", "case": name, "rounds": rounds}
     record["bytes"] = 4 * options.get("count", COUNT)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*command, name, str(rounds), folder, json.dumps(options)]
+    with scratch() as folder:
+        command = [*command, name, str(rounds), str(folder), json.dumps(options)]
         if name in ALONE:
             done = run(command, timeout_seconds=timeout_seconds, cwd=ROOT)
         else:
             done = start(command, timeout_seconds)
-        file = Path(folder) / "result.json"
+        file = folder / "result.json"
         if done.returncode or not file.exists():
-            why = done.stdout.split("-" * 40)[0].strip()[-300:]  # without what mpirun says of it
-            return {**record, "failed": f"exit code {done.returncode}: {why}"}
+            return {**record, "failed": why_failed(done)}
         record.update(json.loads(file.read_text()))
     if not record["error"] < TOLERANCE:
         record["failed"] = f"wrong parameters: relative error {record['error']:g}"
@@ -395,9 +392,8 @@ def run_case(
 
 
 def child(cases: Cases, name: str, rounds: str, folder: str, options: str) -> None:
-    """A rank of a case; the one with a result writes it."""
-    # mpirun gives each rank a group of its own, so killing its own at the time limit is not enough.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Be a rank of a case; the one with a result writes it."""
+    end_with_parent()
     torch.set_num_threads(1)
     result = cases[name](int(rounds), Path(folder), **json.loads(options))
     if result:

@@ -32,17 +32,16 @@ Prints tables; --out gets published.json, published.csv.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from benchmarks.harness.command import Arguments, Benchmark, Report
+from benchmarks.harness.tables import table
 from benchmarks.networks import NETWORKS, Layer
-from benchmarks.output import table, write
 from hpctrain.costmodel.inputs import Buckets, Job, Machine, Network
 from hpctrain.costmodel.step import predict
 from hpctrain.costmodel.strategies import StrategyCost
@@ -67,7 +66,7 @@ STRATEGY = StrategyCost(kind="horovod", label="horovod")
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What is taken to be so, for the published machine."""
+    """The machine of the publication, as far as it has to be assumed."""
 
     network: Network = NETWORK
     backward_share: float = 2 / 3
@@ -82,7 +81,7 @@ class Assumptions:
 
 
 def fused(layers: Sequence[Layer], backward: float, assumed: Assumptions) -> Buckets:
-    """What Horovod all-reduces in one piece, and when, as shares of backward and of all bytes.
+    """Return what Horovod all-reduces in one piece, and when: shares of backward and of all bytes.
 
     Gradients come from the last layer to the first, each after its share of the multiplications. At
     each cycle, those that have come are fused.
@@ -114,7 +113,7 @@ def fused(layers: Sequence[Layer], backward: float, assumed: Assumptions) -> Buc
 
 
 def efficiency(name: str, gpus: int, contention: float, assumed: Assumptions) -> float:
-    """Predicted: images a second, by as many GPUs as fast as one alone."""
+    """Return what is predicted: images a second, by as many GPUs as fast as one alone."""
     layers = NETWORKS[name]
     seconds = BATCH / IMAGES_PER_SECOND[name]
     backward = assumed.backward_share * seconds
@@ -132,7 +131,7 @@ def efficiency(name: str, gpus: int, contention: float, assumed: Assumptions) ->
 
 
 def contention_on_16(assumed: Assumptions) -> float:
-    """The one that is nearest to the measurements with 16 GPUs, by squares."""
+    """Return the contention nearest to the measurements with 16 GPUs, by least squares."""
     candidates = np.linspace(0, 1, 101)
     errors = [
         sum((efficiency(name, 16, c, assumed) - of) ** 2 for name, of in MEASURED[16].items())
@@ -142,7 +141,7 @@ def contention_on_16(assumed: Assumptions) -> float:
 
 
 def variants() -> dict[str, Assumptions]:
-    """What else could be assumed, one thing at a time."""
+    """Return what else could be assumed, one thing at a time."""
 
     def network(**changes: float) -> Assumptions:
         return Assumptions(network=dataclasses.replace(NETWORK, **changes))
@@ -166,7 +165,7 @@ def variants() -> dict[str, Assumptions]:
 
 
 def comparison() -> tuple[float, list[dict[str, Any]]]:
-    """The contention estimated with 16 GPUs, and a record for each point."""
+    """Return the contention estimated with 16 GPUs, and a record for each point."""
     assumed, alike = Assumptions(), Assumptions(variation=0.0)
     contention = contention_on_16(assumed)
     return contention, [
@@ -185,18 +184,15 @@ def comparison() -> tuple[float, list[dict[str, Any]]]:
 
 
 def sensitivity() -> list[dict[str, Any]]:
-    """Efficiencies on 512 GPUs, from hardware figures, under other assumptions."""
+    """Return efficiencies on 512 GPUs, from hardware figures, under other assumptions."""
     return [
         {"variant": variant, **{name: efficiency(name, 512, 0.0, assumed) for name in NETWORKS}}
         for variant, assumed in variants().items()
     ]
 
 
-def main(command: Sequence[str] | None = None) -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for JSON and CSV")
-    arguments = parser.parse_args(command)
+def measure(arguments: Arguments) -> Report:
+    """Compare predictions with what was published."""
     contention, records = comparison()
     columns = ("network_alone", "hardware", "contention")
     heads = [text for column in columns for text in (column.replace("_", " "), "off by")]
@@ -207,13 +203,14 @@ def main(command: Sequence[str] | None = None) -> None:
             points = 100 * (each[column] - each["measured"])
             cells += [f"{each[column]:.1%}", f"{points:+.1f}"]
         rows.append([*cells[:-1], "(fitted)" if each["fitted_to"] else cells[-1]])
-    print(f"{table(rows)}\ncontention, from 16 GPUs: {contention:.2f}\n")
     others = sensitivity()
     shown = [[each["variant"], *(f"{each[name]:.1%}" for name in NETWORKS)] for each in others]
-    print(table([["512 GPUs, hardware", *NETWORKS], *shown]))
-    if arguments.out:
-        write(arguments.out, "published", records, contention=contention, sensitivity=others)
+    text = f"{table(rows)}\ncontention, from 16 GPUs: {contention:.2f}\n\n"
+    text += table([["512 GPUs, hardware", *NETWORKS], *shown])
+    return Report(records, text, {"contention": contention, "sensitivity": others})
 
+
+BENCHMARK = Benchmark("published", __doc__, measure, plots=False)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -20,21 +20,21 @@ there are no others.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import json
 import random
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.output import write
-from tests.slurm.cluster import Cluster, missing
+from benchmarks.harness.bars import at_least, at_most
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, positive
+from benchmarks.harness.processes import scratch
+from benchmarks.harness.tables import tell
+from benchmarks.slurm import slurm_cluster
+from tests.slurm.cluster import Cluster
 
-NAME = "requeues"
 TASK = Path(__file__).parents[1] / "tests" / "slurm" / "faulty_task.py"
 TRAIN = (TASK, "--nodes", "1", "--epochs", "4", "--set", "checkpoint.every_steps=20")
 SILENCE = (5.0, 75.0)
@@ -159,50 +159,8 @@ class Run:
         }
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--requeues", type=int, default=200)
-    parser.add_argument("--each", type=int, default=4, help="signals to each run")
-    parser.add_argument("--at-once", type=int, default=3)
-    parser.add_argument("--within", type=float, default=12.0,
-                        help="seconds of a start in which a signal comes")  # fmt: skip
-    parser.add_argument("--silent", type=float, default=1 / 3)
-    parser.add_argument("--trials", type=int, help="a sweep of so many instead")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after this")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    asked = parser.parse_args()
-    if lacking := missing():
-        sys.exit(f"Slurm is not installed: no {lacking}")
-    chance = random.Random(asked.seed)
-    records: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        cluster = Cluster(4, cred_seconds=CRED_SECONDS)
-        try:
-            cluster.up()
-            if asked.trials is not None:
-                found = sweep(cluster, Path(name), asked.trials, asked.within, chance)
-                print(json.dumps(found))
-                sys.exit(0 if found["good"] else 1)
-            records, submitted = campaign(cluster, Path(name), asked, chance)
-        finally:
-            cluster.down()
-    requeues = sum(record["requeues"] for record in records)
-    wrong = [record for record in records if not record["same"] or record["jobs"] != 1]
-    signals = sum(record["signals"] for record in records)
-    silences = sum(record["silences"] for record in records)
-    print(f"{len(records)} runs, {signals} signals, {requeues} requeues, {silences} silences, "
-          f"{submitted} jobs submitted, {len(wrong)} wrong")  # fmt: skip
-    if asked.out is not None:
-        write(asked.out, NAME, records, seed=asked.seed)
-    sys.exit(1 if wrong or submitted != len(records) else 0)
-
-
 def campaign(
-    cluster: Cluster, folder: Path, asked: argparse.Namespace, chance: random.Random
+    cluster: Cluster, folder: Path, asked: Arguments, chance: random.Random
 ) -> tuple[list[dict[str, Any]], int]:
     """All runs, and how many jobs were submitted for them."""
     began = time.monotonic()
@@ -240,7 +198,7 @@ def campaign(
             if run.over():
                 running.remove(run)
                 records.append(run.record(expected))
-                print(json.dumps(records[-1]), flush=True)
+                tell(records[-1])
     log = (cluster.folder / "log" / "slurmctld.log").read_text()
     return records, log.count(SUBMITTED) - 1
 
@@ -313,5 +271,47 @@ def sweep(
     }
 
 
+def measure(asked: Arguments) -> Report:
+    """Run the campaign, or the sweep."""
+    chance = random.Random(asked.seed)
+    with (
+        scratch() as folder,
+        slurm_cluster(4, own_hosts=False, cred_seconds=CRED_SECONDS) as cluster,
+    ):
+        if asked.trials is not None:
+            found = sweep(cluster, folder, asked.trials, asked.within, chance)
+            return Report([found], json.dumps(found))
+        records, submitted = campaign(cluster, folder, asked, chance)
+    keys = ("signals", "requeues", "silences")
+    found = {"runs": len(records), **{key: sum(each[key] for each in records) for key in keys}}
+    found["submitted_too_many"] = submitted - len(records)
+    found["wrong"] = sum(not each["same"] or each["jobs"] != 1 for each in records)
+    text = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in found.items())
+    return Report(records, text, summary=[found])
+
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--requeues", type=count, default=200)
+    add("--each", type=count, default=4, help="signals to each run")
+    add("--at-once", type=count, default=3)
+    add("--within", type=positive, default=12.0,
+        help="seconds of a start in which a signal comes")  # fmt: skip
+    add("--silent", type=float, default=1 / 3)
+    add("--trials", type=count, help="a sweep of so many instead")
+    add("--seconds", type=positive, default=1e9, help="begin no run after this")
+    add("--seed", type=int, default=0)
+
+
+BARS = (
+    at_most("wrong", 0, must=True),
+    at_most("submitted_too_many", 0, must=True),
+    at_least("good", 1, must=True),
+)
+QUICK = {"requeues": 2, "each": 2, "silent": 0.0}
+BENCHMARK = Benchmark(
+    "requeues", __doc__, measure, options=options, bars=BARS, quick=QUICK, plots=False
+)
+
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -32,32 +32,35 @@ Prints tables; --out gets scaling.json, .csv and, where matplotlib is installed,
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.launching import check, count, latest, parser_of, start
-from benchmarks.output import table
-from benchmarks.training import Case, Line, about, cases, known, save, spread_of, train
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, count
+from benchmarks.harness.rounds import spread_of
+from benchmarks.harness.tables import table
+from benchmarks.launching import benchmark_of, latest
+from benchmarks.training import Case, Line, about, cases, known, train
 from hpctrain.errors import Error
 from hpctrain.train.step_timer import PARTS
 from hpctrain.world.launcher import Launch
 
 LOG_LINES = 6
+TASKS = ("digits", "perceptron")
+SCALINGS = ("weak", "strong")
 KEYS = ("task", "strategy", "ranks", "workers", "threads", "emulated_compute", "rank_batch",
         "batch", "round")  # fmt: skip
 
 
-def measure(arguments: argparse.Namespace, launch: Launch, number: int) -> Iterator[Line | None]:
-    """A round on these ranks: every task, strategy and global batch."""
+def measure(arguments: Arguments, launch: Launch, number: int) -> Iterator[Line | None]:
+    """Measure a round on these ranks: every task, strategy and global batch."""
     for task in arguments.tasks:
         rank_batch = arguments.batch or known(task).batch
         for case in cases(arguments, launch.size):
             batches = {"weak": rank_batch * case.workers, "strong": rank_batch}
-            for batch in dict.fromkeys(batches[each] for each in arguments.scaling):
+            for batch in dict.fromkeys(batches[each] for each in arguments.scaling or SCALINGS):
                 steps = arguments.steps or known(task).steps
                 records = train(task, arguments, layer_of(case, batch, steps))
                 if launch.rank == 0:
@@ -71,13 +74,13 @@ def measure(arguments: argparse.Namespace, launch: Launch, number: int) -> Itera
 
 
 def layer_of(case: Case, batch: int, steps: int) -> dict[str, Any]:
-    """Configuration of a run that is measured."""
+    """Return the configuration of a run that is measured."""
     train = {"steps": LOG_LINES * steps, "batch_size": batch, "validate_every_steps": 10**9}
     return {**case.layer, "train": train, "log": {"every_steps": steps}}
 
 
 def speed_of(records: Sequence[Line]) -> Line:
-    """What a run's metrics.jsonl says of its speed, but for the first line of the log.
+    """Return what a run's metrics.jsonl says of its speed, but for the log's first line.
 
     Raises:
         Error: It has fewer lines.
@@ -98,10 +101,10 @@ def speed_of(records: Sequence[Line]) -> Line:
 
 
 def summary(lines: Sequence[Line]) -> list[Line]:
-    """A record for each task, kind of scaling, strategy and number of ranks."""
+    """Return a record for each task, kind of scaling, strategy and number of ranks."""
     records = []
     lines = latest(lines, KEYS)
-    for scaling in ("weak", "strong"):
+    for scaling in SCALINGS:
         rounds: dict[tuple[Any, ...], list[Line]] = {}
         belong = [line for line in lines if scaling in scalings_of(line)]
         # A worker alone belongs to both; it is shown where there is something to compare.
@@ -111,7 +114,7 @@ def summary(lines: Sequence[Line]) -> list[Line]:
             if line["task"] in scaled or (line["task"] not in shown and scaling == "weak"):
                 rounds.setdefault(tuple(line[key] for key in KEYS[:-1]), []).append(line)
         for key, group in rounds.items():
-            records.append(record_of(scaling, group, baseline(key, rounds)))
+            records.append(merged(scaling, group, baseline(key, rounds)))
     tasks, strategies = (list(dict.fromkeys(r[key] for r in records)) for key in KEYS[:2])
     groups = list(dict.fromkeys(record["group"] for record in records))
     return sorted(
@@ -126,13 +129,13 @@ def summary(lines: Sequence[Line]) -> list[Line]:
 
 
 def scalings_of(line: Line) -> list[str]:
-    """The kinds of scaling that a line is a point of, as its batch says."""
+    """Return the kinds of scaling that a line is a point of, as its batch says."""
     batches = {"weak": line["rank_batch"] * line["workers"], "strong": line["rank_batch"]}
     return [scaling for scaling, batch in batches.items() if batch == line["batch"]]
 
 
 def baseline(key: tuple[Any, ...], groups: dict[tuple[Any, ...], list[Line]]) -> list[Line]:
-    """What efficiency is by: single on one rank, or else the same strategy on the fewest ranks."""
+    """Return what efficiency is by: single on one rank, else the strategy on the fewest ranks."""
     task, strategy, _, _, *alike = key
     same = [
         (other[1] != "single", other[2], lines)
@@ -142,8 +145,8 @@ def baseline(key: tuple[Any, ...], groups: dict[tuple[Any, ...], list[Line]]) ->
     return min(same, key=lambda each: each[:2])[2]
 
 
-def record_of(scaling: str, group: Sequence[Line], base: Sequence[Line]) -> Line:
-    """Of all rounds of a case."""
+def merged(scaling: str, group: Sequence[Line], base: Sequence[Line]) -> Line:
+    """Return the record of all rounds of a case."""
     first = group[0]
     alone = {line["round"]: line["samples_per_second"] / line["ranks"] for line in base}
     speeds = [line["samples_per_second"] for line in group]
@@ -167,15 +170,8 @@ def record_of(scaling: str, group: Sequence[Line], base: Sequence[Line]) -> Line
     return record | {key: statistics.median(line[key] for line in group) for key in parts}
 
 
-def show(records: Sequence[Line]) -> str:
-    """A table for each task and kind of scaling."""
-    groups: dict[str, list[Line]] = {}
-    for record in records:
-        groups.setdefault(record["group"], []).append(record)
-    return "\n\n".join(f"{group}\n{_table(found)}" for group, found in groups.items())
-
-
-def _table(records: Sequence[Line]) -> str:
+def table_for(records: Sequence[Line]) -> str:
+    """Return the table of a group of records."""
     rows = [["strategy", "ranks", "batch", "samples/s", "spread", "efficiency", "spread", "step ms",
              *PARTS]]  # fmt: skip
     for each in records:
@@ -192,39 +188,20 @@ def _table(records: Sequence[Line]) -> str:
     return table(rows)
 
 
-def report(lines: Sequence[Line], arguments: argparse.Namespace) -> None:
-    """Print tables, and write files."""
-    records = summary(lines)
-    print(show(records))
-    if any(record["oversubscribed"] for record in records):
-        print("* more ranks, times their threads, than cores")
-    if arguments.out is None:
-        return
-    save(arguments, "scaling", records)
-
-
-def arguments_of(command: Sequence[str]) -> argparse.Namespace:
-    """As given, checked."""
-    parser = parser_of(__doc__, tasks=["digits", "perceptron"], ranks="1,2,4", what="round")
-    add = parser.add_argument
-    add("--scaling", choices=("weak", "strong"), action="append", help="default: both")
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--scaling", choices=SCALINGS, action="append", help="default: both")
     add("--steps", type=count, help=f"of each of {LOG_LINES} lines of the log; default: by task")
-    add("--quick", action="store_true",
-        help="digits, single, horovod and ps:async on 1 and 2 ranks, once, few steps")  # fmt: skip
-    arguments = parser.parse_args(command)
-    arguments.scaling = arguments.scaling or ["weak", "strong"]
-    if arguments.quick:
-        arguments.tasks, arguments.ranks = ["digits"], [1, 2]
-        arguments.strategies = ["single", "horovod", "ps:async"]
-        arguments.steps = 3
-    check(parser, arguments)
-    return arguments
 
 
-def main(command: Sequence[str]) -> None:
-    """Measure what is asked for."""
-    start("benchmarks.scaling", command, arguments_of(command), measure, report)
-
+# A strategy that has nothing to exchange should cost nothing.
+BARS = (at_least("efficiency", 0.97, strategy="horovod", ranks=1, scaling="weak"),)
+QUICK = {"tasks": "digits", "ranks": "1,2", "strategies": "single,horovod,ps:async", "steps": 3,
+         "rounds": 1}  # fmt: skip
+BENCHMARK = benchmark_of(
+    "scaling", __doc__, tasks=TASKS, ranks="1,2,4", what="round", measure=measure, summary=summary,
+    table=table_for, options=options, bars=BARS, quick=QUICK,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    BENCHMARK.run()

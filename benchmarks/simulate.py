@@ -11,26 +11,25 @@
   2048 of them did 419 times in 54 days (Grattafiori et al., "The Llama 3 herd of models",
   arXiv:2407.21783, section 3.3.4), or as --node-mtbf-days says.
 
-Prints tables; --out gets simulate.json, simulate.csv and, where matplotlib is installed,
-simulate.png.
+Prints tables; --out gets simulate.json, simulate.csv and, where matplotlib is installed, plots of
+efficiency and goodput.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from scipy import integrate, stats
 
-from benchmarks.output import table, write
-from hpctrain.costmodel import failures, stragglers
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, numbers, positive
+from benchmarks.harness.tables import table
+from benchmarks.simulation import failures, stragglers
 from hpctrain.costmodel.strategies import Compression, strategy_of
-from hpctrain.errors import Error
+from hpctrain.report.figures import Plot, Series
 
 STRATEGIES = ("horovod", "ps:1+backup:B", "ps:1+ssp:3", "ps:1+async", "averaging:8")
 BACKUP_SHARE = 0.02
@@ -41,7 +40,7 @@ MINUTE, DAY = 60.0, 86400.0
 
 
 def expected_slowest(count: int, mean: float, jitter: float) -> float:
-    """Mean of the largest of so many lognormal times, which are independent."""
+    """Return the mean of the largest of so many lognormal times, which are independent."""
     sigma = math.sqrt(math.log1p(jitter**2))
     times = stats.lognorm(sigma, scale=math.exp(-(sigma**2) / 2))
     # E max = integral of P(max > t) over t >= 0; below some point it is 1.
@@ -50,22 +49,22 @@ def expected_slowest(count: int, mean: float, jitter: float) -> float:
     return mean * (low + above)
 
 
-def straggler_records(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Of all strategies, with and without slow ranks."""
+def straggler_records(arguments: Arguments) -> list[dict[str, Any]]:
+    """Return a record for each strategy and number of ranks, with slow ranks and without."""
     records = []
     compute, exchange = 1e-3 * arguments.compute_ms, 1e-3 * arguments.exchange_ms
     for slow_factor in (1.0, arguments.slow_factor):
-        for count in arguments.ranks:
-            slow = max(1, round(SLOW_SHARE * count)) if slow_factor > 1 else 0
-            ranks = stragglers.Ranks(count, compute, arguments.jitter, slow, slow_factor)
+        for size in arguments.ranks:
+            slow = max(1, round(SLOW_SHARE * size)) if slow_factor > 1 else 0
+            ranks = stragglers.Ranks(size, compute, arguments.jitter, slow, slow_factor)
             for name in STRATEGIES:
-                backups = max(1, round(BACKUP_SHARE * count))
+                backups = max(1, round(BACKUP_SHARE * size))
                 label = name.replace(":B", f":{backups}")
                 strategy = strategy_of(label, lambda codec: Compression(codec))
                 found = stragglers.simulate(ranks, strategy, arguments.steps, exchange)
                 record = {
                     "group": "stragglers",
-                    "ranks": count,
+                    "ranks": size,
                     "strategy": label,
                     "jitter": arguments.jitter,
                     "slow_ranks": slow,
@@ -74,14 +73,14 @@ def straggler_records(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     **found._asdict(),
                 }
                 if name == "horovod" and not slow:
-                    slowest = expected_slowest(count, compute, arguments.jitter)
+                    slowest = expected_slowest(size, compute, arguments.jitter)
                     record["expected_seconds"] = slowest + exchange
                 records.append(record)
     return records
 
 
-def failure_records(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """By interval and way of recovery."""
+def failure_records(arguments: Arguments) -> list[dict[str, Any]]:
+    """Return a record for each checkpoint interval and way of recovery."""
     cluster = failures.Cluster(
         arguments.nodes, DAY * arguments.node_mtbf_days, arguments.checkpoint_seconds
     )
@@ -122,7 +121,7 @@ def failure_records(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def shown(records: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
-    """The tables."""
+    """Return the tables."""
     rows = [["ranks", "slow", "strategy", "step ms", "error", "expected", "efficiency"]]
     for each in (record for record in records if record["group"] == "stragglers"):
         expected = each.get("expected_seconds")
@@ -154,8 +153,8 @@ def shown(records: Sequence[dict[str, Any]], best: dict[str, float]) -> str:
     return "\n".join([table(rows), "", table(goodput), *lines])
 
 
-def best_of(records: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, float]:
-    """Intervals: the best simulated one for restarts, and what the formulas say."""
+def best_of(records: Sequence[dict[str, Any]], arguments: Arguments) -> dict[str, float]:
+    """Return the best simulated interval for restarts, and what the formulas say."""
     mtbf = DAY * arguments.node_mtbf_days / arguments.nodes
     restarts = [each for each in records if each.get("recovery") == "restart"]
     simulated = max(restarts, key=lambda each: float(each["goodput"]))
@@ -167,91 +166,80 @@ def best_of(records: Sequence[dict[str, Any]], arguments: argparse.Namespace) ->
     }
 
 
-def plot(records: Sequence[dict[str, Any]], best: dict[str, float], file: Path) -> None:
-    """Efficiency by ranks, and goodput by interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    steps = [each for each in records if each["group"] == "stragglers"]
-    for color, name in enumerate(STRATEGIES):
-        family = name.removesuffix("B")
-        for slow, line in ((False, "o-"), (True, "o:")):
+def figures(records: Sequence[dict[str, Any]], best: dict[str, float]) -> list[Plot]:
+    """Return plots of efficiency over ranks, and of goodput over checkpoint intervals."""
+    lines = []
+    for slow in (False, True):
+        for look, name in enumerate(STRATEGIES):
+            family = name.removesuffix("B")
             points = [
                 each
-                for each in steps
-                if each["strategy"].startswith(family) and bool(each["slow_ranks"]) == slow
+                for each in records
+                if each["group"] == "stragglers"
+                and each["strategy"].startswith(family)
+                and bool(each["slow_ranks"]) == slow
             ]
-            label = family.removesuffix(":") + (", some slow" if slow else "")
+            label = family.removesuffix(":") + ", some slow" * slow
             x, y = [p["ranks"] for p in points], [p["efficiency"] for p in points]
-            left.plot(x, y, line, color=f"C{color}", label=label)
-    left.set(xscale="log", xlabel="ranks", ylabel="efficiency (simulated)", ylim=(0, 1))
-    left.legend(fontsize=7)
-    for recovery in ("restart", "elastic"):
+            lines.append(Series(label, x, y, look=look, faint=slow))
+    goodput = []
+    for look, recovery in enumerate(("restart", "elastic")):
         points = [each for each in records if each.get("recovery") == recovery]
         x, y = [p["interval_seconds"] for p in points], [p["goodput"] for p in points]
-        ends = [[p["goodput"] - p["goodput_low"] for p in points]]
-        ends.append([p["goodput_high"] - p["goodput"] for p in points])
-        right.errorbar(x, y, yerr=ends, marker="o", label=recovery)
+        low, high = ([p[f"goodput_{end}"] for p in points] for end in ("low", "high"))
+        goodput.append(Series(recovery, x, y, low, high, look=look))
         if recovery == "restart":
-            right.plot(x, [p["expected_goodput"] for p in points], "k--", label="Daly's formula")
-    right.axvline(best["Young"], color="gray", linestyle=":", label="Young's interval")
-    right.set(xscale="log", xlabel="checkpoint interval, s", ylabel="goodput (simulated)")
-    right.legend(fontsize=8)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+            y = [p["expected_goodput"] for p in points]
+            goodput.append(Series("restart, by Daly's formula", x, y, look=look + 2, faint=True))
+    return [
+        Plot("simulate-efficiency", "Simulated: slow ranks", "ranks", "efficiency (simulated)",
+             lines, log_x=True, from_zero=True),
+        Plot("simulate-goodput", "Simulated: failures", "checkpoint interval, s",
+             "goodput (simulated)", goodput, "The line is at Young's interval.",
+             marks=[(best["Young"], 0)], log_x=True),
+    ]  # fmt: skip
 
 
-def arguments_of(command: Sequence[str] | None) -> argparse.Namespace:
-    """As given, checked."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ranks", default="10,100,1000,10000", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=300, help="of each rank")
-    parser.add_argument("--compute-ms", type=float, default=500.0, help="of a step, mean")
-    parser.add_argument("--exchange-ms", type=float, default=20.0, help="that does not hide")
-    parser.add_argument("--jitter", type=float, default=0.05, help="standard deviation by mean")
-    parser.add_argument("--slow-factor", type=float, default=1.5, help="of slow ranks' times")
-    parser.add_argument("--nodes", type=int, default=1250, help="that may fail; 8 ranks each")
-    parser.add_argument("--node-mtbf-days", type=float, default=LLAMA_3_DAYS)
-    parser.add_argument("--checkpoint-seconds", type=float, default=60.0)
-    parser.add_argument("--restart-seconds", type=float, default=600.0)
-    parser.add_argument("--elastic-seconds", type=float, default=5.0)
-    parser.add_argument("--repair-minutes", type=float, default=60.0)
-    parser.add_argument("--days", type=float, default=30.0, help="of work in each run")
-    parser.add_argument("--seeds", type=int, default=8, help="runs for each interval")
-    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and a plot")
-    arguments = parser.parse_args(command)
-    counts = arguments.ranks.split(",")
-    if not all(text.isdecimal() and int(text) > 1 for text in counts):
-        parser.error("--ranks must be whole numbers above 1, with commas")
-    arguments.ranks = [int(text) for text in counts]
-    for name, value in vars(arguments).items():
-        if isinstance(value, int | float) and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    if arguments.steps < 2:
-        parser.error("--steps must be 2 or more")
-    if arguments.slow_factor <= 1:
-        parser.error("--slow-factor must be above 1")
-    return arguments
-
-
-def main(command: Sequence[str] | None = None) -> None:
-    """Simulate."""
-    arguments = arguments_of(command)
-    try:
-        records = [*straggler_records(arguments), *failure_records(arguments)]
-    except Error as error:
-        raise SystemExit(str(error)) from error
+def measure(arguments: Arguments) -> Report:
+    """Simulate slow ranks, and runs with failures."""
+    records = [*straggler_records(arguments), *failure_records(arguments)]
     best = best_of(records, arguments)
-    print(shown(records, best))
-    if arguments.out:
-        given = {k: v for k, v in vars(arguments).items() if k != "out"}
-        write(arguments.out, "simulate", records, simulated=True, arguments=given, best=best)
-        if importlib.util.find_spec("matplotlib") is not None:
-            plot(records, best, arguments.out / "simulate.png")
+    more = {"simulated": True, "best": best}
+    return Report(records, shown(records, best), more, figures=figures(records, best))
 
+
+def above_one(kind: type) -> Any:
+    """Return what reads an option's number, above 1."""
+
+    def read(text: str) -> Any:
+        if not (found := kind(text)) > 1:
+            raise argparse.ArgumentTypeError(f"{text} is not above 1")
+        return found
+
+    return read
+
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--ranks", type=numbers(above_one(int)), default="10,100,1000,10000",
+        help="default: %(default)s")  # fmt: skip
+    add("--steps", type=above_one(int), default=300, help="of each rank")
+    add("--compute-ms", type=positive, default=500.0, help="of a step, mean")
+    add("--exchange-ms", type=positive, default=20.0, help="that does not hide")
+    add("--jitter", type=positive, default=0.05, help="standard deviation by mean")
+    add("--slow-factor", type=above_one(float), default=1.5, help="of slow ranks' times")
+    add("--nodes", type=above_one(int), default=1250, help="that may fail; 8 ranks each")
+    add("--node-mtbf-days", type=positive, default=LLAMA_3_DAYS)
+    add("--checkpoint-seconds", type=positive, default=60.0)
+    add("--restart-seconds", type=positive, default=600.0)
+    add("--elastic-seconds", type=positive, default=5.0)
+    add("--repair-minutes", type=positive, default=60.0)
+    add("--days", type=positive, default=30.0, help="of work in each run")
+    add("--seeds", type=count, default=8, help="runs for each interval")
+
+
+QUICK = {"ranks": "10,100", "steps": 40, "days": 2, "seeds": 2}
+BENCHMARK = Benchmark("simulate", __doc__, measure, options=options, quick=QUICK)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -19,128 +19,87 @@ Prints a table; --out gets slow_network.json, slow_network.csv and plots (PNG, S
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-from benchmarks.output import plots, spread, spread_of, table, write
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count, words, words_of
+from benchmarks.harness.rounds import Record, Round, compared, in_turn, record_of
+from benchmarks.harness.tables import by_group, say, table_of
 from benchmarks.peers import RANKS, network, run_case
 from benchmarks.peers_cases import CASES
-from hpctrain.errors import Error
+from benchmarks.peers_models import MODELS
 
-Result = dict[str, Any]
 MODEL = "mlp_25M"
 BASE = "ddp"
 COMPARED = (
     "ddp,ddp_fp16,ddp_powersgd:1,ddp_powersgd:4,"
     "horovod,horovod_fp16,horovod_powersgd:1,horovod_powersgd:4"
 )
-TARGETS: Mapping[tuple[str, str], float] = {
-    ("1000", "horovod_fp16"): 1.6,
-    ("1000", "horovod_powersgd:1"): 4.0,
-    ("1000", "horovod_powersgd:4"): 2.0,
-}
-"""Least speed over ddp, by network and case."""
+BARS = (
+    at_least("speed_over_ddp", 1.6, network="1000", model=MODEL, case="horovod_fp16"),
+    at_least("speed_over_ddp", 4.0, network="1000", model=MODEL, case="horovod_powersgd:1"),
+    at_least("speed_over_ddp", 2.0, network="1000", model=MODEL, case="horovod_powersgd:4"),
+)
 
 
-def measure_on(name: str, options: argparse.Namespace) -> list[Result]:
+def measure_on(name: str, arguments: Arguments) -> list[Record]:
     """Run all cases on one network, in one order and then in the other."""
-    rounds: list[dict[str, Result]] = []
+
+    def told(number: int, case: str, result: Round) -> None:
+        step, took = result.get("step_ms", 0), time.perf_counter() - began
+        say(f"{name}: round {number + 1}: {case}: {step:.1f} ms a step ({took:.0f} s since start)")
+
+    began = time.perf_counter()
     with network(name) as (start, own_cores):
-        for number in range(options.rounds):
-            found = {}
-            for case in options.cases[:: -1 if number % 2 else 1]:
-                began = time.perf_counter()
-                steps = (options.steps, options.timeout)
-                found[case] = run_case(start, own_cores, case, [MODEL], *steps)[MODEL]
-                took, step = time.perf_counter() - began, found[case].get("step_ms", 0)
-                line = f"{name}: round {number + 1}: {case}: {step:.1f} ms a step ({took:.0f} s)"
-                print(line, file=sys.stderr, flush=True)
-            rounds.append(found)
-    return [record_of(name, case, rounds) for case in options.cases]
 
+        def step_of(case: str) -> Round:
+            how = (arguments.steps, arguments.timeout)
+            model = arguments.model
+            found = run_case(start, own_cores, case, [model], *how)[model]
+            return {key: found[key] for key in ("step_ms", "failed") if key in found}
 
-def record_of(name: str, case: str, rounds: Sequence[Mapping[str, Result]]) -> Result:
-    """Return a case's record: independent variables, then medians, the least and the largest.
-
-    Args:
-        name: Of the network.
-        case: Whose.
-        rounds: What all cases gave in each.
-    """
-    group = f"{MODEL}, {RANKS} hosts, {float(name):g} Mbit/s"
-    record: Result = {"group": group, "network": name, "case": case, "ranks": RANKS}
-    good = [each for each in rounds if "failed" not in each[case]]
-    record |= spread_of("step_ms", [each[case]["step_ms"] for each in good])
-    ratios = [
-        each[BASE]["step_ms"] / each[case]["step_ms"]
-        for each in good
-        if "step_ms" in each.get(BASE, {})
+        runs = {case: partial(step_of, case) for case in arguments.cases}
+        results = in_turn(runs, arguments.rounds, turn_back=True, tell=told)
+    group = f"{arguments.model}, {RANKS} hosts, {float(name):g} Mbit/s"
+    base = results.get(BASE, [{"failed": "not run"}] * arguments.rounds)
+    return [
+        record_of(
+            {
+                "group": group,
+                "network": name,
+                "model": arguments.model,
+                "case": case,
+                "ranks": RANKS,
+            },
+            compared(
+                rounds, base, "speed_over_ddp", lambda one, ddp: ddp["step_ms"] / one["step_ms"]
+            ),
+        )
+        for case, rounds in results.items()
     ]
-    record |= spread_of("speed_over_ddp", ratios)
-    failed = [each[case]["failed"] for each in rounds if "failed" in each[case]]
-    return {**record, "failed": failed} if failed else record
 
 
-def verdicts(records: Sequence[Result]) -> list[Result]:
-    """Return what was to be reached, and whether it was."""
-    found = []
-    for record in records:
-        target = TARGETS.get((record["network"], record["case"]))
-        if target is not None and ("speed_over_ddp" in record or "failed" in record):
-            value = record.get("speed_over_ddp", 0.0)
-            found.append(
-                {"group": record["group"], "case": record["case"],
-                 "speed_over_ddp": round(value, 3), "target": f">= {target:g}",
-                 "met": value >= target}
-            )  # fmt: skip
-    return found
+def measure(arguments: Arguments) -> Report:
+    """Measure all cases on all networks."""
+    records = [record for name in arguments.networks for record in measure_on(name, arguments)]
+    fields = ("step_ms", "speed_over_ddp")
+    tables = [table_of(group, some, "case", fields) for group, some in by_group(records)]
+    return Report(records, "\n\n".join(tables))
 
 
-def show(records: Sequence[Result]) -> str:
-    """Return a table for each network."""
-    parts = []
-    for group in dict.fromkeys(record["group"] for record in records):
-        rows = [[group, "step ms", "speed over ddp"]]
-        for record in (each for each in records if each["group"] == group):
-            cells = [spread(record, key) for key in ("step_ms", "speed_over_ddp")]
-            rows.append([record["case"], *cells])
-        parts.append(table(rows))
-    return "\n\n".join(parts)
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--cases", type=words_of(CASES), default=COMPARED, help=", ".join(CASES))
+    add("--networks", type=words, default="100,1000", help="Mbit/s between emulated hosts")
+    add("--model", choices=tuple(MODELS), default=MODEL, help="the bars are of the default's")
+    add("--rounds", type=count, default=1, help="of processes")
+    add("--steps", type=count, default=2, help="timed in each process")
+    add("--timeout", type=float, default=120, help="seconds for each process")
 
 
-def main() -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--cases", type=lambda text: text.split(","), default=COMPARED, help=", ".join(CASES)
-    )
-    parser.add_argument(
-        "--networks", type=lambda text: text.split(","), default="100,1000",
-        help="Mbit/s between emulated hosts",
-    )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=1, help="of processes")
-    parser.add_argument("--steps", type=int, default=2, help="timed in each process")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for each process")
-    parser.add_argument("--out", type=Path, help="folder for JSON, CSV and plots")
-    options = parser.parse_args()
-    if unknown := {*options.cases} - {*CASES}:
-        parser.error(f"there is no {', '.join(sorted(unknown))}")
-    try:
-        records = [record for name in options.networks for record in measure_on(name, options)]
-    except Error as error:
-        parser.error(str(error))
-    targets = verdicts(records)
-    print(show(records))
-    for each in targets:
-        print(*each.values())
-    if options.out is not None:
-        write(options.out, "slow_network", records, targets=targets, steps=options.steps)
-        plots(options.out, "slow_network")
-
+QUICK = {"networks": "1000", "cases": "ddp,horovod,horovod_fp16", "steps": 1}
+BENCHMARK = Benchmark("slow_network", __doc__, measure, options=options, bars=BARS, quick=QUICK)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.run()

@@ -34,7 +34,7 @@ class Emulated:
     begun: str = ""
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """The task's own, later."""
+        """Return the task's own loss, later."""
         if model.training:
             rank = detect().rank
             if rank == 0 and self.begun and not Path(self.begun).exists():

@@ -17,7 +17,6 @@ slurmstepd, which are the site's to protect; with ``--slurm`` they go there, too
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -27,8 +26,6 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -37,7 +34,11 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from tests.slurm.cluster import NETWORK, Cluster, can_have_hosts, missing
+from benchmarks.harness.bars import at_least
+from benchmarks.harness.command import Add, Arguments, Benchmark, Report, count
+from benchmarks.harness.processes import scratch
+from benchmarks.slurm import slurm_cluster
+from tests.slurm.cluster import NETWORK, Cluster
 
 MOST_BYTES = 50 * 2**20
 MOST_LINES = 100
@@ -372,32 +373,34 @@ def attacked(
     }
 
 
-def main() -> int:
-    """Run both; 1 if the strangers made a difference."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--connections", type=int, default=5000)
-    parser.add_argument("--descriptors", type=int, default=1024)
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--nodes", choices=("gloo", "ulfm"), help="on two nodes, by this engine")
-    parser.add_argument("--slurm", action="store_true", help="also at ports of Slurm's own")
-    arguments = parser.parse_args()
+def measure(arguments: Arguments) -> Report:
+    """Run both, and compare them."""
     given = (arguments.connections, arguments.descriptors, arguments.epochs)
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="strangers-"))
+    with scratch() as folder:
         if arguments.nodes is None:
-            found = attacked(Path(folder), *given)
+            found = attacked(folder, *given)
         else:
-            if lacking := missing() or ("" if can_have_hosts() else "namespaces"):
-                sys.exit(f"no cluster of hosts can be had here: no {lacking}")
-            cluster = Cluster(2)
-            stack.callback(cluster.down)
-            job = Job(cluster.up(), arguments.nodes, slurm=arguments.slurm)
-            found = attacked(Path(folder), *given, job, cluster.first("ctl"))
+            with slurm_cluster(2) as cluster:
+                job = Job(cluster, arguments.nodes, slurm=arguments.slurm)
+                found = attacked(folder, *given, job, cluster.first("ctl"))
         if not found["good"]:
-            sys.stderr.write((Path(folder) / "among" / "log").read_text(errors="replace")[-4000:])
-    print(json.dumps(found, indent=1))
-    return int(not found["good"])
+            found["log"] = (folder / "among" / "log").read_text(errors="replace")[-4000:]
+    return Report([found], json.dumps(found, indent=1))
 
+
+def options(add: Add) -> None:
+    """Add the benchmark's own options."""
+    add("--connections", type=count, default=5000)
+    add("--descriptors", type=count, default=1024)
+    add("--epochs", type=count, default=300)
+    add("--nodes", choices=("gloo", "ulfm"), help="on two nodes, by this engine")
+    add("--slurm", action="store_true", help="also at ports of Slurm's own")
+
+
+BENCHMARK = Benchmark(
+    "strangers", __doc__, measure, options=options, bars=(at_least("good", 1, must=True),),
+    quick={"connections": 100, "epochs": 60}, plots=False,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    BENCHMARK.run()

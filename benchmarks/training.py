@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import statistics
-import sys
-import tempfile
-from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.output import write
+from benchmarks.harness.command import Arguments
+from benchmarks.harness.processes import scratch
 from hpctrain.errors import Error
 from hpctrain.process import cores
 from hpctrain.report.compare import records_of
@@ -21,7 +15,6 @@ from hpctrain.world.launcher import Launch, detect
 
 Line = dict[str, Any]
 STRATEGIES = ("single", "horovod", "ps:sync", "ps:ssp:3", "ps:async")
-PACKAGES = ("torch", "horovod", "mpi4py", "hpctrain")
 
 
 class Known(NamedTuple):
@@ -56,7 +49,7 @@ TASKS = {
 
 
 def known(task: str) -> Known:
-    """A task by its name here, or any that `hpctrain train` takes."""
+    """Return a task by its name here, or any that `hpctrain train` takes."""
     return TASKS.get(task, Known(task, None, 64, 10))
 
 
@@ -77,7 +70,7 @@ class Case(NamedTuple):
 
 
 def case_of(strategy: str, ranks: int, servers: int) -> Case | None:
-    """A strategy on some ranks; None where it cannot be.
+    """Return a strategy on some ranks; None where it cannot be.
 
     Args:
         strategy: ``single``, ``horovod`` or ``ps:CONSISTENCY``.
@@ -103,14 +96,14 @@ def case_of(strategy: str, ranks: int, servers: int) -> Case | None:
     raise Error(f"there is no strategy {strategy}.", hint=f"there are {', '.join(STRATEGIES)}.")
 
 
-def cases(arguments: argparse.Namespace, ranks: int) -> list[Case]:
-    """Those asked for that there are on so many ranks."""
+def cases(arguments: Arguments, ranks: int) -> list[Case]:
+    """Return the strategies asked for that there are on so many ranks."""
     found = (case_of(each, ranks, arguments.servers) for each in arguments.strategies)
     return [each for each in found if each is not None]
 
 
-def train(task: str, arguments: argparse.Namespace, layer: dict[str, Any]) -> list[Line]:
-    """One `hpctrain train` within this process; every rank of the world calls this.
+def train(task: str, arguments: Arguments, layer: dict[str, Any]) -> list[Line]:
+    """Run one `hpctrain train` within this process; every rank of the world calls this.
 
     Args:
         task: To train.
@@ -134,16 +127,16 @@ def train(task: str, arguments: argparse.Namespace, layer: dict[str, Any]) -> li
         layer |= {"task": setting.emulated, "options": {"sample_ms": arguments.emulate}}
     if arguments.data is not None and not setting.bundled:
         layer["data"] = {"path": str(arguments.data)}
-    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
-        folder = Path(name) / "run"
+    with scratch() as nowhere, contextlib.redirect_stdout(io.StringIO()):
+        folder = nowhere / "run"
         layer["out"] = str(folder)
         config = training.configure([("benchmark", layer), ("environment", read_environment())])
         training.run(config, lambda text: None)
         return records_of(folder) if detect().rank == 0 else []
 
 
-def about(task: str, case: Case, arguments: argparse.Namespace, launch: Launch) -> Line:
-    """What a line begins with."""
+def about(task: str, case: Case, arguments: Arguments, launch: Launch) -> Line:
+    """Return what a line begins with."""
     return {
         "task": task,
         "strategy": case.strategy,
@@ -155,36 +148,3 @@ def about(task: str, case: Case, arguments: argparse.Namespace, launch: Launch) 
         "launcher": launch.name,
         "nodes": -(-launch.size // launch.local_size),
     }
-
-
-def spread_of(key: str, values: Sequence[float]) -> Line:
-    """The median with both ends; nothing of nothing."""
-    if not values:
-        return {}
-    ends = {f"{key}_min": min(values), f"{key}_max": max(values)}
-    return {key: statistics.median(values), **ends}
-
-
-def save(arguments: argparse.Namespace, name: str, records: Sequence[Line]) -> None:
-    """NAME.json and NAME.csv and, where matplotlib is installed, what `hpctrain report` plots."""
-    from hpctrain.report import drawing
-    from hpctrain.report.page import figures_of
-
-    settings = {"versions": versions(), "load_before": arguments.load}
-    write(arguments.out, name, records, **settings)
-    try:
-        drawing.require_matplotlib()
-    except Error as error:
-        print(f"no plots: {error}", file=sys.stderr)
-        return
-    for stem, figure in figures_of(arguments.out / f"{name}.json").items():
-        drawing.save(figure, arguments.out / stem)
-
-
-def versions() -> dict[str, str]:
-    """Of what is installed."""
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found

@@ -25,7 +25,7 @@ class Perceptron(Task):
     width: int = 1024
 
     def model(self) -> nn.Module:
-        """Three linear layers."""
+        """Return three linear layers."""
         return nn.Sequential(
             nn.Linear(self.inputs, self.width),
             nn.ReLU(),
@@ -35,11 +35,11 @@ class Perceptron(Task):
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Cross entropy."""
+        """Return the cross entropy."""
         return F.cross_entropy(model(batch["x"]), batch["y"])
 
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """Random samples in memory."""
+        """Return random samples in memory."""
         rng = np.random.default_rng(0)
         x = rng.normal(size=(SAMPLES, self.inputs)).astype(np.float32)
         return {"train": ArraySource({"x": x, "y": rng.integers(0, CLASSES, SAMPLES)})}

@@ -209,7 +209,7 @@ def export(source: Path, out: Path, which: str | None) -> None:
     for name in write(weights, out):
         click.echo(f"warning: '{name}' is left out: it is no tensor.", err=True)
     size = out.stat().st_size / 1e6
-    click.echo(f"{out}: {weights.kind} of {weights.folder}, {size:.1f} MB")
+    click.echo(f"{out}: {weights.kind} of {weights.folder}, {size:.3g} MB")
 
 
 @cli.command()

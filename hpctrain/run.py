@@ -287,7 +287,7 @@ class _Run:
             f"{self._config.task}: {how.name} on {_ranks(self._world)}, {self._world.device.type}, "
             f"step {start.step} of {trainer.steps}, in {self._out}"
         )
-        for warning in trainer.warnings:
+        for warning in [*trainer.warnings, *how.warnings(trainer.steps)]:
             recorder.say(f"warning: {warning}")
         if how.fault_tolerance is not None and how.fault_tolerance.mode != "off":
             recorder.say(f"elastic: {how.fault_tolerance.mode}: {how.fault_tolerance.why}")

@@ -264,9 +264,12 @@ class ShardWriter:
         Error: The folder cannot be made, or holds a shard set.
 
     Example:
-        >>> with ShardWriter("shards") as writer:
-        ...     for record in records:
-        ...         writer.write("train", {"x": record.x[None], "text": Ragged.of([record.text])})
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with ShardWriter(folder + "/shards") as writer:
+        ...         for text in (b"one", b"a longer one"):
+        ...             row = np.full((1, 3), len(text))
+        ...             writer.write("train", {"x": row, "text": Ragged.of([text])})
     """
 
     def __init__(

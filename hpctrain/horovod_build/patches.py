@@ -38,6 +38,18 @@ _ENVIRONMENT = (
     "host (but by Kubeflow's kubexec, which has none)"
 )
 
+_WAKE = (
+    "the background thread sleeps until its next cycle, a millisecond, however much waits for it; "
+    "now it is woken by what is enqueued, and does not sleep a whole cycle while a tensor waits "
+    "for other ranks (but where GPU operations fuse tensors: those return before they are done, so "
+    "only the cycle makes a tensor wait for others to be fused with)"
+)
+
+_GLOO_OF_MPI = (
+    "with HOROVOD_CPU_OPERATIONS=gloo under MPI's controller no process set, nor the world's, has "
+    "the Gloo context that its operations use: the first one was a segmentation fault"
+)
+
 PATCHES = (
     Patch(
         "cxx-standard",
@@ -304,6 +316,251 @@ if(DEFINED ENV{HOROVOD_GPU_OPERATIONS} AND NOT CMAKE_CUDA_COMPILER)
         "horovod/runner/gloo_run.py",
         "import sys\nimport threading\n",
         "import sys\nimport tempfile\nimport threading\n",
+    ),
+    Patch(
+        "wake-state",
+        _WAKE,
+        "horovod/common/global_state.h",
+        """namespace horovod {
+namespace common {
+
+""",
+        """namespace horovod {
+namespace common {
+
+// Ends the background thread's sleep between two cycles. A call that comes
+// while the thread is awake ends its next sleep: none is lost.
+class Wakeup {
+public:
+  void Notify() {
+    {
+      std::lock_guard<std::mutex> guard(mutex_);
+      notified_ = true;
+    }
+    changed_.notify_one();
+  }
+
+  // Returns whether a call came before that time.
+  bool SleepUntil(std::chrono::steady_clock::time_point time) {
+    std::unique_lock<std::mutex> guard(mutex_);
+    bool notified =
+        changed_.wait_until(guard, time, [this] { return notified_; });
+    notified_ = false;
+    return notified;
+  }
+
+private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool notified_ = false;
+};
+
+""",
+    ),
+    Patch(
+        "wake-headers",
+        "for the patch wake-state",
+        "horovod/common/global_state.h",
+        "#include <queue>\n#include <thread>\n",
+        "#include <chrono>\n#include <condition_variable>\n#include <mutex>\n#include <queue>\n"
+        "#include <thread>\n",
+    ),
+    Patch(
+        "wake-members",
+        _WAKE,
+        "horovod/common/global_state.h",
+        """  std::chrono::steady_clock::time_point last_cycle_start;
+""",
+        """  std::chrono::steady_clock::time_point last_cycle_start;
+
+  Wakeup wakeup;
+
+  // Whether what is enqueued wakes the background thread.
+  std::atomic_bool wakes_at_enqueue{true};
+
+  // When the thread was last woken, or did what had been enqueued.
+  std::chrono::steady_clock::time_point last_progress;
+""",
+    ),
+    Patch(
+        "wake-at-exit",
+        "for the patch wake-members: an exit does not wait for the next cycle either",
+        "horovod/common/global_state.h",
+        "      shut_down = true;\n",
+        "      shut_down = true;\n      wakeup.Notify();\n",
+    ),
+    Patch(
+        "wake-at-shutdown",
+        "for the patch wake-members: hvd.shutdown() does not wait for the next cycle either",
+        "horovod/common/operations.cc",
+        "    horovod_global.shut_down = true;\n",
+        "    horovod_global.shut_down = true;\n    horovod_global.wakeup.Notify();\n",
+    ),
+    Patch(
+        "wake-or-fuse",
+        _WAKE,
+        "horovod/common/operations.cc",
+        """  // Override the cycle time.
+""",
+        """#if HAVE_GPU
+  state.wakes_at_enqueue =
+      state.parameter_manager.TensorFusionThresholdBytes() == 0;
+#endif
+
+  // Override the cycle time.
+""",
+    ),
+    Patch(
+        "wake-at-enqueue",
+        _WAKE,
+        "horovod/common/operations.cc",
+        "process_set.tensor_queue.AddToTensorQueue(e, message);\n",
+        "process_set.tensor_queue.AddToTensorQueue(e, message);\n  WakeBackgroundThread();\n",
+    ),
+    Patch(
+        "wake-at-enqueue-multi",
+        _WAKE,
+        "horovod/common/operations.cc",
+        "process_set.tensor_queue.AddToTensorQueueMulti(entries, messages);\n",
+        "process_set.tensor_queue.AddToTensorQueueMulti(entries, messages);\n"
+        "  WakeBackgroundThread();\n",
+    ),
+    Patch(
+        "wake-waiting",
+        _WAKE,
+        "horovod/common/tensor_queue.h",
+        """  void RemoveJoinTensor();
+""",
+        """  void RemoveJoinTensor();
+
+  // Whether tensors, or a join, wait for what other ranks do.
+  bool Waiting() const {
+    std::lock_guard<std::mutex> guard(mutex_);
+    return !tensor_table_.empty();
+  }
+""",
+    ),
+    Patch(
+        "wake-progress",
+        _WAKE,
+        "horovod/common/operations.cc",
+        "        PerformOperation(response, process_set);\n",
+        "        PerformOperation(response, process_set);\n"
+        "        state.last_progress = std::chrono::steady_clock::now();\n",
+    ),
+    Patch(
+        "wake-sleep",
+        _WAKE,
+        "horovod/common/operations.cc",
+        """bool RunLoopOnce(HorovodGlobalState& state) {
+  // This delay determines thread frequency and communication message latency
+  auto start_time = std::chrono::steady_clock::now();
+  auto sleep_duration = state.last_cycle_start +
+                        std::chrono::microseconds(long(
+                            state.parameter_manager.CycleTimeMs() * 1000.)) -
+                        start_time;
+  if (sleep_duration > std::chrono::steady_clock::duration::zero()) {
+    std::this_thread::sleep_for(sleep_duration);
+  }
+  state.last_cycle_start = std::chrono::steady_clock::now();
+""",
+        """void WakeBackgroundThread() {
+  if (horovod_global.wakes_at_enqueue) {
+    horovod_global.wakeup.Notify();
+  }
+}
+
+bool AnythingWaits(HorovodGlobalState& state) {
+  for (auto process_set_id : state.process_set_table.Ids()) {
+    if (state.process_set_table.Get(process_set_id).tensor_queue.Waiting()) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Sleep until the next cycle, or until something is enqueued. Each cycle is a
+// collective, in which this thread meets those of the other ranks. So while
+// something waits for them it comes there again soon, to be there when they
+// come; but the longer it has waited in vain, the more of the time it sleeps,
+// and leaves its core to others.
+void SleepBetweenCycles(HorovodGlobalState& state) {
+  auto now = std::chrono::steady_clock::now();
+  std::chrono::steady_clock::duration cycle = std::chrono::microseconds(
+      long(state.parameter_manager.CycleTimeMs() * 1000.));
+  auto next = state.last_cycle_start + cycle;
+  if (state.wakes_at_enqueue && AnythingWaits(state)) {
+    next = now + std::min(cycle, (now - state.last_progress) / 16);
+  }
+  while (state.wakeup.SleepUntil(next)) {
+    // What was enqueued may have been seen, and done, in the last cycle.
+    if (state.shut_down || AnythingWaits(state)) {
+      state.last_progress = std::chrono::steady_clock::now();
+      return;
+    }
+  }
+}
+
+bool RunLoopOnce(HorovodGlobalState& state) {
+  SleepBetweenCycles(state);
+  state.last_cycle_start = std::chrono::steady_clock::now();
+""",
+    ),
+    Patch(
+        "gloo-of-mpi",
+        _GLOO_OF_MPI,
+        "horovod/common/process_set.cc",
+        """  if (mpi_context.GetMPICommunicator(Communicator::GLOBAL) != MPI_COMM_NULL) {
+    // The running process is part of this process set.
+""",
+        """  if (mpi_context.GetMPICommunicator(Communicator::GLOBAL) != MPI_COMM_NULL) {
+#if HAVE_GLOO
+    if (ParseCPUOpsFromEnv() == LibType::GLOO) {
+      gloo_context.Enable();
+      gloo_context.InitializeFromMPI(mpi_context, ParseGlooIface());
+    }
+#endif // HAVE_GLOO
+    // The running process is part of this process set.
+""",
+    ),
+    Patch(
+        "gloo-of-mpi-header",
+        "for the patch gloo-of-mpi",
+        "horovod/common/process_set.cc",
+        '#include "process_set.h"\n',
+        '#include "process_set.h"\n#include "utils/env_parser.h"\n',
+    ),
+    Patch(
+        "gloo-of-mpi-alone",
+        "the world's process set has a Gloo context by the patch gloo-of-mpi: one more is not used",
+        "horovod/common/operations.cc",
+        """  if (global_mpi_context.IsEnabled()) {
+    // Initialize gloo context if mpi context is available
+""",
+        """  if (state.control_operation == LibType::MPI) {
+    // Each process set makes its own, by MPI.
+  } else if (global_mpi_context.IsEnabled()) {
+    // Initialize gloo context if mpi context is available
+""",
+    ),
+    Patch(
+        "gloo-of-mpi-fails",
+        "what goes wrong where Gloo is started by MPI is an error of hvd.init(), too",
+        "horovod/common/operations.cc",
+        """      state.process_set_table.Initialize(global_mpi_context);
+    }
+""",
+        """      try {
+        state.process_set_table.Initialize(global_mpi_context);
+      } catch (const std::exception& ex) {
+        LOG(ERROR) << "Horovod could not be initialized: " << ex.what();
+        state.process_set_table.Finalize(global_mpi_context, SHUT_DOWN_ERROR);
+        global_mpi_context.Finalize(mpi_ctx_manager);
+        state.initialization_failed = true;
+        return;
+      }
+    }
+""",
     ),
 )
 

@@ -8,7 +8,10 @@ from hpctrain.config import ElasticConfig, HorovodConfig, PsConfig, Section
 from hpctrain.errors import Error
 from hpctrain.registry import Registry
 from hpctrain.strategies.base import Strategy
+from hpctrain.world.logs import logger
 from hpctrain.world.world import World
+
+LOG = logger(__name__)
 
 STRATEGIES = Registry(
     "strategy",
@@ -17,6 +20,8 @@ STRATEGIES = Registry(
         "single": "hpctrain.strategies.single:Single",
         "horovod": "hpctrain.strategies.horovod:Horovod",
         "ps": "hpctrain.strategies.parameter_server:ParameterServer",
+        "sharded": "hpctrain.strategies.sharded:Sharded",
+        "averaging": "hpctrain.strategies.averaging:Averaging",
     },
 )
 
@@ -85,6 +90,8 @@ def strategy(
     if name == "auto":
         name = "horovod" if world.size > 1 else "single"
     own = {"horovod": horovod, "ps": ps}.get(name)
-    return strategy_class(name)(
+    made = strategy_class(name)(
         world, config or own, elastic=elastic, timeout_seconds=timeout_seconds
     )
+    LOG.debug("strategy %s on %s", made.name, world)
+    return made

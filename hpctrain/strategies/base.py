@@ -85,6 +85,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         grad_norm: That norm before clipping at the last step; None without clipping.
         weight: What this step's losses are multiplied by in all (``batch.weight``); to be set
             before ``backward()`` where a strategy may have to leave out some ranks.
+        samples: How many samples this step's losses are of, on this rank; None: as ``weight`` says,
+            as a share of the global batch. Read where parameters are averaged by samples.
         missed: Steps of the world that went by without this rank, at its last one.
         overlaps: Whether gradients may be sent while ``backward()`` still computes, because nobody
             looks at them or changes them before ``step()``, and each step has one pass outside of
@@ -105,6 +107,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._needs_closure = needs_closure(inner)
         self.grad_norm: torch.Tensor | None = None
         self.weight = 1.0
+        self.samples: int | None = None
         self.missed = 0
         self.overlaps = False
         self.mark: Callable[[str], None] = lambda part: None
@@ -184,6 +187,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def snapshot(self) -> Snapshot:
         """Return what a checkpoint holds; called like :meth:`world_parameters`."""
         return Snapshot(self.world_parameters(), self.world_state(), self.strategy_state())
+
+    def on_all_ranks(self, holds: bool) -> bool:
+        """Whether something holds of the agreed gradient, as far as any rank knows it.
+
+        Every rank asks this at the same step, where ranks agree on gradients.
+
+        Args:
+            holds: Whether it does of what this rank knows: here, all of it.
+        """
+        return holds
 
     def finish(self) -> None:
         """Wait for the other ranks' last steps, and take the world's parameters.
@@ -297,6 +310,14 @@ class Strategy(ABC):
     def newcomers(self) -> bool:
         """Whether ranks may join at any step, which know nothing that the others agreed on."""
         return self.recovery is not None
+
+    def warnings(self, steps: int) -> list[str]:
+        """Return what is to be said at the start of a run, such as that its knobs do not suit it.
+
+        Args:
+            steps: Of the whole run.
+        """
+        return []
 
     @property
     def serves(self) -> bool:

@@ -154,6 +154,11 @@ class AveragedGradients:
         self._owed = False  # whether there are gradients of this rank that have not been averaged
         self._left: dict[nn.Parameter, tuple[torch.Tensor | None, int]] = {}  # as they were then
 
+    @property
+    def buckets(self) -> list[list[nn.Parameter]]:
+        """Parameters by bucket, in the order in which they lie in it."""
+        return [bucket.parameters for bucket in self._buckets]
+
     def restart(self) -> None:
         """Forget the step, and the exchanges that were under way: the world was formed anew."""
         for bucket in self._buckets:

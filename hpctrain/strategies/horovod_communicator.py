@@ -97,6 +97,17 @@ class HorovodCommunicator:
         with peers(self):
             return int(self._hvd.allgather_async(tensor, name=name))
 
+    def start_scatter(self, tensor: torch.Tensor, name: str) -> int:
+        """Begin to sum a tensor; :meth:`wait` returns this rank's part of the rows.
+
+        Args:
+            tensor: Contiguous, of shape (rows, ...). Where ranks' parts cannot be equal, the first
+                ranks have a row more.
+            name: As in :meth:`start_sum`.
+        """
+        with peers(self):
+            return int(self._hvd.reducescatter_async(tensor, name=name, op=self._hvd.Sum))
+
     def start_all_to_all(self, tensor: torch.Tensor, name: str) -> int:
         """Begin to give each rank its part; :meth:`wait` returns what all have given to this one.
 

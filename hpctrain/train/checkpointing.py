@@ -9,13 +9,16 @@ import torch
 
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
-from hpctrain.train.buffer_averaging import average_buffers
+from hpctrain.strategies.buffer_averaging import average_buffers
 from hpctrain.train.evaluation import check_agreed
 from hpctrain.train.nonfinite import Health, all_finite
 from hpctrain.train.run_metrics import RunMetrics
 from hpctrain.train.sample_trace import launches
 from hpctrain.train.state import Counters, TrainState
 from hpctrain.world.broadcast import broadcast_tree
+from hpctrain.world.logs import logger
+
+LOG = logger(__name__)
 
 
 class Checkpointing:
@@ -123,7 +126,9 @@ class Checkpointing:
         state["optimizer"] = snapshot.optimizer
         if snapshot.strategy:
             state["strategy"] = {self._strategy.name: snapshot.strategy}
-        self._store.save(self._state.counters.step, state, best=best)
+        step = self._state.counters.step
+        LOG.info("checkpoint of step %d%s", step, ", the best so far" if best else "")
+        self._store.save(step, state, best=best)
 
     def settled(self) -> None:
         """What was due after a step is done: buffers are the world's up to here."""

@@ -10,7 +10,10 @@ from hpctrain.elastic.membership import Meeting
 from hpctrain.strategies.base import Change
 from hpctrain.train.recorder import Recorder
 from hpctrain.train.state import Counters
+from hpctrain.world.logs import logger
 from hpctrain.world.world import World
+
+LOG = logger(__name__)
 
 TELLING_SECONDS = 30.0
 """So long after a loss was noticed it is told again, if rank 0 is lost, which may have told it."""
@@ -49,6 +52,7 @@ class MembershipLog:
             changes: Which.
         """
         for change in changes:
+            LOG.warning("%s", change)
             self._noted.append(change)
             size = {"size": self._world.size, "reason": str(change)}
             counters.world.append({"step": counters.step, **size})

@@ -101,7 +101,7 @@ class TrainStep:
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
         optimizer.zero_grad()
-        optimizer.weight = batch.weight
+        optimizer.weight, optimizer.samples = batch.weight, batch.samples
         self.computed = []
         if self.trace is not None:
             self.trace.begin(counters.step + 1, self._world()[0], self._state.loader.epoch, batch)
@@ -181,7 +181,8 @@ class TrainStep:
         """Whether the world's gradient is: the same on every rank; waits for the device."""
         optimizer.synchronize()
         parameters = self._state.model.parameters()
-        return all_finite(p.grad for p in parameters if p.requires_grad and p.grad is not None)
+        gradients = (p.grad for p in parameters if p.requires_grad and p.grad is not None)
+        return optimizer.on_all_ranks(all_finite(gradients))
 
     def _leave_out(self, optimizer: DistributedOptimizer) -> None:
         """Let a step change nothing.

@@ -13,7 +13,7 @@ import torch
 
 from hpctrain.errors import Error
 from hpctrain.process import cores
-from hpctrain.world import uncaught
+from hpctrain.world import logs, uncaught
 from hpctrain.world.broadcast import gather_json
 from hpctrain.world.communicator import Alone as Alone
 from hpctrain.world.communicator import Communicator as Communicator
@@ -204,6 +204,7 @@ def init() -> World:
     world = World(launch)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    logs.follow(lambda: (world.rank, world.size))
     uncaught.install(launch, lambda reason, code: world.comm.abort(reason, code))
     return world
 

@@ -13,7 +13,6 @@ import pytest
 from hpctrain.process import mpirun, run
 from tests.processes import started
 from tests.waiting import SECONDS, wait_until
-from tests.warm import WarmInterpreter
 
 
 @pytest.fixture(autouse=True)
@@ -28,23 +27,11 @@ def temporary(monkeypatch):
         yield
 
 
-@pytest.fixture(scope="session")
-def warm():
-    """Where commands of one process are run without waiting for imports again and again."""
-    interpreter = WarmInterpreter()
-    yield interpreter
-    interpreter.close()
-
-
 class Command:
-    """Runs `hpctrain ...` on some ranks; standard error is folded into the output.
+    """Runs `hpctrain ...` on some ranks; standard error is folded into the output."""
 
-    One process with this environment is a fork of ``warm``, if given.
-    """
-
-    def __init__(self, folder, warm=None):
+    def __init__(self, folder):
         self.folder = folder
-        self.warm = warm
 
     def prefix(self, ranks, launcher="mpirun"):
         if ranks == 0:
@@ -54,9 +41,6 @@ class Command:
         return ["horovodrun", *launcher.split()[1:], "-np", str(ranks)]
 
     def __call__(self, *arguments, ranks=0, launcher="mpirun", env=None):
-        if self.warm is not None and ranks == 0 and not env:
-            words = list(map(str, arguments))
-            return self.warm.run(words, timeout_seconds=SECONDS, cwd=self.folder)
         return run(
             [*self.prefix(ranks, launcher), "hpctrain", *map(str, arguments)],
             timeout_seconds=SECONDS,
@@ -88,13 +72,7 @@ class Command:
 
 
 @pytest.fixture
-def hpctrain(tmp_path, warm):
-    return Command(tmp_path, warm)
-
-
-@pytest.fixture
-def cold(tmp_path):
-    """The same, with an interpreter of its own for every command."""
+def hpctrain(tmp_path):
     return Command(tmp_path)
 
 

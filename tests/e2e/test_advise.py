@@ -105,5 +105,5 @@ def test_simulate(tmp_path):
     assert groups.count("stragglers") == 2 * 2 * 5 and groups.count("failures") == 2 * 10
     assert document["best"]["Young"] > document["best"]["Daly"] > 0
     assert len((tmp_path / "simulate.csv").read_text().splitlines()) == 41
-    assert (tmp_path / "simulate.png").stat().st_size > 0
+    assert (tmp_path / "simulate-goodput.png").stat().st_size > 0
     assert benchmark("simulate", "--ranks", "1").returncode == 2

@@ -42,9 +42,17 @@ def refused(hpctrain, *arguments, ranks=2, only="NOTHING=1"):
     return result.stdout
 
 
-def test_other_settings(hpctrain):
-    said = refused(hpctrain, "digits", only="HPCTRAIN__OPTIMIZER__LR=0.5")
-    assert "ranks differ in optimizer.lr: rank 0 has 0.005, rank 1 has 0.5." in said
+@pytest.mark.parametrize(
+    ("arguments", "variable", "message"),
+    [
+        (["digits"], "HPCTRAIN__OPTIMIZER__LR=0.5",
+         "ranks differ in optimizer.lr: rank 0 has 0.005, rank 1 has 0.5."),
+        (["digits"], "HPCTRAIN__TRAIN__EPOCHS=3",
+         "ranks differ in train.epochs: rank 0 has 20, rank 1 has 3."),
+    ],
+)  # fmt: skip
+def test_other_settings(hpctrain, arguments, variable, message):
+    assert message in refused(hpctrain, *arguments, only=variable)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,10 @@ def complaint(result, code=2):
         (["digits", "--config", "bad.toml"], "bad.toml: unknown key 'trian.epochs'"),
         (["digits", "--config", "missing.toml"], "cannot read missing.toml"),
         (["digits", "--epochs", "0"], "train.epochs = 0"),
-        (["digits", "--strategy", "horvod"], "strategy = 'horvod'"),
+        (
+            ["digits", "--strategy", "horvod"],
+            "there is no strategy 'horvod'. HINT: did you mean 'horovod'?",
+        ),
         (["digits", "--set", "options.chanels=3"], "did you mean 'channels'?"),
         (["digits", "--set", "options.channels=many"], "options.channels = 'many'"),
         (["digits", "--world-size", "2"], "asks for 2 ranks, but alone started 1"),
@@ -130,6 +133,7 @@ def test_horovod_not_built(hpctrain):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--set", "seed=x"], "seed = 'x'"),
         (["--world-size", "3"], "asks for 3 ranks, but mpirun started 2"),
         (["--strategy", "single"], "strategy 'single' on a world of 2 ranks"),
         (["--out", "file/run"], "cannot write file/run"),

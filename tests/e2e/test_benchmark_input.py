@@ -11,7 +11,8 @@ from hpctrain.process import run
 from tests.waiting import SECONDS
 
 ROOT = Path(__file__).parents[2]
-CASES = ["memory", "dataloader", "webdataset", "hpctrain", "lz4", "hpctrain-lz4", "hpctrain-open"]
+CASES = ["memory", "rotating", "dataloader", "webdataset", "hpctrain", "lz4", "hpctrain-lz4",
+         "hpctrain-open"]  # fmt: skip
 
 
 def benchmark(*arguments):
@@ -20,37 +21,42 @@ def benchmark(*arguments):
     return run([*command, *map(str, arguments)], timeout_seconds=2 * SECONDS, cwd=ROOT)
 
 
+def written(folder):
+    document = json.loads((folder / "input.json").read_text())
+    return document, {(each["case"], each["delivery"]): each for each in document["records"]}
+
+
 def test_quick(tmp_path):
-    file = tmp_path / "record.json"
     result = benchmark(
-        "--data", tmp_path / "data", "--cases", ",".join(CASES), "--out", file, "--timeout", SECONDS
+        *("--folder", tmp_path / "new" / "data", "--cases", ",".join(CASES)),
+        *("--out", tmp_path / "out", "--timeout", SECONDS),
     )
     assert result.returncode == 0, result.stdout
-    record = json.loads(file.read_text())
-    assert record["benchmark"] == "input" and record["batch"] == 256
-    cases = {name: by_size["small"] for name, by_size in record["cases"].items()}
-    assert sorted(cases) == sorted(CASES)
-    for name in ("memory", "dataloader", "hpctrain"):
+    document, cases = written(tmp_path / "out")
+    assert document["benchmark"] == "input" and document["batch"] == 256
+    assert {name for name, _ in cases} == set(CASES)
+    for name in ("memory", "rotating", "dataloader", "hpctrain"):
         for delivery in ("uint8", "float32"):
-            entry = cases[name][delivery]
-            assert entry["exact"] and entry["samples_per_second"] > 0, result.stdout
-    assert cases["memory"]["uint8"]["ratio_to_memory"] == 1
-    assert cases["dataloader"]["uint8"]["hpctrain_over_peer"] > 0
-    assert cases["hpctrain"]["uint8"]["stall_ms"] >= 0
-    assert cases["hpctrain-lz4"]["uint8"]["exact"]
-    assert cases["hpctrain-lz4"]["uint8"]["ratio_to_lz4"] > 0
-    assert cases["hpctrain-open"]["uint8"]["first_batch_ms"] > 0
+            record = cases[name, delivery]
+            assert record["exact"] and record["samples_per_second"] > 0, result.stdout
+    assert cases["memory", "uint8"]["over_limit"] == 1
+    assert cases["dataloader", "uint8"]["hpctrain_over_peer"] > 0
+    assert cases["hpctrain", "uint8"]["stall_ms"] >= 0
+    assert cases["hpctrain", "float32"]["over_rotating"] > 0
+    assert cases["hpctrain-lz4", "uint8"]["exact"]
+    assert cases["hpctrain-lz4", "uint8"]["over_limit"] > 0
+    assert cases["hpctrain-open", "uint8"]["first_batch_ms"] > 0
     if importlib.util.find_spec("webdataset") is None:
-        assert cases["webdataset"]["uint8"] == {"skipped": "not installed"}
-    assert "samples/s (of limit)" in result.stdout  # the table
+        assert cases["webdataset", "uint8"]["skipped"] == "not installed"
+    assert "samples/s" in result.stdout and ">= 0.95: " in result.stdout  # table and verdicts
 
 
 def test_a_case_that_fails_is_reported(tmp_path):
     (tmp_path / "data").write_text("in the way")
-    result = benchmark("--data", tmp_path / "data", "--cases", "memory", "--out", tmp_path / "r")
+    result = benchmark("--folder", tmp_path / "data", "--cases", "memory", "--out", tmp_path)
     assert result.returncode == 0, result.stdout
-    entry = json.loads((tmp_path / "r").read_text())["cases"]["memory"]["small"]["uint8"]
-    assert "could not be made" in entry["failed"]
+    _, cases = written(tmp_path)
+    assert "could not be made" in cases["memory", "uint8"]["failed"][0]
 
 
 @pytest.mark.parametrize("arguments", [["--cases", "memry"], ["--rounds", "0"]])

@@ -115,8 +115,10 @@ def test_adopted_files_train(hpctrain, shards):
 @pytest.mark.parametrize(
     "settings",
     [
-        ["data.order=full", "data.workers=0"],
-        ["data.order=none", "data.worker_kind=process"],
+        ["data.order=full"],
+        ["data.order=none"],
+        ["data.workers=0"],
+        ["data.worker_kind=process"],
         ["data.weights=importance"],
         ['data.mixture=[{path="shards",weight=2},{path="other",weight=1}]'],
     ],
@@ -132,13 +134,13 @@ def test_ways_to_read(hpctrain, shards, settings):
     assert lines(hpctrain.folder / "run")[-1]["epoch"] == 2
 
 
-def test_processes_make_a_run_the_same_again(cold, shards):
+def test_processes_make_a_run_the_same_again(hpctrain, shards):
     """Their generators are seeded for each batch, so a killed run could be repeated bit for bit."""
-    noise = (Path(cold.folder) / "mine.py").read_text().replace("0 * torch", "torch")
-    (cold.folder / "mine.py").write_text(noise)
+    noise = (Path(hpctrain.folder) / "mine.py").read_text().replace("0 * torch", "torch")
+    (hpctrain.folder / "mine.py").write_text(noise)
     for name in ("a", "b"):
-        cold.train(*RUN, "--out", name, "--set", "data.worker_kind=process")
-    a, b = (result_of(cold.folder / name)["parameters_sha256"] for name in ("a", "b"))
+        hpctrain.train(*RUN, "--out", name, "--set", "data.worker_kind=process")
+    a, b = (result_of(hpctrain.folder / name)["parameters_sha256"] for name in ("a", "b"))
     assert a == b
 
 

@@ -92,5 +92,7 @@ def test_mistakes(outside, arguments, message):
 def test_the_list(outside):
     told = outside("strategies", "--json")
     listed = {each["name"]: each["summary"] for each in json.loads(told.stdout)}
-    assert {"single", "horovod", "ps"} <= listed.keys() and all(listed.values())
+    assert {"single", "horovod", "ps", "sharded", "averaging"} <= listed.keys() and all(
+        listed.values()
+    )
     assert "Synchronous data parallelism" in outside("strategies").stdout

@@ -116,30 +116,28 @@ def test_same_as_one_process(hpctrain, reference, optimizer, workers, servers, s
 def test_learning_without_waiting(hpctrain, consistency):
     arguments, ranks = ps(4, 1, "ps.colocate=true")
     hpctrain.train(
-        *("digits", "--epochs", 10, "--out", "run", "--consistency", consistency),
-        *(*arguments, *QUIET),
-        ranks=ranks,
+        *("digits", "--out", "run", "--consistency", consistency, *arguments, *QUIET), ranks=ranks
     )
     folder = hpctrain.folder / "run"
     result = result_of(folder)
-    assert result["metrics"]["final"]["val_accuracy"] >= 0.9
-    assert (result["steps"], result["epochs"], result["samples"]) == (230, 10, 10 * 1438)
+    assert result["metrics"]["final"]["val_accuracy"] >= 0.95
+    assert (result["steps"], result["epochs"], result["samples"]) == (460, 20, 20 * 1438)
     assert result["world"] == [{"step": 0, "size": 4, "reason": "start"}]
     assert not result["stopped_early"]
     # The checkpoint of the end holds what the result is about.
     state = saved(folder)
-    assert state["counters"]["step"] == 230 and len(state["optimizer"]["state"]) == 6
+    assert state["counters"]["step"] == 460 and len(state["optimizer"]["state"]) == 6
     assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
     # Rank 0 validates every epoch, and the others go on; so their pushes miss some updates.
     validations = [line["step"] for line in lines(folder, "validation")]
-    assert validations[:10] == [23 * epoch for epoch in range(1, 11)]
+    assert validations[:20] == [23 * epoch for epoch in range(1, 21)]
     delays, leads = {}, {}
     for line in lines(folder, "exchange"):
         for kind, seen in (("delay", delays), ("staleness", leads)):
             for value, count in line.get(f"{kind}_histogram", {}).items():
                 seen[int(value)] = seen.get(int(value), 0) + count
-    assert sum(delays.values()) > 500 and max(delays) > 0
-    assert sum(leads.values()) > 200 and max(leads) > 0
+    assert sum(delays.values()) > 1000 and max(delays) > 0
+    assert sum(leads.values()) > 400 and max(leads) > 0
     assert consistency == "async" or max(leads) <= 2
 
 
@@ -224,8 +222,7 @@ def test_learning_from_fewer_bytes(hpctrain, compression, consistency, settings,
         2, 1, *settings, "ps.shared_memory=false", f"ps.compression={compression}"
     )
     hpctrain.train(
-        *("digits", "--epochs", 8, "--out", "run", "--consistency", consistency),
-        *(*arguments, *QUIET),
+        *("digits", "--out", "run", "--consistency", consistency, *arguments, *QUIET),
         ranks=ranks,
         env={"HPCTRAIN_PS_KEY": KEY},
     )

@@ -46,10 +46,10 @@ class Mine(Digits):
 """
 
 
-def test_training_starts_with_little(cold):
+def test_training_starts_with_little(hpctrain):
     """Nothing is imported that it does not need, nor looked through for garbage."""
-    (cold.folder / "mine.py").write_text(START)
-    cold.train("mine.py:Mine", "--steps", 2)
+    (hpctrain.folder / "mine.py").write_text(START)
+    hpctrain.train("mine.py:Mine", "--steps", 2)
 
 
 def test_doctor_finds_nothing_wrong_here(hpctrain):
@@ -151,7 +151,7 @@ def test_own_loop_differs_from_plain_torch_in_five_lines():
     assert sum(line.startswith("+ ") for line in difference) <= 5
 
 
-@pytest.mark.parametrize("launcher", ["alone", "horovodrun"])
+@pytest.mark.parametrize("launcher", ["alone", "mpirun", "horovodrun"])
 def test_own_loop_learns(hpctrain, launcher):
     prefix = hpctrain.prefix(0 if launcher == "alone" else 2, launcher)
     result = run(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import checkpoint
+from benchmarks.harness.bars import judge
 
 
 @pytest.mark.parametrize("megabytes", [1, 13, 40])
@@ -50,8 +51,8 @@ def test_what_held_is_said():
         record("safetensors", 64, 120.0, 9.5, 120.0),
         record("torch", 64, 110.0, 1.0, 110.0),
     ]
-    written, restored, blocked = checkpoint.verdicts(records)
-    assert written.startswith("held: 64 MB: on disk") and "(torch) 1.10" in written
-    assert restored.startswith("held: ") and "0.95" in restored
-    assert blocked.startswith("fell short: ") and "0.80" in blocked
-    assert checkpoint.verdicts(records[:2]) == []
+    written, restored, blocked = judge(checkpoint.BARS, checkpoint.beside_others(records))
+    assert written["met"] and written["value"] == pytest.approx(1.10)
+    assert restored["met"] and restored["value"] == pytest.approx(0.95)
+    assert not blocked["met"] and blocked["value"] == pytest.approx(0.80)
+    assert judge(checkpoint.BARS, checkpoint.beside_others(records[:2])) == []

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks import peers, peers_cases, peers_models
-from benchmarks.output import spread, spread_of
+from benchmarks.harness.bars import judge
+from benchmarks.harness.rounds import spread_of
+from benchmarks.harness.tables import spread
 
 
 def result(step_ms, moved=1.0, losses=(2.0, 1.0)):
@@ -27,7 +29,7 @@ def test_spread():
 def test_those_that_come_to_something_else_fail():
     results = {"a": result(1.0), "b": result(1.0, 1.0 + 1e-6), "c": result(1.0, 1.01)}
     results |= {"d": result(1.0, losses=(2.0, 1.1)), "e": {"failed": "exit code 1"}}
-    peers.check(results)
+    peers.check_round(results)
     assert [name for name, each in results.items() if "failed" in each] == ["c", "d", "e"]
     assert results["c"]["error"] == pytest.approx(0.01, rel=1e-3)
     assert results["d"]["loss_error"] == pytest.approx(0.1, rel=1e-3)
@@ -35,24 +37,25 @@ def test_those_that_come_to_something_else_fail():
 
 def test_parameters_that_are_not_numbers_fail():
     results = {"a": result(1.0), "b": result(1.0), "c": result(1.0, np.nan)}
-    peers.check(results)
+    peers.check_round(results)
     assert "failed" in results["c"]
 
 
 def test_ratios_are_of_one_round():
     fast = [{"step_ms": 10.0, "error": 0.0}, {"step_ms": 40.0, "error": 0.0}]
     slow = [{"step_ms": 20.0, "error": 0.0}, {"step_ms": 20.0, "error": 0.0}]
-    record = peers.record_of({"group": "g", "case": "horovod"}, fast, slow)
+    variables = {"group": "g", "case": "horovod", "network": "1000"}
+    record = peers.beside_ddp(variables, fast, slow)
     ends = [record[f"speed_over_ddp{end}"] for end in ("", "_min", "_max")]
     assert ends == [1.25, 0.5, 2.0] and record["step_ms"] == 25.0 and record["rounds"] == 2
     assert next(iter(record)) == "group"
-    (verdict,) = peers.verdicts([record])
-    assert verdict["met"] and verdict["speed_over_ddp"] == 1.25
+    (verdict,) = judge(peers.BARS, [record])
+    assert verdict["met"] and verdict["value"] == 1.25
 
 
 def test_a_failed_round_is_told_and_left_out():
     rounds = [{"failed": "exit code 1"}, {"step_ms": 4.0}]
-    record = peers.record_of({"case": "ps"}, rounds, [{"step_ms": 8.0}, {"failed": "x"}])
+    record = peers.beside_ddp({"case": "ps"}, rounds, [{"step_ms": 8.0}, {"failed": "x"}])
     assert record["failed"] == ["exit code 1"] and record["step_ms"] == 4.0
     assert "speed_over_ddp" not in record and record["rounds"] == 1
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import accuracy, launching, scaling, training
+from benchmarks.harness import results
 from hpctrain.errors import Error
 from hpctrain.report.benchmarks import read_benchmark
 from hpctrain.report.figures import Stacks
@@ -150,7 +151,9 @@ def test_a_seed_that_does_not_get_there_counts_as_the_longest(times):
             reached[0], reached[-1]
         )  # fmt: skip
     elif 2 * len(reached) < len(times):
-        assert "to_target_seconds" not in record and "not reached" in accuracy.show([record])
+        assert "to_target_seconds" not in record and "not reached" in launching.shown(
+            [record], accuracy.table_for
+        )
 
 
 def test_curves_are_medians_where_all_validated():
@@ -164,7 +167,7 @@ def test_curves_are_medians_where_all_validated():
 
 
 def write(folder, name, records):
-    training.write(folder, name, records)
+    results.write(folder, name, records)
     return folder / f"{name}.json"
 
 
@@ -220,10 +223,10 @@ class Launches:
 def test_ranks_are_started_round_after_round(monkeypatch, tmp_path, capsys):
     launches = Launches()
     monkeypatch.setattr(launching, "run", launches)
-    monkeypatch.setattr(scaling, "save", lambda *_: None)
+    monkeypatch.setattr(results, "plots", lambda *_: None)
     (tmp_path / "scaling.jsonl").write_text("of another time")
     command = ["--launcher", "srun --mpi=pmix -n", "--ranks=1,2", "--rounds", "2", "--batch", "64"]
-    scaling.main([*command, "--out", str(tmp_path)])
+    scaling.BENCHMARK.main([*command, "--out", str(tmp_path)])
     starts = [each[:4] for each in launches.started]
     assert starts == [["srun", "--mpi=pmix", "-n", n] for n in ("1", "2", "1", "2")]
     assert launches.started[2][4:] == [
@@ -235,9 +238,9 @@ def test_ranks_are_started_round_after_round(monkeypatch, tmp_path, capsys):
 
 def test_ranks_that_fail_are_told(monkeypatch, tmp_path):
     monkeypatch.setattr(launching, "run", Launches(1, "step 1\nerror: no disk. HINT: buy one.\n"))
-    arguments = scaling.arguments_of(["--launcher", "srun -n", "--quick"])
+    arguments = scaling.BENCHMARK.parse(["--launcher", "srun -n", "--quick"])
     with pytest.raises(Error, match="1 ranks failed with exit code 1: error: no disk") as error:
-        launching.drive("benchmarks.scaling", [], arguments, tmp_path / "lines")
+        launching.drive(arguments, "scaling", "round", tmp_path / "lines")
     assert "srun -n 1" in error.value.hint
 
 
@@ -248,5 +251,5 @@ def test_ranks_that_fail_are_told(monkeypatch, tmp_path):
 )  # fmt: skip
 def test_mistakes_on_the_command_line(command, capsys):
     with pytest.raises(SystemExit) as exit_:
-        scaling.arguments_of(command)
+        scaling.BENCHMARK.parse(command)
     assert exit_.value.code == 2 and "error:" in capsys.readouterr().err

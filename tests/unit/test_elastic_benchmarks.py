@@ -75,7 +75,7 @@ def test_job_scripts(tmp_path, name):
     script = ENGINES[name].script(Work("digits", None, 36, 60), tmp_path)
     for text in (script, LISTED, PROBED):
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
-    assert "--rank-batch-size 12 " in script
+    assert '"rank_batch_size": 12' in script
     assert f"--nodes={4 if name == 'stock-tuned' else 3} " in script
 
 

@@ -20,7 +20,7 @@ def point(hosts, mbits, strategy):
         "seconds": 1.0, "forward_seconds": 0.03, "backward_seconds": 0.06,
         "update_seconds": 0.001, "jitter": 0.05, "cores_busy": 0.5,
     }  # fmt: skip
-    record = model.record_of(measured)
+    record = model.fit_record(measured)
     machine = Machine(5e-10, record.update_seconds / record.bytes)
     network = Network(record.link_bytes_per_second, 0.9, 3e-4)
     step = predict(record.job, record.known_strategy, network, machine)
@@ -63,7 +63,7 @@ def test_earlier_runs_are_read_again(tmp_path, points, capsys):
         file = tmp_path / f"{number}.json"
         file.write_text(json.dumps({"measured": some}))
     files = [str(file) for file in sorted(tmp_path.glob("*.json"))]
-    model.main([*files, "--out", str(tmp_path / "out")])
+    model.BENCHMARK.main([*files, "--out", str(tmp_path / "out")])
     assert "ps+async" in capsys.readouterr().out
     records = json.loads((tmp_path / "out" / "records.json").read_text())
     assert len(records) == len(points)

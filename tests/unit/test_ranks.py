@@ -10,9 +10,9 @@ from torch import nn
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import resolve
 from hpctrain.errors import Error
+from hpctrain.strategies.buffer_averaging import average_buffers
 from hpctrain.strategies.single import Single
 from hpctrain.tasks.task import Task
-from hpctrain.train.buffer_averaging import average_buffers
 from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import Silent
 from hpctrain.world.launcher import ALONE

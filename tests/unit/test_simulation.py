@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.simulate import expected_slowest
-from hpctrain.costmodel import failures, stragglers
+from benchmarks.simulation import failures, stragglers
 from hpctrain.costmodel.strategies import StrategyCost
 from hpctrain.errors import Error
 

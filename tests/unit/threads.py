@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from hpctrain.strategies.base import DistributedOptimizer, Strategy
+from hpctrain.strategies.sharded import part_of
 from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import Silent
 from hpctrain.world.launcher import ALONE
@@ -65,6 +66,12 @@ class ThreadCollectives:
         self.sent += (self.size - 1) * tensor.nbytes
         return torch.cat(self._comm._exchange(tensor.clone()))
 
+    def start_scatter(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        whole = tensor.clone()
+        self._comm.all_reduce(whole)
+        start, stop = part_of(len(whole), self.rank, self.size)
+        return whole[start:stop]
+
     def start_all_to_all(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         self.sent += (self.size - 1) * tensor.nbytes // self.size
         return torch.cat(
@@ -78,14 +85,33 @@ class ThreadCollectives:
         return handle
 
 
-def on_ranks(size: int, action: Callable[[ThreadCommunicator], T]) -> list[T | BaseException]:
-    """What each rank's call returned, or raised."""
+class ThreadExchange(ThreadCommunicator, ThreadCollectives):
+    """A communicator that begins collectives, and waits for them later, as Horovod's does."""
+
+    def __init__(self, rank: int, size: int, meet: threading.Barrier, given: list[Any]) -> None:
+        ThreadCommunicator.__init__(self, rank, size, meet, given)
+        self._comm = self
+        self.sent = 0
+
+
+def on_ranks(
+    size: int,
+    action: Callable[[Any], T],
+    kind: type[ThreadCommunicator] = ThreadCommunicator,
+) -> list[T | BaseException]:
+    """What each rank's call returned, or raised.
+
+    Args:
+        size: Of the world.
+        action: Given a rank's communicator.
+        kind: Of the communicator.
+    """
     meet, given = threading.Barrier(size), [None] * size
     results: list[Any] = [None] * size
 
     def work(rank: int) -> None:
         try:
-            results[rank] = action(ThreadCommunicator(rank, size, meet, given))
+            results[rank] = action(kind(rank, size, meet, given))
         except BaseException as error:
             results[rank] = error
 

@@ -26,7 +26,7 @@ class Cluster:
 
     @property
     def mtbf_seconds(self) -> float:
-        """Of all nodes together."""
+        """The mean time between failures of all nodes together."""
         return self.node_mtbf_seconds / self.nodes
 
 
@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
 def simulate(
     cluster: Cluster, recovery: Recovery, interval: float, work_seconds: float, seed: int = 0
 ) -> Outcome:
-    """A run of so much work, with a checkpoint after each ``interval`` of it, in seconds."""
+    """Simulate a run of so many seconds of work, with a checkpoint after each ``interval``."""
     rng = np.random.default_rng(seed)
     first = rng.exponential(cluster.node_mtbf_seconds, cluster.nodes)
     failures = list(zip(first.tolist(), range(cluster.nodes), strict=True))
@@ -111,7 +111,7 @@ def simulate(
 
 
 def young(checkpoint_seconds: float, mtbf_seconds: float) -> float:
-    """The best interval, to first order: sqrt(2 C M).
+    """Return the best interval, to first order: sqrt(2 C M).
 
     Young, "A first order approximation to the optimum checkpoint interval", 1974.
     """
@@ -119,7 +119,7 @@ def young(checkpoint_seconds: float, mtbf_seconds: float) -> float:
 
 
 def daly(checkpoint_seconds: float, mtbf_seconds: float) -> float:
-    """The best interval, to a higher order.
+    """Return the best interval, to a higher order.
 
     Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps", 2006,
     equation 37.
@@ -134,6 +134,9 @@ def daly(checkpoint_seconds: float, mtbf_seconds: float) -> float:
 def expected_goodput(
     interval: float, checkpoint_seconds: float, restart_seconds: float, mtbf_seconds: float
 ) -> float:
-    """Of restarts: tau / (M e^(R/M) (e^((tau + C)/M) - 1)), which is exact (Daly, 2006)."""
+    """Return the goodput of restarts, exactly: tau / (M e^(R/M) (e^((tau + C)/M) - 1)).
+
+    Daly, 2006, as above.
+    """
     grown = math.expm1((interval + checkpoint_seconds) / mtbf_seconds)
     return interval / (mtbf_seconds * math.exp(restart_seconds / mtbf_seconds) * grown)

@@ -14,7 +14,7 @@ _AVERAGED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.
     torch.complex128)  # fmt: skip
 
 
-def average_buffers(comm: Communicator, modules: Sequence[nn.Module], samples: int) -> None:
+def average_buffers(comm: Communicator, modules: Sequence[nn.Module], samples: float) -> None:
     """Make buffers the same on every rank; every rank calls this.
 
     Running statistics become means over ranks, each weighted by the samples it had; a rank that had

@@ -49,7 +49,7 @@ class Steps(NamedTuple):
 def simulate(
     ranks: Ranks, strategy: StrategyCost, steps: int, exchange_seconds: float, seed: int = 0
 ) -> Steps:
-    """Every rank's every step, by the recursion of its strategy.
+    """Simulate every rank's every step, by the recursion of its strategy.
 
     A worker begins a step when it has ended its last one, and, with bounded staleness s, when all
     have ended the one s + 1 before (Ho et al., 2013): s = 0 is sync, no bound async. With backups

@@ -1,0 +1,687 @@
+"""Periodic averaging: ranks take steps by themselves, and agree on parameters once a round."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from hpctrain.compression.dense import Dense
+from hpctrain.config import ElasticConfig, HorovodConfig, Section
+from hpctrain.errors import Error
+from hpctrain.strategies.base import (
+    Agreement,
+    DistributedOptimizer,
+    check_shareable,
+    check_trainable,
+    names_of,
+    ordered,
+    sparse_tables,
+)
+from hpctrain.strategies.buffer_averaging import average_buffers
+from hpctrain.strategies.flats import Flats
+from hpctrain.strategies.gradient_averaging import AveragedGradients, call_when_ready
+from hpctrain.strategies.horovod import HorovodEngine
+from hpctrain.strategies.horovod_communicator import HorovodCommunicator
+from hpctrain.strategies.outer_optimizers import Kind, OuterOptimizer
+from hpctrain.strategies.start import check_alike, share
+from hpctrain.strategies.state_averaging import State, mean_states, put_states
+from hpctrain.world.broadcast import gather_numbers, gather_trees
+from hpctrain.world.world import World
+
+FEW_ROUNDS = 50
+"""In fewer rounds than this, momentum from round to round has cost more than it brought."""
+
+
+class AveragingConfig(Section):
+    """Periodic averaging of parameters."""
+
+    every: int = Field(20, ge=1, description="Steps of a round, at whose end ranks agree.")
+    start: int = Field(
+        0,
+        ge=0,
+        description="Steps before the first round, whose gradients are averaged (post-local).",
+    )
+    outer: Kind = Field(
+        "mean",
+        description="What the mean of a round does: `mean`, parameters become it; `nesterov` "
+        "(DiLoCo), `slowmo`, `bmuf`: a step with momentum towards it; `easgd`: ranks and a centre "
+        "draw each other.",
+    )
+    outer_lr: float | None = Field(
+        None, gt=0, description="Of that step. Unset: 0.7 with nesterov, 1 with slowmo and bmuf."
+    )
+    outer_momentum: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Of that step. Unset: 0.9 with nesterov, 0.5 with slowmo, 1 - 1/ranks with "
+        "bmuf.",
+    )
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="With easgd, how far a rank is drawn to the centre. Unset: 0.9/ranks.",
+    )
+    fragments: int = Field(
+        1,
+        ge=1,
+        description="Parts of the parameters, each with rounds of its own, which end one after the "
+        "other (streaming DiLoCo).",
+    )
+    delay: int = Field(
+        0, ge=0, description="Steps that are taken while a round's exchange is under way."
+    )
+    mixing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="What a rank keeps of its own parameters at the end of a round.",
+    )
+    state: Literal["mean", "local"] = Field(
+        "mean",
+        description="Of the optimizer: averaged with the parameters, so that one state serves any "
+        "number of ranks; or each rank's own, all of which a checkpoint holds.",
+    )
+
+
+def check_knobs(config: AveragingConfig) -> None:
+    """Refuse knobs that do not go together, or that nothing would read.
+
+    Args:
+        config: Each knob is in its range.
+
+    Raises:
+        Error: The first two that do not.
+    """
+    outer = config.outer
+    if outer in ("mean", "easgd"):
+        for name in ("outer_lr", "outer_momentum"):
+            if getattr(config, name) is not None:
+                raise Error(
+                    f"averaging.{name} is set, and averaging.outer={outer} has none.",
+                    hint="leave it unset, or choose nesterov, slowmo or bmuf.",
+                )
+    if config.alpha is not None and outer != "easgd":
+        raise Error(
+            f"averaging.alpha is set, and averaging.outer={outer} has none.",
+            hint="leave it unset, or choose easgd.",
+        )
+    streaming = config.fragments > 1 or config.delay > 0 or config.mixing > 0
+    if streaming and outer not in ("mean", "nesterov"):
+        raise Error(
+            f"averaging.fragments, delay and mixing do not go with averaging.outer={outer}.",
+            hint="use outer=mean or nesterov.",
+        )
+    for name in ("fragments", "delay"):
+        value, most = getattr(config, name), config.every - (name == "delay")
+        if value > most:
+            raise Error(
+                f"averaging.{name}={value} is too many for rounds of {config.every} steps.",
+                hint=f"use {most} at most, or a larger averaging.every.",
+            )
+    if config.delay and config.state == "mean":
+        raise Error(
+            "averaging.delay does not go with averaging.state=mean: a mean of states that comes "
+            "late would undo the steps between.",
+            hint="set averaging.state=local.",
+        )
+
+
+def outer_optimizer(config: AveragingConfig, ranks: int) -> OuterOptimizer:
+    """Return the outer optimizer of a configuration.
+
+    Args:
+        config: The knobs.
+        ranks: Of the world.
+    """
+    lr = {"nesterov": 0.7}.get(config.outer, 1.0)
+    momentum = {"nesterov": 0.9, "slowmo": 0.5, "bmuf": 1 - 1 / ranks}.get(config.outer, 0.0)
+    if config.outer == "easgd":
+        lr = ranks * pull_of(config, ranks)
+    return OuterOptimizer(
+        config.outer,
+        lr if config.outer_lr is None else config.outer_lr,
+        momentum if config.outer_momentum is None else config.outer_momentum,
+    )
+
+
+def pull_of(config: AveragingConfig, ranks: int) -> float:
+    """Return how far EASGD draws a rank to the centre.
+
+    Args:
+        config: The knobs.
+        ranks: Of the world.
+    """
+    return 0.9 / ranks if config.alpha is None else config.alpha
+
+
+class _Pending(NamedTuple):
+    """An exchange under way: sums of changes times samples, each with that of samples at its end.
+
+    Attributes:
+        due: The step after which the fragment takes them in.
+        handles: To wait for; none are left of what has arrived.
+        wires: The sums.
+        rates: The inner rate of the round, for each parameter.
+    """
+
+    due: int
+    handles: list[Any]
+    wires: list[torch.Tensor]
+    rates: list[float]
+
+
+class _Fragment:
+    """Parameters that are exchanged together, and what has come of them since their last round.
+
+    Attributes:
+        parameters: At least one.
+        offset: The step of a round at whose end they are sent, from 1.
+        flats: Their layout.
+        anchor: What all ranks started the round from.
+        velocity: Of the outer optimizer.
+        samples: Of this rank, in this round.
+        steps: The same of all ranks.
+        rates: The sum of the inner rates of these steps, for each parameter.
+        pending: What was sent and is not applied yet.
+        alike: Whether all ranks had the same at the end of the last round.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], offset: int, *, velocity: bool) -> None:
+        self.parameters = parameters
+        self.offset = offset
+        self.flats = Flats(parameters)
+        self.anchor = self.flats.read()
+        self.velocity = [torch.zeros_like(flat) for flat in self.anchor] if velocity else []
+        self.samples = 0.0
+        self.steps = 0
+        self.rates = [0.0] * len(parameters)
+        self.pending: _Pending | None = None
+        self.alike = True
+
+    @property
+    def weight(self) -> float:
+        """Of this rank in the mean: its samples, or 1 where no rank has taken a step."""
+        return self.samples if self.steps else 1.0
+
+    def count(self, samples: float, rates: dict[nn.Parameter, float]) -> None:
+        """Count a step in.
+
+        Args:
+            samples: Of this rank.
+            rates: Of the inner optimizer, where they are of use.
+        """
+        self.samples += samples
+        self.steps += 1
+        if rates:
+            self.rates = [
+                total + rates[p] for total, p in zip(self.rates, self.parameters, strict=True)
+            ]
+
+    def begin(self) -> list[float]:
+        """Begin a round; returns the mean inner rate of the one before, for each parameter."""
+        rates = [total / max(self.steps, 1) for total in self.rates]
+        self.samples, self.steps = 0.0, 0
+        self.rates = [0.0] * len(self.parameters)
+        return rates
+
+    def wires(self) -> list[torch.Tensor]:
+        """What this rank adds to the sums."""
+        weight = self.weight
+        return [
+            torch.cat([(now - x) * weight, x.new_tensor([weight])])
+            for now, x in zip(self.flats.read(), self.anchor, strict=True)
+        ]
+
+
+class AveragingOptimizer(DistributedOptimizer):
+    """Steps by a rank's own gradient; at the end of a round, parameters are the world's.
+
+    Gradients are those of the mean loss over this rank's samples of the step: what losses were
+    multiplied by (``weight``) is taken back in ``step()``, or before it by ``synchronize()``.
+
+    Args:
+        model: Whose buffers are averaged with the parameters.
+        inner: The user's optimizer.
+        comm: Of the world.
+        config: The knobs.
+        clip_norm: Largest 2-norm of a rank's own gradient, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: torch.optim.Optimizer,
+        comm: HorovodCommunicator,
+        config: AveragingConfig,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__(inner, clip_norm)
+        self._model = model
+        self._comm = comm
+        self._config = config
+        self._outer = outer_optimizer(config, comm.size)
+        self._pull = pull_of(config, comm.size) if config.outer == "easgd" else 0.0
+        self._all = [p for p in ordered(model, inner) if p.is_floating_point() or p.is_complex()]
+        self._names = dict(zip(self._all, names_of(model, self._all), strict=True))
+        self._steps = 0
+        self._own = False  # whether gradients are this rank's own already
+        self._fragments: list[_Fragment] = []
+        self._buffer_samples, self._buffer_steps = 0.0, 0  # since buffers were last averaged
+        self._rounds = self._moved_bytes = 0  # since the last statistics
+        self._gradients: AveragedGradients | None = None
+        if config.start:
+            self._gradients = self._averaged_gradients()
+        else:
+            self._begin_rounds()
+
+    def _averaged_gradients(self) -> AveragedGradients:
+        """What averages gradients before the first round."""
+        this = weakref.proxy(self)
+        parameters = self._all[::-1]
+        gradients = AveragedGradients(
+            parameters,
+            names_of(self._model, parameters),
+            self._comm,
+            Dense(),
+            HorovodConfig().bucket_bytes,
+            sparse_tables(self._model),
+            lambda part: this.mark(part),
+        )
+        call_when_ready(parameters, gradients.ready)
+        return gradients
+
+    def _begin_rounds(self) -> None:
+        """From now on each rank steps by itself."""
+        self._gradients = None
+        count = self._config.fragments
+        self._fragments = [
+            _Fragment(
+                part, self._config.every * (n + 1) // count, velocity=self._outer.has_velocity
+            )
+            for n, part in enumerate(divided(self._all, count))
+        ]
+
+    # A step.
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
+        return contextlib.nullcontext() if self._gradients is None else self._gradients.no_sync()
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Make the gradients those of this rank's own samples; before the first round, the world's.
+
+        Raises:
+            PeerLost: Another rank is gone.
+        """
+        if self._gradients is not None:
+            self._gradients.synchronize()
+        elif not self._own:
+            self._own = True
+            if self.weight not in (0.0, 1.0):
+                for parameter in self._all:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(self.weight)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        self._own = False
+        if self._gradients is not None:
+            self._gradients.forget_average()
+        super().zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Clip this rank's gradient, update, and end the rounds that end with this step.
+
+        Raises:
+            PeerLost: Another rank is gone.
+            Error: The parameters of a rank are no numbers at the end of a round.
+        """
+        result = super().step(closure)
+        self._own = False
+        self._steps += 1
+        if self._gradients is not None:
+            self._gradients.stepped()
+            if self._steps >= self._config.start:
+                self._begin_rounds()
+            return result
+        samples = float(self.weight if self.samples is None else self.samples)
+        self._buffer_samples += samples
+        self._buffer_steps += 1
+        rates = self._rates() if self._outer.kind == "slowmo" else {}
+        for fragment in self._fragments:
+            fragment.count(samples, rates)
+        self._end_rounds()
+        self.mark("exchange")
+        return result
+
+    def _rates(self) -> dict[nn.Parameter, float]:
+        return {p: float(group["lr"]) for group in self.inner.param_groups for p in group["params"]}
+
+    # Rounds.
+
+    @torch.no_grad()
+    def _end_rounds(self) -> None:
+        """Send the fragments whose round is over, and take those in that are due."""
+        now = self._steps - self._config.start
+        for fragment in self._fragments:  # in the same order on every rank
+            if fragment.pending is not None and fragment.pending.due <= now:
+                self._receive(fragment)
+            if (now - fragment.offset) % self._config.every == 0:
+                self._send(fragment, now + self._config.delay)
+                if not self._config.delay:
+                    self._receive(fragment)
+        if now % self._config.every == 0:
+            self._rounds += 1
+            self._average_buffers()
+
+    def _average_buffers(self) -> None:
+        average_buffers(self._comm, [self._model], self._buffer_samples)
+        self._buffer_samples, self._buffer_steps = 0.0, 0
+
+    def _send(self, fragment: _Fragment, due: int) -> None:
+        """Begin to exchange what a round has changed; the next one begins."""
+        place, weight, wires = self._fragments.index(fragment), fragment.weight, fragment.wires()
+        handles = [
+            self._comm.start_sum(wire, f"hpctrain.averaging.{place}.{n}")
+            for n, wire in enumerate(wires)
+        ]
+        self._count_bytes(wires)
+        fragment.pending = _Pending(due, handles, wires, fragment.begin())
+        if self._config.state == "mean":
+            means = mean_states(self._comm, fragment.parameters, self.inner.state, weight)
+            put_states(fragment.parameters, self.inner.state, means)
+            self._count_bytes(
+                [v for s in means for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
+            )
+
+    def _count_bytes(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Count what a ring all-reduce moves, of all ranks."""
+        self._moved_bytes += 2 * (self._comm.size - 1) * sum(each.nbytes for each in tensors)
+
+    def _sums(self, fragment: _Fragment) -> list[torch.Tensor]:
+        """Wait for what is under way, but leave it to be applied."""
+        assert fragment.pending is not None
+        for handle in fragment.pending.handles:
+            self._comm.wait(handle)
+        fragment.pending.handles.clear()
+        return fragment.pending.wires
+
+    def _receive(self, fragment: _Fragment, *, mixing: float | None = None) -> None:
+        """Move the anchor by the mean of all ranks, and the parameters to it."""
+        assert fragment.pending is not None
+        change, rates = _means(self._sums(fragment)), fragment.pending.rates
+        if not all(bool(each.isfinite().all()) for each in change):
+            self._refuse(fragment)
+        fragment.pending = None
+        mixing = self._config.mixing if mixing is None else mixing
+        own = fragment.flats.read() if mixing or self._pull else []
+        if self._pull:
+            own = [
+                torch.lerp(mine, x, self._pull)
+                for mine, x in zip(own, fragment.anchor, strict=True)
+            ]
+        self._outer.move(fragment.anchor, fragment.velocity, change, fragment.flats.each(rates))
+        if mixing:
+            own = [
+                torch.lerp(x, mine, mixing) for mine, x in zip(own, fragment.anchor, strict=True)
+            ]
+        fragment.flats.write(own or fragment.anchor)
+        fragment.alike = not own
+
+    def _refuse(self, fragment: _Fragment) -> None:
+        """Raise an error, on every rank alike, that says whose parameters are no numbers."""
+        good = all(bool(flat.isfinite().all()) for flat in fragment.flats.read())
+        rows = gather_numbers(self._comm, [float(good)])
+        bad = [str(rank) for rank, row in enumerate(rows) if not row[0]]
+        whose = f"of rank {', '.join(bad)} are not" if bad else "are, but their sum is not"
+        raise Error(
+            f"step {self._steps}: at the end of a round the parameters {whose} finite; no other "
+            "rank has taken them over.",
+            hint="lower optimizer.lr, set train.clip_norm, or shorten averaging.every.",
+        )
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """End the rounds under way, so that all ranks have the same parameters."""
+        for fragment in self._fragments:
+            if fragment.pending is not None:
+                self._receive(fragment)
+            if fragment.steps:
+                self._send(fragment, self._steps)
+                self._receive(fragment, mixing=0.0)
+            if not fragment.alike:
+                fragment.flats.write(fragment.anchor)
+                fragment.alike = True
+        if self._buffer_steps:
+            self._average_buffers()
+
+    # What is saved.
+
+    @property
+    def _agreed(self) -> bool:
+        """Whether all ranks have the same parameters now."""
+        return all(f.alike and not f.steps for f in self._fragments)
+
+    @torch.no_grad()
+    def world_parameters(self) -> dict[nn.Parameter, torch.Tensor] | None:
+        """Return the mean of the ranks' parameters, or the centre of EASGD."""
+        if self._agreed:
+            return None
+        found: dict[nn.Parameter, torch.Tensor] = {}
+        for fragment in self._fragments:
+            flats = fragment.anchor
+            if not self._pull:
+                changes = _means(self._summed(fragment))
+                flats = [x + change for x, change in zip(flats, changes, strict=True)]
+            parts = fragment.flats.split(flats)
+            found |= {p: v.to(p.dtype) for p, v in zip(fragment.parameters, parts, strict=True)}
+        return found
+
+    def _summed(self, fragment: _Fragment) -> list[torch.Tensor]:
+        """The sums over ranks, for a look that changes nothing."""
+        wires = fragment.wires()
+        for wire in wires:
+            self._comm.all_reduce(wire)
+        return wires
+
+    @torch.no_grad()
+    def world_state(self) -> dict[str, Any]:
+        """Return the mean of the ranks' optimizer states."""
+        if not self._fragments or (self._config.state == "mean" and self._agreed):
+            return self.inner.state_dict()
+        means: dict[nn.Parameter, State] = {}
+        for fragment in self._fragments:
+            states = mean_states(self._comm, fragment.parameters, self.inner.state, fragment.weight)
+            means |= dict(zip(fragment.parameters, states, strict=True))
+        whole = self.inner.state_dict()
+        order = [p for group in self.inner.param_groups for p in group["params"]]
+        whole["state"] = {n: means[p] for n, p in enumerate(order) if means[p]}
+        return whole
+
+    @torch.no_grad()
+    def strategy_state(self) -> dict[str, Any]:
+        """Return anchor, velocity and place in the round; of ``state=local``, each rank's own."""
+        state: dict[str, Any] = {"steps": self._steps}
+        if self._fragments:
+            state["rounds"] = [self._round_state(fragment) for fragment in self._fragments]
+        if self._fragments and self._config.state == "local":
+            state["ranks"] = gather_trees(self._comm, self._local_state())
+        return state
+
+    def _round_state(self, fragment: _Fragment) -> dict[str, Any]:
+        rows = gather_numbers(self._comm, [fragment.samples])
+        names = [self._names[p] for p in fragment.parameters]
+        pending = fragment.pending
+        return {
+            "steps": fragment.steps,
+            "samples": [row[0] for row in rows],
+            "rates": list(fragment.rates),
+            "alike": fragment.alike,
+            "anchor": dict(zip(names, fragment.flats.split(fragment.anchor), strict=True)),
+            "velocity": dict(zip(names, fragment.flats.split(fragment.velocity), strict=True))
+            if fragment.velocity
+            else {},
+            "pending": None
+            if pending is None
+            else {
+                "due": pending.due,
+                "wires": list(self._sums(fragment)),
+                "rates": pending.rates,
+            },
+        }
+
+    def _local_state(self) -> dict[str, Any]:
+        parameters = {self._names[p]: p.detach() for p in self._all}
+        return {
+            "parameters": parameters,
+            "optimizer": self.inner.state_dict(),
+            "buffers": [self._buffer_samples, self._buffer_steps],
+        }
+
+    @torch.no_grad()
+    def load_strategy_state(self, state: dict[str, Any]) -> None:
+        """Go on in the midst of a round.
+
+        With the states of as many ranks, each goes on from its own; else all from the mean.
+        """
+        self._steps = state["steps"]
+        if self._steps < self._config.start:
+            return
+        self._begin_rounds()
+        rounds, ranks = state.get("rounds", []), state.get("ranks", [])
+        if not rounds:
+            return
+        own = self._config.state == "local" and len(ranks) == self._comm.size
+        if own:
+            mine = ranks[self._comm.rank]
+            for parameter in self._all:
+                parameter.copy_(mine["parameters"][self._names[parameter]])
+            self.inner.load_state_dict(mine["optimizer"])
+            self._buffer_samples, self._buffer_steps = mine["buffers"]
+        velocity = {name: v for each in rounds for name, v in each["velocity"].items()}
+        same = [list(each["anchor"]) for each in rounds] == [
+            [self._names[p] for p in fragment.parameters] for fragment in self._fragments
+        ]
+        for n, fragment in enumerate(self._fragments):
+            names = [self._names[p] for p in fragment.parameters]
+            if fragment.velocity and velocity:
+                fragment.velocity = fragment.flats.fill([velocity[name] for name in names])
+            if same:
+                self._load_round(fragment, rounds[n], own=own)
+        if own and not same:
+            self._level()
+
+    def _load_round(self, fragment: _Fragment, saved: dict[str, Any], *, own: bool) -> None:
+        names = [self._names[p] for p in fragment.parameters]
+        fragment.anchor = fragment.flats.fill([saved["anchor"][name] for name in names])
+        fragment.steps, fragment.rates = saved["steps"], list(saved["rates"])
+        if own:
+            fragment.samples = saved["samples"][self._comm.rank]
+            fragment.alike = saved["alike"]
+        else:
+            fragment.samples = sum(saved["samples"]) / self._comm.size
+        if (pending := saved["pending"]) is not None:
+            wires = [
+                wire.to(x.device, copy=True)
+                for wire, x in zip(pending["wires"], fragment.anchor, strict=True)
+            ]
+            fragment.pending = _Pending(pending["due"], [], wires, list(pending["rates"]))
+
+    def _level(self) -> None:
+        """Begin rounds anew from the mean of the ranks, because they are divided otherwise now."""
+        for fragment in self._fragments:
+            flats = fragment.flats.read()
+            for flat in flats:
+                self._comm.all_reduce(flat.div_(self._comm.size))
+            fragment.flats.write(flats)
+            fragment.anchor = fragment.flats.read()
+
+    def statistics(self) -> dict[str, Any]:
+        """Rounds that ended since the last time, and the bytes that all ranks sent for them."""
+        values = {"rounds": self._rounds, "moved_bytes": self._moved_bytes}
+        self._rounds = self._moved_bytes = 0
+        return values if self._fragments else {}
+
+
+class Averaging(HorovodEngine):
+    """Periodic averaging: ranks step alone, and agree every so many steps (local SGD, DiLoCo)."""
+
+    name = "averaging"
+    Config = AveragingConfig
+    agreement = Agreement.AT_ROUNDS
+    averages_gradients = False
+
+    def __init__(
+        self,
+        world: World,
+        config: Section | None = None,
+        *,
+        elastic: ElasticConfig | None = None,
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        check_knobs(config if isinstance(config, AveragingConfig) else AveragingConfig())
+        super().__init__(world, config, elastic=elastic, timeout_seconds=timeout_seconds)
+
+    def warnings(self, steps: int) -> list[str]:
+        """Warn of momentum from round to round where there are few rounds.
+
+        Args:
+            steps: Of the whole run.
+        """
+        config: AveragingConfig = self.config
+        outer = outer_optimizer(config, self.world.size)
+        rounds = max(steps - config.start, 0) // config.every
+        if outer.momentum == 0 or rounds >= FEW_ROUNDS:
+            return []
+        return [
+            f"averaging.outer={config.outer} has momentum {outer.momentum:.3g} and the run only "
+            f"{rounds} rounds, fewer than the {FEW_ROUNDS} it takes to be worth it; outer=mean, or "
+            "a smaller averaging.every, will likely end at a lower loss."
+        ]
+
+    def wrap(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+    ) -> AveragingOptimizer:
+        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer."""
+        check_trainable(optimizer)
+        check_shareable(model, optimizer)
+        check_alike(self.world.comm, model, optimizer)
+        share(self.world.comm, model, optimizer)
+        return AveragingOptimizer(model, optimizer, self._comm, self.config, clip_norm)
+
+
+def divided(parameters: Sequence[nn.Parameter], count: int) -> list[list[nn.Parameter]]:
+    """Divide parameters into runs of neighbours with nearly as many elements each.
+
+    Args:
+        parameters: In order.
+        count: How many runs, unless there are fewer parameters.
+    """
+    count = min(count, len(parameters))
+    ends = list(accumulate(p.numel() for p in parameters))
+    cuts = [0]
+    for number in range(1, count):
+        # Where the middle of a parameter is past the line, it is the next one's first.
+        line = ends[-1] * number / count
+        cut = sum(end - p.numel() / 2 <= line for p, end in zip(parameters, ends, strict=True))
+        cuts.append(min(max(cut, cuts[-1] + 1), len(parameters) - count + number))
+    return [list(parameters[a:b]) for a, b in zip(cuts, [*cuts[1:], len(parameters)], strict=True)]
+
+
+def _means(sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The weighted means of sums that have the sum of weights at their end."""
+    return [flat[:-1] / flat[-1].clamp(min=torch.finfo(flat.dtype).tiny) for flat in sums]
