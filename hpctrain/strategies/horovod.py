@@ -90,6 +90,7 @@ class HorovodOptimizer(ElasticOptimizer):
         parameters = ordered(model, inner)[::-1]
         self.compressor = compressor
         self._comm = comm
+        plain = type(compressor) is Dense  # of one rank, the average is what it has
         self._gradients = AveragedGradients(
             parameters,
             names_of(model, parameters),
@@ -98,9 +99,9 @@ class HorovodOptimizer(ElasticOptimizer):
             bucket_bytes,
             sparse_tables(model),
             lambda part: this.mark(part),
-            lambda: isinstance(compressor, Dense) and comm.alone,
+            lambda: plain and comm.alone,
         )
-        if not (isinstance(compressor, Dense) and comm.stays_alone):
+        if not (plain and comm.stays_alone):
             call_when_ready(parameters, self._gradients.ready)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
