@@ -82,8 +82,10 @@ class Interruption:
         seen = [float(self.heard()), float(waiting()), speed, 1.0]
         told = torch.tensor(seen, dtype=torch.float64)
         comm.all_reduce(told)
+        # A few fast steps say little: the next ones may take long.
+        most = 2 * (step - self._looked)
         self._looked, self._began = step, now
-        self._next = step + max(1, int(LOOK_SECONDS * float(told[2] / told[3])))
+        self._next = step + max(1, min(most, int(LOOK_SECONDS * float(told[2] / told[3]))))
         return Look(bool(told[0] > 0), bool(told[1] > 0))
 
     def restart(self, step: int) -> None:
