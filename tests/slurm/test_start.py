@@ -9,7 +9,7 @@ import json, os, time
 import mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
-from hpctrain import pmix
+from hpctrain.world import pmix
 
 MPI.Init()
 late = os.environ["PMIX_RANK"] == "1"
