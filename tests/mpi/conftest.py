@@ -53,6 +53,18 @@ def strategy():
     connected.world.comm.close()
 
 
+@pytest.fixture(autouse=True)
+def knobs(request):
+    """The strategy has its own knobs again after a test that gave it others."""
+    if "strategy" not in request.fixturenames:
+        yield
+        return
+    connected = request.getfixturevalue("strategy")
+    before = connected.config
+    yield
+    connected.config = before
+
+
 @pytest.fixture
 def world(strategy):
     """The connected world; all ranks start each test together."""
