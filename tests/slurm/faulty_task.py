@@ -10,8 +10,6 @@ from hpctrain.tasks.digits import Digits
 from hpctrain.world.launcher import detect
 
 HOLD_SECONDS = 0.5
-PATIENT_AFTER = 20
-PATIENT_SECONDS = 2.0
 
 
 @dataclass
@@ -23,9 +21,8 @@ class Faulty(Digits):
         rank: Whose.
         at: After so many batches.
         pause: Seconds that each batch takes besides.
-        hold: A file; after ``at`` batches each takes half a second, and after 20 more two, until
-            the file is there and has ``key`` in it so many ``times``. So a run is not over before
-            what is to happen to it, be the machine ever so busy.
+        hold: A file; after ``at`` batches each takes half a second, until the file is there and has
+            ``key`` in it so many ``times``. So a run is not over before what is to happen to it.
     """
 
     fault: str = ""
@@ -49,8 +46,7 @@ class Faulty(Digits):
         return super().loss(model, batch)
 
     def _hold(self):
-        patient = self.at < -PATIENT_AFTER
-        until = time.monotonic() + (PATIENT_SECONDS if patient else HOLD_SECONDS)
+        until = time.monotonic() + HOLD_SECONDS
         while time.monotonic() < until:
             if self._told():
                 self.hold = ""
