@@ -181,14 +181,14 @@ class HorovodCommunicator:
         return result
 
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
-        """Not needed: the ranks go in lockstep."""
+        """Not needed: the ranks take steps together."""
         raise NotImplementedError
 
     def remember(self, value: Any) -> None:
         """Nobody will join."""
 
     def stop(self) -> None:
-        """Not needed: the ranks go in lockstep."""
+        """Not needed: the ranks take steps together."""
         raise NotImplementedError
 
     def abort(self, reason: str, code: int = 1) -> None:
