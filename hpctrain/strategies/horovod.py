@@ -285,11 +285,16 @@ class HorovodEngine(Strategy):
 
 
 class Horovod(HorovodEngine):
-    """Synchronous data parallelism: gradients are averaged over all ranks, by ring all-reduce."""
+    """Synchronous data parallelism: gradients are averaged over all ranks, by ring all-reduce.
+
+    Attributes:
+        optimizer_class: What wraps the optimizer; a strategy made from this one has its own.
+    """
 
     name = "horovod"
     Config = HorovodConfig
     recovers = True
+    optimizer_class: ClassVar[type[HorovodOptimizer]] = HorovodOptimizer
 
     def __init__(
         self,
@@ -319,7 +324,7 @@ class Horovod(HorovodEngine):
         compressor = compressor_of(self.config)
         check_momentum(self.config, optimizer)
         self.share(model, optimizer)
-        return HorovodOptimizer(
+        return self.optimizer_class(
             model, optimizer, self._comm, compressor, self.config.bucket_bytes, clip_norm
         )
 

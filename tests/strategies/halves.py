@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpctrain.strategies.base import check_trainable
 from hpctrain.strategies.horovod import Horovod, HorovodOptimizer
 from hpctrain.strategies.single import SingleOptimizer
-from hpctrain.strategies.start import check_alike
 from hpctrain.world.broadcast import broadcast_tree
 
 
@@ -55,6 +53,7 @@ class Halves(Horovod):
 
     name = "halves"
     recovers = False
+    optimizer_class = HalvesOptimizer
 
     def wrap(
         self,
@@ -64,10 +63,8 @@ class Halves(Horovod):
         clip_norm: float | None = None,
     ) -> HalvesOptimizer:
         """As Horovod does, but each rank keeps a part of the state."""
-        check_trainable(optimizer)
-        check_alike(self.world.comm, model, optimizer)
-        self.share(model, optimizer)
-        wrapped = HalvesOptimizer(model, optimizer, self._comm, self.config.bucket_bytes, clip_norm)
+        wrapped = super().wrap(model, optimizer, clip_norm=clip_norm)
+        assert isinstance(wrapped, HalvesOptimizer)
         wrapped.own(self.world.comm)
         return wrapped
 
