@@ -14,6 +14,7 @@ from hpctrain.ps.client.client import Client
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import LocalLink
 from hpctrain.strategies.parameter_server import PsCommunicator
+from tests.examples import examples
 from tests.unit.ps_simulation import Simulation
 
 STEPS = 6
@@ -156,7 +157,7 @@ class Meeting(Simulation):
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     consistency=st.sampled_from(["sync", "async", "ssp:1", "backup:1"]),
     workers=st.integers(1, 3),
