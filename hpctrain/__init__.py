@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hpctrain.data.shards import ShardSet as ShardSet
     from hpctrain.data.source import ArraySource as ArraySource
     from hpctrain.data.source import Source as Source
+    from hpctrain.data.windows import Windows as Windows
     from hpctrain.errors import Error as Error
     from hpctrain.errors import PeerLost as PeerLost
     from hpctrain.optim.lamb import Lamb as Lamb
@@ -36,6 +37,7 @@ _PLACES = {
     "Strategy": "hpctrain.strategies.base",
     "Task": "hpctrain.tasks.task",
     "Trainer": "hpctrain.train.loop",
+    "Windows": "hpctrain.data.windows",
     "World": "hpctrain.world.world",
     "init": "hpctrain.world.world",
     "load": "hpctrain.trained_model",
