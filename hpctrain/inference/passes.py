@@ -22,9 +22,9 @@ from hpctrain.data.order import Order, Positions, Shuffle
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.source import Arrays, Empty, Source
 from hpctrain.errors import Error, nearest
+from hpctrain.inference.trained_model import Trained, open_trained
 from hpctrain.strategies import strategy
 from hpctrain.tasks.task import Task, TaskTransform
-from hpctrain.trained_model import Trained, open_trained
 from hpctrain.world.agreement import compare
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World, init
