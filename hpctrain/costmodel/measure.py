@@ -22,7 +22,7 @@ from hpctrain.errors import Error
 from hpctrain.optim.lamb import Lamb
 from hpctrain.process import cores
 from hpctrain.tasks.task import TaskTransform, load_task, make_task
-from hpctrain.train.step import DTYPES
+from hpctrain.train.step import DTYPES, applied
 from hpctrain.world.world import World, init
 
 WARM_UP, LEAST, MOST = 2, 5, 200
@@ -115,10 +115,7 @@ def measure(config: RunConfig, seconds: float, ranks_per_node: int) -> Measured:
             begun = time.perf_counter()
         optimizer.zero_grad()
         marks = [_now(world)]
-        with torch.autocast(
-            world.device.type, torch.bfloat16, enabled=config.train.dtype == "bf16"
-        ):
-            result = task.loss(model, batch.to(world.device, DTYPES[config.train.dtype]))
+        result = applied(task.loss, model, batch, world.device, config.train.dtype)
         loss = result[0] if isinstance(result, tuple) else result
         marks.append(_now(world))
         ready.begin()

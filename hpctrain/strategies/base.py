@@ -87,6 +87,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
             before ``backward()`` where a strategy may have to leave out some ranks.
         samples: How many samples this step's losses are of, on this rank; None: as ``weight`` says,
             as a share of the global batch. Read where parameters are averaged by samples.
+        carries_gradients: Whether what was left out of earlier gradients is added to later ones, so
+            that all have to be on one scale.
         missed: Steps of the world that went by without this rank, at its last one.
         overlaps: Whether gradients may be sent while ``backward()`` still computes, because nobody
             looks at them or changes them before ``step()``, and each step has one pass outside of
@@ -97,6 +99,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     # Gradients are to be unscaled before they are clipped, which the inner optimizer cannot know.
     _step_supports_amp_scaling = False
+    carries_gradients = False
 
     def __init__(self, inner: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
         # The base class's own start is left out on purpose: it would make a second set of groups.

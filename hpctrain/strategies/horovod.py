@@ -89,6 +89,7 @@ class HorovodOptimizer(ElasticOptimizer):
         this = weakref.proxy(self)
         parameters = ordered(model, inner)[::-1]
         self.compressor = compressor
+        self.carries_gradients = bool(compressor.takes)
         self._comm = comm
         plain = type(compressor) is Dense  # of one rank, the average is what it has
         self._gradients = AveragedGradients(

@@ -123,6 +123,8 @@ class RunMetrics:
         for name in ("nonfinite_losses", "skipped_steps"):
             if name in counters.metrics:
                 values[name] = counters.metrics[name]
+        if counters.loss_scale:
+            values["loss_scale"] = counters.loss_scale
         if optimizer.grad_norm is not None:
             values["grad_norm"] = float(optimizer.grad_norm)
         values["samples_per_second"] = sums["samples"] / seconds

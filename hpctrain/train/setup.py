@@ -123,12 +123,13 @@ def _check_together(config: RunConfig, strategy: Strategy) -> None:
     if strategy.averages_gradients and strategy.agreement is Agreement.ALWAYS:
         return
     refused = f"cannot be used with strategy '{strategy.name}'"
-    if config.train.nonfinite == "skip":
-        raise Error(
-            f"train.nonfinite=skip {refused}: no rank knows the world's gradient before it is "
-            "used.",
-            hint="use stop or allow, or --strategy horovod.",
-        )
+    for key, value, instead in (("nonfinite", "skip", "stop or allow"), ("dtype", "fp16", "bf16")):
+        if getattr(config.train, key) == value:
+            raise Error(
+                f"train.{key}={value} {refused}: no rank knows the world's gradient before it is "
+                "used.",
+                hint=f"use {instead}, or --strategy horovod.",
+            )
     if config.train.sync_batchnorm:
         raise Error(
             f"train.sync_batchnorm {refused}.",

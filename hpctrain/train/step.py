@@ -17,13 +17,22 @@ from hpctrain.strategies.base import DistributedOptimizer, Strategy
 from hpctrain.tasks.checks import checked_loss
 from hpctrain.tasks.seeds import set_seeds
 from hpctrain.tasks.task import Task
+from hpctrain.train import loss_scale
 from hpctrain.train.nonfinite import HINT, all_finite
 from hpctrain.train.sample_trace import SampleTrace
 from hpctrain.train.state import TrainState
 from hpctrain.train.step_timer import StepTimer
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+}
 """Of samples."""
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What is computed with where it suits."""
 
 SKIPPED_IN_A_ROW = 100
 """Steps left out one after the other, because their gradients are not finite, that end a run."""
@@ -43,9 +52,9 @@ def applied(
         model: On the device.
         batch: On the CPU.
         device: This rank's.
-        dtype: ``float32``, ``float64`` or ``bf16``.
+        dtype: ``float32``, ``float64``, ``bf16`` or ``fp16``.
     """
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+    with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
         return method(model, batch.to(device, DTYPES[dtype]))
 
 
@@ -80,6 +89,7 @@ class TrainStep:
         self._state = state
         self._peaks = peaks
         self._timer = timer
+        self._scales = config.train.dtype == "fp16"
         self._skipped_in_a_row = 0
         self.computed: list[tuple[dict[str, Any], int]] = []
         self.trace: SampleTrace | None = None
@@ -100,6 +110,8 @@ class TrainStep:
         multiplier = self._multiplier(batch)
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
+        if self._scales:
+            self._begin_scaled(optimizer)
         optimizer.zero_grad()
         optimizer.weight, optimizer.samples = batch.weight, batch.samples
         self.computed = []
@@ -107,7 +119,7 @@ class TrainStep:
             self.trace.begin(counters.step + 1, self._world()[0], self._state.loader.epoch, batch)
         self._forward_backward(optimizer, batch)
         self._timer.lap("compute")
-        if self._config.train.nonfinite == "skip" and not self._gradients_are_finite(optimizer):
+        if not self._usable(optimizer):
             self._leave_out(optimizer)
         else:
             self._skipped_in_a_row = 0
@@ -117,11 +129,12 @@ class TrainStep:
                 self._state.ema.update_parameters(self._state.model)
 
     def _forward_backward(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
-        parts = self._parts(batch)
+        parts, counters = self._parts(batch), self._state.counters
         for number, part in enumerate(parts, start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
                 loss, means = self.loss(self._state.model, part, training=True)
-                (loss * part.weight).backward()
+                weight = part.weight * counters.loss_scale if self._scales else part.weight
+                (loss * weight).backward()
             if part.samples:
                 self.computed.append((means, part.samples))
 
@@ -177,12 +190,36 @@ class TrainStep:
             passes *= -(-first // self._strategy.world.size)
         return passes
 
+    def _begin_scaled(self, optimizer: DistributedOptimizer) -> None:
+        if optimizer.carries_gradients:
+            raise Error(
+                "train.dtype=fp16 with compressed gradients that keep what they leave out: the "
+                "scale of the loss would change under it.",
+                hint="use train.dtype=bf16, or horovod.compression=fp16 or bf16.",
+            )
+        if not self._state.counters.loss_scale:
+            self._state.counters.loss_scale = self._config.train.loss_scale
+
+    def _usable(self, optimizer: DistributedOptimizer) -> bool:
+        """Whether the world's gradient is to be used; it has its true size then."""
+        if not self._scales and self._config.train.nonfinite != "skip":
+            return True
+        finite = self._gradients_are_finite(optimizer)
+        counters = self._state.counters
+        if self._scales:
+            if finite:
+                loss_scale.unscale(self._gradients(), counters.loss_scale)
+            loss_scale.adjust(counters, finite=finite)
+        return finite
+
     def _gradients_are_finite(self, optimizer: DistributedOptimizer) -> bool:
         """Whether the world's gradient is: the same on every rank; waits for the device."""
         optimizer.synchronize()
+        return optimizer.on_all_ranks(all_finite(self._gradients()))
+
+    def _gradients(self) -> list[torch.Tensor]:
         parameters = self._state.model.parameters()
-        gradients = (p.grad for p in parameters if p.requires_grad and p.grad is not None)
-        return optimizer.on_all_ranks(all_finite(gradients))
+        return [p.grad for p in parameters if p.requires_grad and p.grad is not None]
 
     def _leave_out(self, optimizer: DistributedOptimizer) -> None:
         """Let a step change nothing.
