@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from hpctrain.config import DataConfig, OptimizerConfig, RunConfig
+from hpctrain.data.batch import Batch
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
 from hpctrain.tasks.task import Task
@@ -254,6 +256,33 @@ def checked_loss(
             hint="it was detached, computed under torch.no_grad(), or of frozen parameters alone.",
         )
     return loss.reshape(()), {key: _mean(name, key, value) for key, value in means.items()}
+
+
+def weighs(task: Task) -> bool:
+    """Return whether a task says itself what a batch counts for."""
+    return type(task).weight is not Task.weight
+
+
+def checked_weight(task: Task, batch: Batch) -> float:
+    """Return what a batch counts for in means over batches, as the task says.
+
+    Args:
+        task: Asked only where the batch has samples.
+        batch: On the CPU.
+
+    Raises:
+        Error: ``weight()`` returned something else than a number of at least 0.
+    """
+    if not batch.samples:
+        return 0.0
+    result: Any = task.weight(batch)
+    number = result.item() if isinstance(result, torch.Tensor) and result.numel() == 1 else result
+    if isinstance(number, numbers.Real) and 0 <= float(number) < math.inf:
+        return float(number)
+    raise Error(
+        f"weight() of task {type(task).__name__} returned {_described(result)}.",
+        hint="return how many targets the batch has: one number of at least 0.",
+    )
 
 
 def _mean(task: str, name: Any, value: Any) -> torch.Tensor | float:

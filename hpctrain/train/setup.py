@@ -21,6 +21,7 @@ from hpctrain.tasks.checks import (
     optimizer_of,
     splits_of,
     warnings_of,
+    weighs,
 )
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, TaskTransform
@@ -63,7 +64,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     check_defined(task)
-    _check_together(config, strategy)
+    _check_together(config, task, strategy)
     world = strategy.world
     set_start_seeds(config.seed)
     read = Read(config)
@@ -119,7 +120,13 @@ def join_world(task: Task, strategy: Strategy) -> None:
     task.world.no_gathers = refused
 
 
-def _check_together(config: RunConfig, strategy: Strategy) -> None:
+def _check_together(config: RunConfig, task: Task, strategy: Strategy) -> None:
+    if weighs(task) and strategy.agreement is Agreement.ON_SERVERS:
+        raise Error(
+            f"weight() of task {type(task).__name__} cannot be used with strategy "
+            f"'{strategy.name}': no rank knows what the others' samples count for.",
+            hint="use --strategy horovod.",
+        )
     if strategy.averages_gradients and strategy.agreement is Agreement.ALWAYS:
         return
     refused = f"cannot be used with strategy '{strategy.name}'"

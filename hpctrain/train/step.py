@@ -13,11 +13,12 @@ from hpctrain.config import RunConfig
 from hpctrain.data.batch import Batch
 from hpctrain.errors import Error
 from hpctrain.optim.schedule import factor
-from hpctrain.strategies.base import DistributedOptimizer, Strategy
-from hpctrain.tasks.checks import checked_loss
+from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
+from hpctrain.tasks.checks import checked_loss, checked_weight, weighs
 from hpctrain.tasks.seeds import set_seeds
 from hpctrain.tasks.task import Task
 from hpctrain.train import loss_scale
+from hpctrain.train.metrics import Computed
 from hpctrain.train.nonfinite import HINT, all_finite
 from hpctrain.train.sample_trace import SampleTrace
 from hpctrain.train.state import TrainState
@@ -70,7 +71,7 @@ class TrainStep:
         timer: Told where a step's time goes.
 
     Attributes:
-        computed: Of the step under way: means over samples, and how many samples those are.
+        computed: By the passes of the step under way.
         trace: Of the samples, where that is asked for.
     """
 
@@ -89,9 +90,10 @@ class TrainStep:
         self._state = state
         self._peaks = peaks
         self._timer = timer
+        self._weighs = weighs(task)
         self._scales = config.train.dtype == "fp16"
         self._skipped_in_a_row = 0
-        self.computed: list[tuple[dict[str, Any], int]] = []
+        self.computed: list[Computed] = []
         self.trace: SampleTrace | None = None
 
     def take(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
@@ -113,7 +115,6 @@ class TrainStep:
         if self._scales:
             self._begin_scaled(optimizer)
         optimizer.zero_grad()
-        optimizer.weight, optimizer.samples = batch.weight, batch.samples
         self.computed = []
         if self.trace is not None:
             self.trace.begin(counters.step + 1, self._world()[0], self._state.loader.epoch, batch)
@@ -130,13 +131,36 @@ class TrainStep:
 
     def _forward_backward(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
         parts, counters = self._parts(batch), self._state.counters
-        for number, part in enumerate(parts, start=1):
+        weights = self._weights(optimizer, batch, parts)
+        for number, (part, (weight, share)) in enumerate(zip(parts, weights, strict=True), start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
                 loss, means = self.loss(self._state.model, part, training=True)
-                weight = part.weight * counters.loss_scale if self._scales else part.weight
-                (loss * weight).backward()
+                (loss * (share * counters.loss_scale if self._scales else share)).backward()
             if part.samples:
-                self.computed.append((means, part.samples))
+                self.computed.append(Computed(means, part.samples, weight))
+
+    def _weights(
+        self, optimizer: DistributedOptimizer, batch: Batch, parts: list[Batch]
+    ) -> list[tuple[float, float]]:
+        """Return of each pass what it counts for, and what its loss is multiplied by.
+
+        The average over ranks of what the passes then add up to is the gradient of the mean over
+        the global batch. Tells the optimizer what this rank's passes count for together.
+        """
+        optimizer.weight, optimizer.samples = batch.weight, batch.samples
+        if not self._weighs:
+            return [(float(part.samples), part.weight) for part in parts]
+        weights = [checked_weight(self._task, part) for part in parts]
+        mine = sum(weights)
+        whole, rest = mine, batch.weight  # where ranks step by themselves
+        if self._strategy.agreement is Agreement.ALWAYS:
+            comm = self._strategy.world.comm
+            total = torch.tensor([mine], dtype=torch.float64)
+            comm.all_reduce(total)
+            whole, rest = total.item(), float(comm.size)
+            optimizer.weight = mine * rest / whole if whole else 0.0
+        optimizer.samples = mine
+        return [(weight, weight / whole * rest if whole else 0.0) for weight in weights]
 
     def count(self, batch: Batch) -> None:
         """Count a step in, after all ranks have taken it."""
