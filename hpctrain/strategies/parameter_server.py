@@ -383,7 +383,7 @@ class PsOptimizer(DistributedOptimizer):
     def _averages(self) -> bool:
         """Whether gradients are averaged over workers before they are pushed."""
         looks = not self.overlaps or bool(self.inner._optimizer_step_pre_hooks)
-        return looks and self._consistency.lockstep and self._comm.size > 1
+        return looks and self._consistency.same_weights and self._comm.size > 1
 
     def _averaging(self) -> AveragedGradients:
         if self._average is None:
@@ -581,7 +581,7 @@ class PsOptimizer(DistributedOptimizer):
         pairs = zip(self._own, self._client.weights, strict=True)
         if all(_same_bits(own, weights) for own, weights in pairs):
             return
-        if not self._consistency.lockstep or self._ends.config.replicas:
+        if not self._consistency.same_weights or self._ends.config.replicas:
             raise Error(
                 "parameters were changed outside of the optimizer, which the servers cannot take "
                 "over unless all workers do so in the same step, and servers have no replicas.",
@@ -615,7 +615,7 @@ class PsOptimizer(DistributedOptimizer):
             return Snapshot(None, {}, {})
         found: ServerSnapshot = self._client.snapshot()
         # In lockstep nobody else changes them, and what this worker has changed it is yet to push.
-        values = self._weights if self._consistency.lockstep else self._views(found.weights)
+        values = self._weights if self._consistency.same_weights else self._views(found.weights)
         weights = dict(zip(self._ordered, values, strict=True))
         state: dict[int, dict[str, Any]] = {}
         kinds = {name: self._views(flats) for name, flats in found.state.items()}
@@ -720,7 +720,7 @@ class ParameterServer(Strategy):
         super().__init__(world, config, elastic=elastic, timeout_seconds=timeout_seconds)
         launched = world.launch.size
         self.ends = Endpoint(self.config, launched=launched, timeout_seconds=timeout_seconds)
-        if not consistency_of(self.config).lockstep:
+        if not consistency_of(self.config).same_weights:
             self.agreement = Agreement.ON_SERVERS
         self._wrapped = False
         self._clocks: int | None = None
