@@ -1,4 +1,4 @@
-"""Whether all ranks mean the same: by what the result is decided, and the parameters it came to.
+"""Check that all ranks agree on what decides the result, and on the parameters they came to.
 
 Both are questions of one small sum over ranks as long as the answer is yes. Only where it is no,
 ranks tell each other more, to find out what differs, and who differs.

@@ -1,4 +1,4 @@
-"""All ranks' rows in one tensor, with the gradient of all that is computed of them."""
+"""All-gather rows of all ranks into one tensor, differentiably."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the launcher told this process: rank and size from environment variables, without torch."""
+"""Detect the launcher: rank and size from environment variables, without torch."""
 
 from __future__ import annotations
 
@@ -125,7 +125,12 @@ def _slurm(environment: Mapping[str, str]) -> Launch | None:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's run-length form of tasks per node: ``2(x2),1`` is ``[2, 2, 1]``."""
+    """Expand Slurm's run-length form of tasks per node.
+
+    Example:
+        >>> tasks_per_node("2(x2),1")
+        [2, 2, 1]
+    """
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
