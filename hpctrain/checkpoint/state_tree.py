@@ -151,7 +151,7 @@ def join(tensors: dict[str, torch.Tensor], tree: Any) -> Any:
 
 
 def names(tree: Any) -> list[str]:
-    """The tensors that a tree names, as ``split`` made it."""
+    """List the tensors that a tree names, as ``split`` made it."""
     if isinstance(tree, list):
         return [name for value in tree for name in names(value)]
     if not isinstance(tree, dict):
