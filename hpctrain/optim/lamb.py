@@ -1,4 +1,4 @@
-"""LAMB: Adam whose step for each tensor has a length in proportion to the tensor's own."""
+"""LAMB: Adam with a step for each tensor in proportion to the tensor's norm (You et al., 2020)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpctrain.errors import Error
 
 
 class Lamb(torch.optim.Optimizer):
-    """The optimizer for very large batches.
+    """The LAMB optimizer, for very large batches.
 
     You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR
     2020, Algorithm 2, with bias correction and the norm itself as the scaling function φ.
