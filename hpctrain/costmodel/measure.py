@@ -1,4 +1,4 @@
-"""A task measured here, in one process and a few seconds: what the cost model needs to know."""
+"""Measure a task here, in one process and a few seconds: what the cost model needs to know."""
 
 from __future__ import annotations
 
@@ -160,7 +160,11 @@ def measure(config: RunConfig, seconds: float, ranks_per_node: int) -> Measured:
 
 
 def codec(name: str, parameter_bytes: float) -> Compression:
-    """What a codec of ``ps.compression`` does to so many bytes of gradients, on this CPU.
+    """Measure what a codec of ``ps.compression`` does to gradients, on this CPU.
+
+    Args:
+        name: Of the codec.
+        parameter_bytes: Of the gradients to try it on.
 
     Raises:
         Error: There is no such codec.
