@@ -79,8 +79,8 @@ def strategy(
             else single.
         world: From :func:`hpctrain.init`.
         config: Knobs of the strategy, of its class ``Config``.
-        horovod: The same, of ``horovod``.
-        ps: The same, of ``ps``.
+        horovod: Knobs of ``horovod``.
+        ps: Knobs of ``ps``.
         elastic: Whether to outlive losses, with strategies on Horovod that can.
         timeout_seconds: Longest wait for another rank, in seconds.
 
