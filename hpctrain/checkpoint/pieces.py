@@ -128,6 +128,10 @@ def boxes_of_range(
 
     Returns:
         Offsets and sizes of each box, in the order of their elements.
+
+    Example:
+        >>> boxes_of_range((3, 4), 2, 11)  # the end of a row, a whole row, the start of one
+        [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 3))]
     """
     if start >= stop:
         return []
@@ -417,7 +421,7 @@ class Checkpoint:
         folder: Of the checkpoint; of any version.
 
     Attributes:
-        folder: The same.
+        folder: Of the checkpoint.
         rest: The state but for its tensors, as ``state_tree`` has it.
 
     Raises:

@@ -45,6 +45,10 @@ def split(tree: Any, name: str = "") -> tuple[dict[str, torch.Tensor], Any]:
 
     Raises:
         Error: A leaf is neither a tensor nor a plain value.
+
+    Example:
+        >>> split({"weight": torch.ones(2), "step": 7})
+        ({'weight': tensor([1., 1.])}, {'weight': {'$tensor': 'weight'}, 'step': 7})
     """
     tensors: dict[str, torch.Tensor] = {}
     return tensors, _split(tree, name, tensors)

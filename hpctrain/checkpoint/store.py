@@ -47,6 +47,14 @@ def save(folder: Path, state: Any) -> None:
 
     Raises:
         OSError: It could not be written; nothing that was there is lost.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(Path(folder, "checkpoint"), {"weight": torch.ones(2), "step": 7})
+        ...     load_verified(Path(folder, "checkpoint"))
+        {'weight': tensor([1., 1.]), 'step': 7}
     """
     _write(folder, copy_piece(state, Memory()))
 
@@ -83,6 +91,17 @@ class CheckpointStore:
     Args:
         folder: Holds ``step-NNNNNNNN`` folders and the link ``best``.
         keep: How many of the newest to keep.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = CheckpointStore(Path(folder), keep=2)
+        ...     for step in (10, 20, 30):
+        ...         store.save(step, {"weight": torch.full((2,), float(step))}, best=step == 10)
+        ...     store.wait()
+        ...     store.steps(), store.best().name, store.newest(print)
+        ([10, 20, 30], 'step-00000010', {'weight': tensor([30., 30.])})
     """
 
     def __init__(self, folder: Path, keep: int) -> None:

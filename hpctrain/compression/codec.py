@@ -285,6 +285,15 @@ def make_codec(spec: str) -> Codec | None:
 
     Raises:
         Error: There is none of that name.
+
+    Example:
+        >>> codec = make_codec("topk:0.25")
+        >>> data = torch.empty(codec.capacity(4, 4), dtype=torch.uint8)
+        >>> size = codec.encode(torch.tensor([0.1, -4.0, 0.2, 0.3]), data)
+        >>> out = torch.empty(4)
+        >>> codec.decode(data[:size], out)
+        >>> size, out
+        (8, tensor([ 0., -4.,  0.,  0.]))
     """
     name, _, text = spec.partition(":")
     if name == "topk":
@@ -346,6 +355,12 @@ def sum_rows(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
     Returns:
         The rows that any of them has, ascending, and the sums.
+
+    Example:
+        >>> one, ten = torch.tensor([[1.0], [1.0]]), torch.tensor([[10.0]])
+        >>> sum_rows([(torch.tensor([0, 2]), one), (torch.tensor([2]), ten)])
+        (tensor([0, 2]), tensor([[ 1.],
+                [11.]]))
     """
     rows, places = torch.cat([rows for rows, _ in parts]).unique(return_inverse=True)
     total = parts[0][1].new_zeros(len(rows), parts[0][1].shape[1])

@@ -39,9 +39,9 @@ class Measured(NamedTuple):
         steps: How many were timed.
         parameter_bytes: Of the gradients.
         forward_seconds: Of a step.
-        backward_seconds: The same.
-        update_seconds: The same, by the optimizer.
-        flat_update_seconds: The same, had all parameters been one tensor, as servers have them.
+        backward_seconds: Of a step.
+        update_seconds: Of a step, by the optimizer.
+        flat_update_seconds: That, had all parameters been one tensor, as servers have them.
         low_seconds: Lower quartile of forward and backward together.
         high_seconds: The upper one.
         jitter: Standard deviation by mean, as the quartiles have it.

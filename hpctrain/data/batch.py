@@ -32,6 +32,16 @@ class Batch(dict[str, torch.Tensor]):
         stop: Position after its last; the cursor once the batch is done.
         positions: Of this rank's samples, shape (samples,), uint64.
         lost: How many of this rank's samples were left out because their shards cannot be read.
+
+    Example:
+        >>> import hpctrain
+        >>> batch = next(iter(hpctrain.Loader({"x": torch.arange(4)}, 4, shuffle=False, workers=0)))
+        >>> batch.samples, batch.weight
+        (4, 1.0)
+        >>> batch.replace(x=batch["x"] / 2)["x"]
+        tensor([0.0000, 0.5000, 1.0000, 1.5000])
+        >>> [part["x"].tolist() for part in batch.split(2)]  # micro-batches
+        [[0, 1], [2, 3]]
     """
 
     def __init__(

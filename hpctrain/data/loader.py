@@ -61,6 +61,14 @@ class Loader:
 
     Raises:
         Error: The source is empty; while iterating, also that every sample of an epoch is lost.
+
+    Example:
+        >>> loader = Loader({"x": np.arange(6)}, 4, shuffle=False)
+        >>> [batch["x"].tolist() for batch in loader]
+        [[0, 1, 2, 3], [4, 5]]
+        >>> loader.epoch
+        1
+        >>> loader.close()
     """
 
     def __init__(

@@ -33,6 +33,14 @@ class Mixture(Source):
 
     Raises:
         Error: There is none, a weight is not positive, or one is too small to be drawn.
+
+    Example:
+        >>> from hpctrain.data.source import ArraySource
+        >>> small, large = ArraySource({"x": np.arange(4)}), ArraySource({"x": np.arange(100, 200)})
+        >>> source = Mixture([small, large], [3, 1], samples=8)
+        >>> order = source.order(seed=0, epoch=0, shuffle="none", lanes=4)
+        >>> source.take(order.indices(np.arange(8, dtype=np.uint64)))["x"].tolist()
+        [0, 1, 100, 2, 3, 0, 101, 1]
     """
 
     def __init__(
@@ -229,6 +237,13 @@ class Weighted(Source):
 
     Raises:
         Error: The weights are not one for each sample, or not numbers to draw by.
+
+    Example:
+        >>> from hpctrain.data.source import ArraySource
+        >>> source = Weighted(ArraySource({"x": np.arange(3)}), np.array([0.0, 0.0, 1.0]))
+        >>> order = source.order(seed=0, epoch=0, shuffle="full", lanes=1)
+        >>> source.take(order.indices(np.arange(3, dtype=np.uint64)))["x"].tolist()
+        [2, 2, 2]
     """
 
     def __init__(

@@ -69,6 +69,10 @@ def permute(positions: Unsigned, n: int, secret: int | Unsigned) -> Unsigned:
 
     Returns:
         Of the positions' shape and type.
+
+    Example:
+        >>> sorted(permute(np.arange(10, dtype=np.uint64), 10, key(0)).tolist())
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
     network = _Feistel(max(2, (n - 1).bit_length()))
     secrets: NDArray[Any]

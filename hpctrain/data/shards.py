@@ -47,20 +47,29 @@ OnBadShard = Literal["stop", "skip"]
 class ShardSet:
     """A shard set on disk, read only.
 
-    Attributes:
-        path: Its folder.
-        index: As read.
-        splits: Name -> samples.
-        attributes: What the importer wanted kept, such as the names of classes.
-
     Args:
         path: The folder.
         on_bad_shard: ``stop``: a shard that cannot be read is an error. ``skip``: its samples are
             left out and counted.
         staged: A folder in which copies of shards may be found that are quicker to read.
 
+    Attributes:
+        path: Its folder.
+        index: As read.
+        splits: Name -> samples.
+        attributes: What the importer wanted kept, such as the names of classes.
+
     Raises:
         Error: There is no index, or it is not one that this version reads.
+
+    Example:
+        >>> import tempfile
+        >>> from hpctrain.data.writer import ShardWriter
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with ShardWriter(folder + "/shards") as writer:
+        ...         writer.write("train", {"x": np.arange(6).reshape(3, 2)})
+        ...     ShardSet(folder + "/shards").split("train").take(np.array([2]))
+        {'x': array([[4, 5]])}
     """
 
     def __init__(

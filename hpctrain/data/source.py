@@ -52,6 +52,18 @@ class Source(ABC):
 
     A source of your own needs ``__len__``, ``digest`` and ``take``. It is also a map-style dataset
     for ``torch.utils.data.DataLoader``, which asks it for the samples of a batch in one call.
+
+    Example:
+        >>> class Squares(Source):
+        ...     digest = "squares of 0 to 9"
+        ...
+        ...     def __len__(self):
+        ...         return 10
+        ...
+        ...     def take(self, indices, empty=np.empty):
+        ...         return {"x": indices**2}
+        >>> Squares().take(np.array([3, 0]))
+        {'x': array([9, 0])}
     """
 
     @abstractmethod
@@ -131,6 +143,11 @@ class ArraySource(Source):
 
     Raises:
         Error: The arrays differ in length, or there are none.
+
+    Example:
+        >>> source = ArraySource({"x": np.arange(6.0), "label": np.arange(6) % 2})
+        >>> source.take(np.array([5, 0]))
+        {'x': array([5., 0.]), 'label': array([1, 0])}
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:

@@ -61,6 +61,11 @@ class Ragged:
         """Make a ragged column of one array for each sample.
 
         All are of one type and row shape; ``bytes`` are uint8.
+
+        Example:
+            >>> column = Ragged.of([b"one", b"three"])
+            >>> column.values.tobytes(), column.offsets.tolist()
+            (b'onethree', [0, 3, 8])
         """
         arrays = [
             np.frombuffer(sample, np.uint8) if isinstance(sample, bytes) else np.asarray(sample)

@@ -58,6 +58,14 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
         name: What torch calls the group.
         timeout: Longest wait for an exchange.
         ranks: What errors call the group's ranks: their numbers in the world.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> init_process_group(MPI.COMM_SELF)
+        >>> group = dist.new_group([0])
+        >>> type(group).__name__, group.size()
+        ('MpiProcessGroup', 1)
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -444,6 +452,15 @@ def init_process_group(
 
     Raises:
         Error: torch.distributed was started already.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> init_process_group(MPI.COMM_SELF)
+        >>> total = torch.ones(2)
+        >>> dist.all_reduce(total)
+        >>> total, dist.get_backend()
+        (tensor([1., 1.]), 'mpi4py')
+        >>> dist.destroy_process_group()
     """
     if dist.is_initialized():
         raise Error(

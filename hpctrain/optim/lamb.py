@@ -27,6 +27,15 @@ class Lamb(torch.optim.Optimizer):
 
     Raises:
         Error: A number out of its range.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> before = model.weight.detach().clone()
+        >>> optimizer = Lamb(model.parameters(), lr=0.01)
+        >>> model(torch.ones(3, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> f"{(model.weight - before).norm() / before.norm():.4f}"  # lr, as a share of the norm
+        '0.0100'
     """
 
     def __init__(

@@ -112,6 +112,10 @@ def checksum(tensor: torch.Tensor) -> int:
 
     It is a weighted sum of the bytes taken as integers, so NaNs are compared by their bits, and
     strides do not count.
+
+    Example:
+        >>> checksum(torch.tensor([0.0])) == checksum(torch.tensor([-0.0]))  # other bits
+        False
     """
     sums = _weigh([_columns(part) for part in _parts(tensor.detach())])
     # Each part has its place among the others.

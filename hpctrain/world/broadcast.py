@@ -75,6 +75,11 @@ def gather_json(comm: Communicator, value: Any) -> list[Any]:
     Args:
         comm: Of the world; every rank calls this.
         value: This rank's; they may differ in size.
+
+    Example:
+        >>> from hpctrain.world.communicator import Alone
+        >>> gather_json(Alone(), {"samples": 3})
+        [{'samples': 3}]
     """
     data = json.dumps(value).encode()
     sizes = [int(row[0]) for row in gather_numbers(comm, [len(data)])]
@@ -101,6 +106,11 @@ def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
 
     Raises:
         Error: The root's holds what cannot be sent; all ranks raise it.
+
+    Example:
+        >>> from hpctrain.world.communicator import Alone
+        >>> broadcast_tree(Alone(), {"weight": torch.ones(2), "step": 7})
+        {'weight': tensor([1., 1.]), 'step': 7}
     """
     kept: dict[str, torch.Tensor] = {}
     told: dict[str, Any] = {}

@@ -20,6 +20,11 @@ def gather_rows(comm: Communicator, tensor: torch.Tensor) -> torch.Tensor:
 
     Raises:
         Error: Rows of two ranks are of different shapes or types.
+
+    Example:
+        >>> from hpctrain.world.communicator import Alone
+        >>> gather_rows(Alone(), torch.ones(2, 3)).shape
+        torch.Size([2, 3])
     """
     gathered: torch.Tensor = _Gather.apply(tensor, comm)  # type: ignore[no-untyped-call]
     return gathered

@@ -82,6 +82,10 @@ def detect(environment: Mapping[str, str] = os.environ) -> Launch:
 
     Precedence: that of ``_CONVENTIONS``, then Slurm's. Slurm's count only inside a step
     (``SLURM_STEP_ID``), because the batch shell has ``SLURM_PROCID=0`` too.
+
+    Example:
+        >>> detect({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"}).size
+        4
     """
     in_step = _slurm(environment) if "SLURM_STEP_ID" in environment else None
     for name, variables in _CONVENTIONS:

@@ -120,6 +120,13 @@ class World:
         comm: The engine under the world; a strategy replaces it when it connects.
         no_gathers: Why ranks do not wait for each other in :meth:`all_gather`, and what to do;
             None: they do.
+
+    Example:
+        >>> world = World(Launch("alone", rank=0, size=1, local_rank=0, local_size=1))
+        >>> world.rank, world.size
+        (0, 1)
+        >>> world.gather_object({"loss": 0.5})
+        [{'loss': 0.5}]
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -240,6 +247,11 @@ def init() -> World:
 
     Also divides the host's cores among its ranks, unless ``OMP_NUM_THREADS`` is set, because each
     torch process would otherwise start a thread on every core.
+
+    Example:
+        >>> world = init()
+        >>> 0 <= world.rank < world.size
+        True
     """
     launch = detect()
     if "OMP_NUM_THREADS" not in os.environ:
