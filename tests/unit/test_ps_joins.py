@@ -139,20 +139,20 @@ class Meeting(Simulation):
 
     def _work(self, worker, steps):
         client, program = self.clients[worker], self.programs[worker]
-        if steps == 0 and not client._consistency.lockstep:
+        if steps == 0 and not client._consistency.same_weights:
             self.between_steps(worker, client, last=True)
         for _ in self.work(worker, steps):
             program.pause()
 
     def between_steps(self, worker, client, *, last):
         """All of them add up ones."""
-        lockstep = client._consistency.lockstep
-        if last and not lockstep:
+        same_weights = client._consistency.same_weights
+        if last and not same_weights:
             client.rest()
-        if last or lockstep:
+        if last or same_weights:
             comm, ones = self.comms[worker], torch.ones(1)
             comm.all_reduce(ones)
-            self.met[client.clock if lockstep else STEPS][worker] = (comm.size, int(ones))
+            self.met[client.clock if same_weights else STEPS][worker] = (comm.size, int(ones))
         return iter(())
 
 
@@ -174,13 +174,13 @@ def test_a_worker_that_joins(consistency, workers, servers, seed, tick, lose, pa
         # The coordinator, about then.
         faults.append((max(1, tick + lose), lambda faults: meeting.kill(100)))
     meeting.train(faults, pace)
-    lockstep = consistency == "sync"
+    same_weights = consistency == "sync"
     clocks = sorted(meeting.met)
-    assert clocks == (list(range(1, STEPS + 1)) if lockstep else [STEPS])
+    assert clocks == (list(range(1, STEPS + 1)) if same_weights else [STEPS])
     for there in meeting.met.values():
         assert {*range(workers)} <= set(there)
         sizes, sums = ({*each} for each in zip(*there.values(), strict=True))
         assert sums == {len(there)}
-        assert sizes == {len(there)} or not lockstep
+        assert sizes == {len(there)} or not same_weights
     late = [NEWCOMER in meeting.met[clock] for clock in clocks]
     assert late == sorted(late)  # from its first step on it missed none

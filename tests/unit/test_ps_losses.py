@@ -74,7 +74,7 @@ class Lossy(Simulation):
             while not client.settled():
                 yield
             client.end()
-            if client._consistency.lockstep:
+            if client._consistency.same_weights:
                 yield from self._add_up(worker, client)
             if self._leads(worker, client):
                 yield from self._take_whole_snapshot(client)

@@ -1,4 +1,4 @@
-"""Turning what people have into a shard set: images, arrays, tables, text, WebDataset, HDF5."""
+"""Import what people have as a shard set: images, arrays, tables, text, WebDataset, HDF5."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def import_data(
 
 
 def look(source: Path, options: ImportOptions) -> list[str]:
-    """The summary of a source: the lines that an import would begin with. Nothing is written.
+    """Return the summary of a source that an import would begin with; nothing is written.
 
     Args:
         source: As of :func:`import_data`.
@@ -87,7 +87,11 @@ def _check(source: Path) -> None:
 
 
 def open_source(source: Path, options: ImportOptions) -> Importer:
-    """What reads a source.
+    """Return the importer that reads a source.
+
+    Args:
+        source: A file or folder.
+        options: How to import it; ``kind`` None: what it holds tells.
 
     Raises:
         Error: It is of no kind that can be imported, or of several; or a library is missing.
@@ -164,7 +168,7 @@ def _kind_of_folder(source: Path, tree: Tree) -> str:
 
 
 def importer(kind: str, source: Path, options: ImportOptions, tree: Tree | None = None) -> Importer:
-    """What reads a source of a kind. The libraries of its format are loaded here, no others.
+    """Return the importer of a kind; the libraries of its format are loaded here, no others.
 
     Args:
         kind: A name of ``IMPORTERS``, or "images" for a folder of them.

@@ -1,4 +1,4 @@
-"""Tables: Parquet, CSV, JSON Lines; one file or a folder of them. Columns are fields, rows samples.
+"""Import tables: Parquet, CSV, JSON Lines; a file or a folder. Columns are fields, rows samples.
 
 Numbers and booleans stay what they are; text becomes its UTF-8 bytes (ragged), unless it is the
 column of classes, which becomes their numbers; lists become rows of fixed or of varying length.
@@ -41,7 +41,7 @@ MOST_ROWS_A_BYTE = 2**13
 
 
 class Tables(Importer):
-    """One table, in one file or several."""
+    """An importer of one table, in one file or several."""
 
     what = "rows"
 
@@ -164,7 +164,12 @@ class Tables(Importer):
         return lengths, classes
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
-        """Batch by batch; of Parquet only the row groups that hold what is wanted."""
+        """Yield the samples of these numbers; of Parquet only the row groups with some are read.
+
+        Args:
+            survey: As found.
+            items: Numbers of rows, rising.
+        """
         schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(survey.details["schema"])))
         files = [self.path / name for name in survey.details["names"]]
         first = 0
