@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["ImportOptions", "import_data", "look"]
 
 TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
-TABLES = (".parquet", *TEXT_TABLES, *(f"{suffix}.gz" for suffix in TEXT_TABLES))
+TABLES = (
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".ipc",
+    *TEXT_TABLES,
+    *(f"{suffix}.gz" for suffix in TEXT_TABLES),
+)
 HDF5 = (".h5", ".hdf5", ".hdf")
 TEXTS = (".txt", ".md")
 HEAD_BYTES = 2**16
@@ -40,7 +47,7 @@ def import_data(
 
     Args:
         source: A folder of images by class, or a tar of one; WebDataset tars; an ``.npz`` or
-            ``.npy``; HDF5; Parquet, CSV or JSON Lines, one or a folder; or text.
+            ``.npy``; HDF5; Parquet, Arrow, CSV or JSON Lines, one or a folder; or text.
         destination: The shard set to be.
         options: How.
         launch: This process among those that import together; None: as the launcher says.
