@@ -7,6 +7,7 @@ from typing import Any
 from hpctrain.config import RunConfig
 from hpctrain.elastic.membership import Regroup
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
+from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.checkpointing import Checkpointing
 from hpctrain.train.evaluation import Evaluation, check_agreed
 from hpctrain.train.extent import Extent
@@ -36,11 +37,12 @@ class AfterStep:
         checkpointing: Saves.
         changes: Who was lost, and who joined.
         rejoin: Remembers what a loss would have to undo.
+        callbacks: Are told.
 
     Attributes:
         attended: The last step after which all that was due is done.
         recorder: Takes what happens.
-        interruption: How the run is asked to stop; None: it is not.
+        interruption: How the run is asked to stop.
         came_late: Whether this rank joined, and has not asked yet what the metrics are called.
     """
 
@@ -56,6 +58,7 @@ class AfterStep:
         checkpointing: Checkpointing,
         changes: MembershipLog,
         rejoin: Rejoin,
+        callbacks: Callbacks,
     ) -> None:
         self._config = config
         self._strategy = strategy
@@ -68,12 +71,13 @@ class AfterStep:
         self._checkpointing = checkpointing
         self._changes = changes
         self._rejoin = rejoin
+        self._callbacks = callbacks
         self._unused: UnusedParameters | None = None
         self._regroups = False
         self._leads = False  # whether rank 0 is this one, where it alone validates and saves
         self.attended = 0
         self.recorder: Recorder = Silent()
-        self.interruption: Interruption | None = None
+        self.interruption = Interruption()
         self.came_late = False
 
     def begin(self) -> None:
@@ -93,8 +97,7 @@ class AfterStep:
         self.attended = min(newest, self.attended) if again else newest
         self._extent.interrupted = self._extent.interrupted and not again
         self._regroups = False
-        if self.interruption is not None:
-            self.interruption.restart(newest)
+        self.interruption.restart(newest)
 
     def count(self, computed: list[tuple[dict[str, Any], int]]) -> None:
         """A step is done: what was computed in it counts, and what was logged before is over.
@@ -124,6 +127,7 @@ class AfterStep:
         self.recorder.advance(counters.step)
         self.tell(optimizer)
         self._tell_unused()
+        self._callbacks.tell("on_step")
         self._listen()
         last = self._extent.complete
         logs = last or counters.step % config.log.every_steps == 0
@@ -135,6 +139,7 @@ class AfterStep:
             self._health.look(self._world.comm if agreement.in_step else None, self.recorder.say)
         if logs:
             self._metrics.log(optimizer, self.recorder, self._extent.epochs)
+            self._callbacks.tell("on_log")
         if last and not agreement.in_step:
             return  # the others are not there yet
         if agreement is Agreement.ALWAYS and (validates or saves or self._extent.finished):
@@ -198,17 +203,21 @@ class AfterStep:
 
     def _listen(self) -> None:
         """Whether the run is asked to stop, or somebody waits to join."""
-        interruption, step = self.interruption, self._state.counters.step
-        if interruption is None:
-            return
+        interruption, counters = self.interruption, self._state.counters
+        ends = self._callbacks.ends
         if not self._strategy.agreement.in_step:
-            if interruption.noticed():
+            if ends or interruption.noticed():
+                counters.stopped_early = counters.stopped_early or bool(ends)
                 self._world.comm.stop()
             return
         recovery = self._strategy.recovery
         waiting = recovery.membership.waiting if recovery is not None else lambda: False
-        look = interruption.look(self._world.comm, step, waiting)
+        look = interruption.look(self._world.comm, counters.step, waiting, ends=bool(ends))
         self._regroups = look.waiting
+        if look.ends and not self._extent.finished:
+            counters.stopped_early = True
+            why = ends or "a callback of another rank asked for it"
+            self.recorder.say(f"stopped early at step {counters.step}: {why}")
         if look.stop and not self._extent.finished:
             self._extent.interrupted = True
 

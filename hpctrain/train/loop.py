@@ -1,20 +1,26 @@
 """The training loop: every strategy runs through it.
 
-What happens, in order, and where it stands::
+What happens, in order, where it stands, and what callbacks are told (``callbacks.py``)::
 
     set_up                 splits, model, optimizer, loaders           setup.py
     restore | join         what to go on from                          checkpointing.py
     wrap                   the strategy takes the optimizer over       ../strategies/
+                                                                       -> on_start
     for each epoch
       for each batch                                                   ../data/loader.py
         step               forward, backward, all-reduce, update       step.py
         attend             what is due after it, in this order:        after_step.py
+                                                                       -> on_step
           interruption     asked to stop? somebody waits to join?      interruption.py
           health           is all finite still?                        nonfinite.py
           log              means over the steps since the last line    run_metrics.py
+                                                                       -> on_log
           validate         means over the validation samples           evaluation.py
+                                                                       -> on_validation
           save             a checkpoint                                checkpointing.py
+                                                                       -> on_checkpoint
     finish                 all ranks have the world's parameters       run_end.py
+                                                                       -> on_end
 
 When a rank is lost (:class:`hpctrain.errors.PeerLost`) or wants to join
 (:class:`hpctrain.elastic.membership.Regroup`), whichever of these is under way is left;
@@ -115,6 +121,7 @@ class Trainer:
             self.optimizer = self.strategy.wrap(
                 self.state.model, self.state.optimizer, clip_norm=self.config.train.clip_norm
             )
+            self._parts.callbacks.run.optimizer = self.optimizer
             self.optimizer.mark = self._parts.timer.lap
             self.optimizer.overlaps = True
         elif self.strategy.recovery is not None:
@@ -142,7 +149,8 @@ class Trainer:
             Error: Samples or checkpoints cannot be read or written.
         """
         after_step = self._parts.after_step
-        after_step.recorder, after_step.interruption = recorder, interruption
+        after_step.recorder = self._parts.callbacks.run.recorder = recorder
+        after_step.interruption = interruption or Interruption()
         if self.optimizer is None:
             self.wrap()
         assert self.optimizer is not None
@@ -167,6 +175,7 @@ class Trainer:
         if self.config.log.trace_samples:
             launch = parts.checkpointing.launch
             parts.step.trace = begin_trace(self.config, self.strategy, self.store, launch)
+        parts.callbacks.start()
 
     def _train_epoch(self, optimizer: DistributedOptimizer) -> None:
         """Take an epoch's steps, or those that are left of it."""

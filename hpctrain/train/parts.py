@@ -7,8 +7,10 @@ from typing import NamedTuple
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import RunConfig
 from hpctrain.strategies.base import Strategy
+from hpctrain.tasks.callbacks.base import callbacks_of
 from hpctrain.tasks.task import Task
 from hpctrain.train.after_step import AfterStep
+from hpctrain.train.callbacks import Callbacks, RunView
 from hpctrain.train.checkpointing import Checkpointing
 from hpctrain.train.evaluation import Evaluation
 from hpctrain.train.extent import Extent
@@ -35,6 +37,7 @@ class Parts(NamedTuple):
         rejoin: Brings the ranks of a new world to the same state.
         after_step: Does what is due after a step.
         end: Brings ranks together after their last steps.
+        callbacks: Are told of a run's events.
     """
 
     extent: Extent
@@ -46,6 +49,7 @@ class Parts(NamedTuple):
     rejoin: Rejoin
     after_step: AfterStep
     end: RunEnd
+    callbacks: Callbacks
 
 
 def make_parts(
@@ -64,12 +68,16 @@ def make_parts(
     extent = Extent(config.train, strategy, state)
     timer = StepTimer(strategy.world.device)
     step = TrainStep(config, task, strategy, state, setup.peaks, timer)
+    view = RunView(config, task, strategy, setup, extent, store.folder.parent)
+    callbacks = Callbacks(callbacks_of(task, config), view)
     health = Health(state.model, lambda: state.counters, config.train.nonfinite)
     metrics = RunMetrics(strategy, state, timer)
-    evaluation = Evaluation(config, task, strategy, state, setup.validation, step, metrics)
-    checkpointing = Checkpointing(strategy, state, store, metrics, health)
+    evaluation = Evaluation(
+        config, task, strategy, state, setup.validation, step, metrics, callbacks
+    )
+    checkpointing = Checkpointing(strategy, state, store, metrics, health, callbacks)
     changes = MembershipLog(strategy.world)
-    rejoin = Rejoin(strategy, state, checkpointing)
+    rejoin = Rejoin(strategy, state, checkpointing, callbacks)
     after_step = AfterStep(
         config,
         strategy,
@@ -81,6 +89,9 @@ def make_parts(
         checkpointing,
         changes,
         rejoin,
+        callbacks,
     )
-    end = RunEnd(strategy, state, extent, health, checkpointing, after_step)
-    return Parts(extent, timer, step, metrics, checkpointing, changes, rejoin, after_step, end)
+    end = RunEnd(strategy, state, extent, health, checkpointing, after_step, callbacks)
+    return Parts(
+        extent, timer, step, metrics, checkpointing, changes, rejoin, after_step, end, callbacks
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hpctrain.config import RunConfig
 from hpctrain.elastic.membership import Meeting
 from hpctrain.strategies.base import DistributedOptimizer, ElasticOptimizer, Strategy
+from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.checkpointing import Checkpointing
 from hpctrain.train.state import TrainState
 from hpctrain.train.step_rollback import StepRollback
@@ -20,12 +21,20 @@ class Rejoin:
         strategy: Connected.
         state: What is trained.
         checkpointing: Knows how often the run was started.
+        callbacks: Have a state that a rank takes over which joins.
     """
 
-    def __init__(self, strategy: Strategy, state: TrainState, checkpointing: Checkpointing) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        state: TrainState,
+        checkpointing: Checkpointing,
+        callbacks: Callbacks,
+    ) -> None:
         self._strategy = strategy
         self._state = state
         self._checkpointing = checkpointing
+        self._callbacks = callbacks
         self._rollback = StepRollback(state) if strategy.recovery is not None else None
 
     def settle(self, config: RunConfig) -> None:
@@ -95,14 +104,18 @@ class Rejoin:
         if min(steps) == newest:
             return again
         root = steps.index(newest)
-        state = self._state.state_dict() if world.rank == root else None
-        told = broadcast_tree(
-            world.comm, {"state": state, "launch": self._checkpointing.launch}, root
-        )
+        mine_to_tell = {
+            "state": self._state.state_dict() if world.rank == root else None,
+            "launch": self._checkpointing.launch,
+            "callbacks": self._callbacks.share() if world.rank == root else None,
+        }
+        told = broadcast_tree(world.comm, mine_to_tell, root)
         self._checkpointing.launch = told["launch"]
         if mine.step < newest:
             if mine.step >= 0:  # this rank has done its part of the step
                 count()
+            else:
+                self._callbacks.take_over(told["callbacks"])
             self._state.load_state_dict(told["state"])
         return again
 

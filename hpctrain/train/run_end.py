@@ -6,6 +6,7 @@ import torch
 
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
 from hpctrain.train.after_step import AfterStep
+from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.checkpointing import Checkpointing
 from hpctrain.train.evaluation import check_agreed
 from hpctrain.train.extent import Extent
@@ -23,6 +24,7 @@ class RunEnd:
         health: Whether all is finite.
         checkpointing: Saves.
         after_step: Validates, and knows how the run is asked to stop.
+        callbacks: Are told.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class RunEnd:
         health: Health,
         checkpointing: Checkpointing,
         after_step: AfterStep,
+        callbacks: Callbacks,
     ) -> None:
         self._strategy = strategy
         self._world = strategy.world
@@ -41,6 +44,7 @@ class RunEnd:
         self._health = health
         self._checkpointing = checkpointing
         self._after_step = after_step
+        self._callbacks = callbacks
 
     def finish(self, optimizer: DistributedOptimizer) -> None:
         """After this rank's last step: have the world's parameters, validated and saved.
@@ -63,16 +67,17 @@ class RunEnd:
         self._after_step.tell(optimizer)
         if not self._extent.interrupted:
             self._health.check_end()
+        self._callbacks.tell("on_end")
         self._checkpointing.wait()
 
     def _agree_on_why(self) -> None:
-        """Whether the run was asked to stop, and some rank did so before its last step."""
-        interruption = self._after_step.interruption
-        heard = interruption is not None and interruption.heard()
-        told = torch.tensor([float(heard), float(not self._extent.complete)])
+        """Whether the run ended early, or was asked to stop and did so before its last step."""
+        counters = self._state.counters
+        heard, left = self._after_step.interruption.heard(), not self._extent.complete
+        told = torch.tensor([float(heard), float(left), float(counters.stopped_early)])
         self._world.comm.all_reduce(told)
-        stopped_early = self._state.counters.stopped_early
-        self._extent.interrupted = bool((told > 0).all()) and not stopped_early
+        counters.stopped_early = bool(told[2] > 0)
+        self._extent.interrupted = bool((told[:2] > 0).all()) and not counters.stopped_early
 
     def _conclude(self, optimizer: DistributedOptimizer) -> None:
         """Validate and save at the end, on rank 0, where it has done so alone."""
