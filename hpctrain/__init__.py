@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from hpctrain.optim.lamb import Lamb as Lamb
     from hpctrain.strategies import strategy as strategy
     from hpctrain.strategies.base import Strategy as Strategy
+    from hpctrain.tasks.callbacks.base import Callback as Callback
     from hpctrain.tasks.task import Task as Task
+    from hpctrain.train.loggers.base import Logger as Logger
     from hpctrain.train.loop import Trainer as Trainer
     from hpctrain.world.world import World as World
     from hpctrain.world.world import init as init
@@ -28,9 +30,11 @@ if TYPE_CHECKING:
 _PLACES = {
     "ArraySource": "hpctrain.data.source",
     "Batch": "hpctrain.data.batch",
+    "Callback": "hpctrain.tasks.callbacks.base",
     "Error": "hpctrain.errors",
     "Lamb": "hpctrain.optim.lamb",
     "Loader": "hpctrain.data.loader",
+    "Logger": "hpctrain.train.loggers.base",
     "PeerLost": "hpctrain.errors",
     "ShardSet": "hpctrain.data.shards",
     "Source": "hpctrain.data.source",

@@ -141,6 +141,12 @@ class TrainConfig(Section):
         description="With horovod: BatchNorm takes its statistics of the global batch instead of "
         "each rank's part of it.",
     )
+    callbacks: list[str] = Field(
+        [],
+        description="What is done besides at a run's events: ready ones (statistics, summary, "
+        "profiler, time-budget, samples) or `package.module:Class`, each with options: "
+        "`time-budget,minutes=50`.",
+    )
     deterministic: bool = Field(
         False, description="Refuse kernels whose result depends on timing (matters on GPUs)."
     )
@@ -201,10 +207,20 @@ class InterruptConfig(Section):
 
 
 class LogConfig(Section):
-    """What the recorder writes."""
+    """What is recorded of a run, and who takes it."""
 
     every_steps: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl.")
-    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    tensorboard: bool = Field(
+        True, description="Write TensorBoard event files, as if `loggers` named tensorboard."
+    )
+    loggers: list[str] = Field(
+        [],
+        description="What takes the records besides metrics.jsonl: csv, tensorboard, wandb, mlflow "
+        "or `package.module:Class`, each with options: `wandb,project=mine`.",
+    )
+    profile: bool = Field(
+        False, description="Trace a few steps by torch's profiler, on every rank."
+    )
     trace_samples: bool = Field(
         False,
         description="Write which samples each step consumed; `hpctrain trace RUN` checks that "

@@ -4,7 +4,7 @@ What a run folder holds::
 
     config.toml       the configuration as resolved
     metrics.jsonl     one line a record
-    tensorboard/      the same for TensorBoard
+    tensorboard/      the same for TensorBoard; other loggers and callbacks have files of their own
     checkpoints/      the newest few, and `best`
     result.json       written last, and only at success: its being there is the proof
     interrupted.json  instead of it, where the run was asked to stop before its end
@@ -46,8 +46,10 @@ from hpctrain.tasks.task import Task, load_task, make_task
 from hpctrain.train import compiler, gc_control
 from hpctrain.train.fingerprint import of_start, of_training
 from hpctrain.train.interruption import Interruption
+from hpctrain.train.loggers import loggers_of
+from hpctrain.train.loggers.jsonl import plain
 from hpctrain.train.loop import Trainer
-from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder, plain
+from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder
 from hpctrain.train.recovery import outlive
 from hpctrain.train.state import TrainState, parameters_sha256
 from hpctrain.world.agreement import compare
@@ -174,6 +176,7 @@ class _Run:
         self._trainer: Trainer | None = None
         self._recorder: Recorder | None = None
         self._interruption: Interruption | None = None
+        self._loggers = loggers_of(config.log.loggers, tensorboard=config.log.tensorboard)
         self._out = Path()
         self._lock: IO[str] | None = None
 
@@ -262,7 +265,9 @@ class _Run:
         if self._recorder is None or self._interruption is None:
             self._recorder = OnRankZero(
                 self._world,
-                lambda: RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard),
+                lambda: RunRecorder(
+                    out, trainer.steps, self._loggers, config.model_dump(mode="json")
+                ),
             )
             alone = self._how.newcomers and self._how.recovery is None
             every = config.log.every_steps if alone else None

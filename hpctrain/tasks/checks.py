@@ -61,7 +61,8 @@ _NO_MEAN = re.compile(
     re.IGNORECASE,
 )
 _OWN = (
-    "model", "loss", "data", "transform", "optimizer", "metrics", "predictions", "defaults",
+    "model", "loss", "data", "transform", "optimizer", "metrics", "predictions", "callbacks",
+    "defaults",
     "monitor", "mode", "gathers", "world",
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from hpctrain.data.stage import folder_of
 from hpctrain.errors import Error, nearest
 from hpctrain.optim.lamb import Lamb
 from hpctrain.registry import Registry
+from hpctrain.tasks.callbacks.base import Callback
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World
@@ -119,6 +120,10 @@ class Task:
         raise _undefined(
             self, "predictions(model, batch)", 'return tensors by name, such as {"preds": ...}.'
         )
+
+    def callbacks(self) -> Sequence[Callback]:
+        """What is done besides at the events of a run; ``--callback`` adds others."""
+        return ()
 
     def data(self, config: DataConfig) -> dict[str, Source]:
         """Samples by split: ``train``, and where there are some ``validation`` and ``test``.

@@ -66,6 +66,32 @@ def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain, compression):
     assert lost[0] == 0 and lost[-1] == (compression != "none")
 
 
+DIARY = """
+import os
+
+import hpctrain
+
+
+class Diary(hpctrain.Callback):
+    ranks = "all"
+
+    def on_step(self, run):
+        with open(f"told-{os.getpid()}", "a") as file:
+            file.write(f"{run.step} ")
+"""
+
+
+def test_callbacks_are_told_of_each_step_once(hpctrain):
+    (hpctrain.folder / "diary.py").write_text(DIARY)
+    more = ("--callback", "diary:Diary", *slow_until("lost", at=30))
+    trained(hpctrain, 3, "kill:rank=0@step=20", *more)
+    told = [list(map(int, path.read_text().split())) for path in hpctrain.folder.glob("told-*")]
+    whole = list(range(1, EPOCHS * 23 + 1))
+    assert len(told) == 3
+    assert sorted(told, key=len)[1:] == [whole, whole]
+    assert all(steps == whole[: len(steps)] for steps in told)
+
+
 def test_ranks_keep_their_part_of_a_batch(hpctrain):
     keep = ("--set", "elastic.batch=keep-local")
     result, _ = trained(hpctrain, 2, "kill:rank=1@step=60", *keep, *slow_until("lost"))

@@ -292,9 +292,7 @@ class Arrow(Import):
         import pyarrow.feather
 
         file = io.BytesIO()
-        table = pyarrow.table(
-            {"n": [1, 2, 3], "word": ["a", "b", "a"], "row": [[1.0], [], [2.0]]}
-        )
+        table = pyarrow.table({"n": [1, 2, 3], "word": ["a", "b", "a"], "row": [[1.0], [], [2.0]]})
         pyarrow.feather.write_feather(table, file, compression="uncompressed")
         return file.getvalue()
 
