@@ -54,11 +54,12 @@ class Command:
 
     def each(self, lists):
         """Run each list of arguments on one rank, in less time than so many commands take."""
+        lists = list(lists)
         done = run(
             [sys.executable, "-m", "tests.e2e.forks", json.dumps([[*map(str, a)] for a in lists])],
             timeout_seconds=SECONDS,
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         )
         assert done.returncode == 0, done.stdout
         return [
