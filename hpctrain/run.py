@@ -14,10 +14,11 @@ What a run folder holds::
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +56,7 @@ from hpctrain.train.state import TrainState, parameters_sha256
 from hpctrain.world.agreement import compare
 from hpctrain.world.broadcast import broadcast_json
 from hpctrain.world.failure_record import FOLDER
+from hpctrain.world.launcher import detect
 from hpctrain.world.world import World, init
 
 CHECKPOINTS = "checkpoints"
@@ -435,3 +437,57 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def fit(
+    task: type[Task] | str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+) -> Path:
+    """Train a task from a notebook or a script; `hpctrain train` in a function.
+
+    In a script that a launcher starts, every rank calls it.
+
+    >>> import hpctrain, tempfile
+    >>> from hpctrain.tasks.digits import Digits
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = hpctrain.fit(Digits, {"train.steps": 3}, out=folder + "/run")
+    ...     model = hpctrain.load(run)
+    hpctrain.tasks.digits:Digits: single on 1 rank, cpu, step 0 of 3, in ...
+
+    Args:
+        task: The class, which may be defined in a notebook's cell, or what `hpctrain train` takes.
+        settings: Keys of `hpctrain config`, such as ``{"train.epochs": 3}``.
+        out: The run folder; None: a new one in ``runs/``.
+        resume: Whether to go on from the newest good checkpoint in ``out``.
+
+    Returns:
+        The run folder, which :func:`hpctrain.load` reads.
+
+    Raises:
+        Error: A setting is wrong, or what the task gives; the class is defined within a function;
+            several ranks were not told which folder.
+    """
+    if out is None and detect().size > 1:
+        raise Error("several ranks train into one folder.", hint="fit(..., out=DIR).")
+    if isinstance(task, type):
+        if "<locals>" in task.__qualname__:
+            raise Error(
+                f"task {task.__name__} is defined within a function.",
+                hint="define it at the top of a module or of a notebook's cell.",
+            )
+        task = f"{task.__module__}:{task.__qualname__}"
+    given: Layer = {"task": task, "out": str(out or new_folder(task))}
+    if resume:
+        given["resume"] = "auto"
+    for name, value in (settings or {}).items():
+        put(given, name, value)
+    config = configure([("fit()", given)])
+    try:
+        run(config, print)
+    finally:
+        gc.unfreeze()  # what a run leaves behind is not the whole process's, as it is otherwise
+    assert config.out is not None
+    return config.out
