@@ -85,7 +85,7 @@ def _last(layers: list[tuple[str, Layer]], key: str) -> Any:
 
 
 def _kind(strategy: str, layers: list[tuple[str, Layer]]) -> type[RunConfig]:
-    """Of the configuration: with the section of the strategy's knobs."""
+    """Return the configuration's class: with the section of the strategy's knobs."""
     kind = RunConfig
     if strategy != "auto" and strategy not in RunConfig.model_fields:
         chosen = strategy_class(strategy)
@@ -183,7 +183,7 @@ class _Run:
         self._lock: IO[str] | None = None
 
     def work(self) -> int:
-        """The exit code."""
+        """Do the run, and return the exit code."""
         how = self._how
         joins = how.joined is not None
         if how.joined is not None:

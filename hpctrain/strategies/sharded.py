@@ -345,7 +345,7 @@ class ShardedOptimizer(HorovodOptimizer):
             place += 1
 
     def _packed_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups, with its parameters by number."""
+        """Return the optimizer's groups, with its parameters by number."""
         packed, start = [], 0
         for group, members in zip(self.inner.param_groups, self._groups, strict=True):
             options = {name: value for name, value in group.items() if name != "params"}
