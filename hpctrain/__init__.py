@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from hpctrain.data.shards import ShardSet as ShardSet
     from hpctrain.data.source import ArraySource as ArraySource
     from hpctrain.data.source import Source as Source
+    from hpctrain.data.windows import Windows as Windows
     from hpctrain.errors import Error as Error
     from hpctrain.errors import PeerLost as PeerLost
+    from hpctrain.inference.trained_model import load as load
     from hpctrain.optim.lamb import Lamb as Lamb
     from hpctrain.strategies import strategy as strategy
     from hpctrain.strategies.base import Strategy as Strategy
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from hpctrain.tasks.task import Task as Task
     from hpctrain.train.loggers.base import Logger as Logger
     from hpctrain.train.loop import Trainer as Trainer
-    from hpctrain.trained_model import load as load
     from hpctrain.world.world import World as World
     from hpctrain.world.world import init as init
 
@@ -40,9 +41,10 @@ _PLACES = {
     "Strategy": "hpctrain.strategies.base",
     "Task": "hpctrain.tasks.task",
     "Trainer": "hpctrain.train.loop",
+    "Windows": "hpctrain.data.windows",
     "World": "hpctrain.world.world",
     "init": "hpctrain.world.world",
-    "load": "hpctrain.trained_model",
+    "load": "hpctrain.inference.trained_model",
     "strategy": "hpctrain.strategies",
 }
 __all__ = ["__version__", *_PLACES]

@@ -89,7 +89,7 @@ def cli() -> None:
     "--on-bad-shard", metavar="stop|skip", help="skip: go on without unreadable shards' samples."
 )
 @click.option("--seed", metavar="N", help="Start values, sample order, augmentation.")
-@click.option("--dtype", metavar="TYPE", help="float32, float64, or bf16 (autocast).")
+@click.option("--dtype", metavar="TYPE", help="float32, float64, or bf16 or fp16 (autocast).")
 @click.option("--world-size", metavar="N", help="Ranks there must be; any other world is refused.")
 @click.option(
     "--resume", metavar="auto|PATH", help="Newest good checkpoint of --out, if any; or a path."

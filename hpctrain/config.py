@@ -106,11 +106,17 @@ class TrainConfig(Section):
     accumulate: int = Field(
         1, ge=1, description="Passes in which each rank takes its part of a batch (saves memory)."
     )
-    dtype: Literal["float32", "float64", "bf16"] = Field(
+    dtype: Literal["float32", "float64", "bf16", "fp16"] = Field(
         "float32",
         description="Arithmetic. `float64` makes float32 parameters, buffers and samples float64 "
-        "(complex64: complex128); `bf16` keeps float32 and computes under autocast. What the "
-        "task makes of other types stays.",
+        "(complex64: complex128); `bf16` and `fp16` keep float32 and compute under autocast, "
+        "`fp16` with losses scaled up. What the task makes of other types stays.",
+    )
+    loss_scale: float = Field(
+        65536.0,
+        ge=1,
+        description="With `fp16`, what losses are multiplied by at first. A gradient that is not "
+        "finite halves it, and its step is left out; 2,000 good steps double it.",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="Largest 2-norm of the whole gradient; larger ones are scaled down."

@@ -1,4 +1,4 @@
-"""Named classes that users choose from, and add to: one idiom for strategies, tasks and the like.
+"""Registries of named classes that users choose from and add to: strategies, tasks, importers.
 
 A name is one of hpctrain's own, or of a package that is installed and declares it as an entry point
 (https://packaging.python.org/en/latest/specifications/entry-points/). Without either,

@@ -61,7 +61,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def configure(layers: list[tuple[str, Layer]]) -> RunConfig:
-    """The configuration that layers give, over the defaults of the task they choose.
+    """Resolve a run's configuration: the layers given, over the defaults of the task they choose.
 
     Raises:
         Error: The task cannot be loaded, or a key or value is wrong.

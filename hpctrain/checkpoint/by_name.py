@@ -40,7 +40,7 @@ def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Have an optimizer go on from a state by name; of groups, only settings are taken over.
+    """Load an optimizer's state that is kept by name; of groups, only settings are taken over.
 
     Args:
         model: Whose parameters they are.

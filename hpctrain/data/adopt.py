@@ -1,4 +1,4 @@
-"""Taking existing HDF5 files as a shard set where they are: an index is written, nothing copied."""
+"""Adopt existing HDF5 files as a shard set where they are: an index is written, nothing copied."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def look(
     fields: tuple[str, ...] = (),
     names_tell_splits: bool = True,
 ) -> list[str]:
-    """The summary of HDF5 files: the lines that adopting them would begin with. Nothing is written.
+    """Return the summary of HDF5 files that adopting them would begin with; nothing is written.
 
     Args:
         sources: As of :func:`adopt`.

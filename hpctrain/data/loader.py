@@ -1,4 +1,4 @@
-"""Batches as torch tensors: each rank's part of each global batch, in the epoch order."""
+"""Load batches as torch tensors: each rank's part of each global batch, in the epoch order."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ class Loader:
 
     Raises:
         Error: The source is empty; while iterating, also that every sample of an epoch is lost.
+
+    Example:
+        >>> loader = Loader({"x": np.arange(6)}, 4, shuffle=False)
+        >>> [batch["x"].tolist() for batch in loader]
+        [[0, 1, 2, 3], [4, 5]]
+        >>> loader.epoch
+        1
+        >>> loader.close()
     """
 
     def __init__(
@@ -110,7 +118,7 @@ class Loader:
 
     @property
     def samples(self) -> int:
-        """Samples in an epoch."""
+        """How many samples an epoch has."""
         return self._order().samples
 
     @property
@@ -165,7 +173,7 @@ class Loader:
         return self._ahead
 
     def close(self) -> None:
-        """End the background work; it begins again when the loader is iterated."""
+        """Stop prefetching; it begins again when the loader is iterated."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -175,7 +183,7 @@ class Loader:
             self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts: plain values, for JSON."""
+        """Return where the next batch starts: plain values, for JSON."""
         place = {"epoch": self.epoch, "cursor": self.cursor, "lanes": self._lanes}
         return {**place, "order": self._order_version, **self._identity()}
 

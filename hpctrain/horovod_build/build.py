@@ -56,7 +56,7 @@ def build(*, gpu: bool = False, rebuild: bool = False) -> None:
 
 
 def launches() -> dict[str, list[str]]:
-    """Commands that prove Horovod over two ranks, by the controller they use."""
+    """Return the commands that prove Horovod over two ranks, by the controller they use."""
     program = [sys.executable, "-m", "hpctrain.horovod_build.prove"]
     gloo = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", "2"]
     return {"MPI": [*mpirun(2), *program], "Gloo": [*gloo, *program]}

@@ -1,4 +1,4 @@
-"""What the installed Horovod was built with, and what is wrong with it."""
+"""Check the installed Horovod: what it was built with, and what is wrong with it."""
 
 from __future__ import annotations
 

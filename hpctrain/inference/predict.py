@@ -1,4 +1,4 @@
-"""What a trained model predicts of each sample of a split, as an HDF5 file."""
+"""Predict: write what a trained model gives for each sample of a split to an HDF5 file."""
 
 from __future__ import annotations
 

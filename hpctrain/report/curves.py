@@ -1,4 +1,4 @@
-"""The curves of runs: metrics, learning rate, throughput, waiting, staleness, ranks, and events."""
+"""Plot runs: metrics, learning rate, throughput, waiting, staleness, ranks, and events."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Value = Callable[[Record], Any]
 
 
 def learning(runs: Sequence[Run]) -> Section:
-    """Each metric over steps and, of several runs, over time; and the learning rate."""
+    """Return plots of metrics over steps and, of several runs, over time; and the learning rate."""
     found = Section("Learning")
     kinds = ("train", "validation")
     names = dict.fromkeys(
@@ -73,7 +73,7 @@ def _metric(runs: Sequence[Run], name: str, x: str) -> list[Plot]:
 
 
 def speed(runs: Sequence[Run]) -> Section:
-    """Throughput, waiting for input, and gradients' way."""
+    """Return the plots of throughput, waiting for input, and the exchange of gradients."""
     found = Section("Speed")
     marks = _marks(runs)
     about = (
@@ -94,7 +94,7 @@ def speed(runs: Sequence[Run]) -> Section:
 
 
 def parts(runs: Sequence[Run]) -> list[Figure]:
-    """Where the time of a step goes: the median over a run's lines, but for the first."""
+    """Plot where the time of a step goes: the median over a run's lines, but for the first."""
     found = {}
     for run in runs:
         lines = run.of("timing")
@@ -117,7 +117,7 @@ def parts(runs: Sequence[Run]) -> list[Figure]:
 
 
 def exchange(runs: Sequence[Run]) -> Section:
-    """What runs record of the exchange of gradients: bytes; of a parameter server also lateness."""
+    """Return the plots of bytes exchanged; of a parameter server also staleness and delay."""
     found = Section("Exchange")
     found.text.append("Bytes of all ranks together, with headers left out.")
     if any("staleness_mean" in record for run in runs for record in run.of("exchange")):
@@ -179,7 +179,7 @@ def _histogram(runs: Sequence[Run], name: str, unit: str) -> list[Plot]:
 
 
 def changes(runs: Sequence[Run]) -> Section:
-    """Ranks over steps, and each change with how long its step took."""
+    """Return the plots of ranks over steps, and each change with how long its step took."""
     found = Section("Ranks lost and joined")
     rows = []
     for run in runs:

@@ -313,7 +313,7 @@ class AveragingOptimizer(DistributedOptimizer):
     # A step.
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
+        """Accumulate gradients within this: ``backward()`` only adds to the local ones."""
         return contextlib.nullcontext() if self._gradients is None else self._gradients.no_sync()
 
     @torch.no_grad()
@@ -333,7 +333,7 @@ class AveragingOptimizer(DistributedOptimizer):
                         parameter.grad.div_(self.weight)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, and the exchange of them."""
         self._own = False
         if self._gradients is not None:
             self._gradients.forget_average()
@@ -607,7 +607,7 @@ class AveragingOptimizer(DistributedOptimizer):
             fragment.anchor = fragment.flats.read()
 
     def statistics(self) -> dict[str, Any]:
-        """Rounds that ended since the last time, and the bytes that all ranks sent for them."""
+        """Return the rounds that ended since the last time, and the bytes sent for them."""
         values = {"rounds": self._rounds, "moved_bytes": self._moved_bytes}
         self._rounds = self._moved_bytes = 0
         return values if self._fragments else {}
@@ -656,7 +656,13 @@ class Averaging(HorovodEngine):
         *,
         clip_norm: float | None = None,
     ) -> AveragingOptimizer:
-        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer."""
+        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer.
+
+        Args:
+            model: To be trained; overwritten by rank 0's.
+            optimizer: Of its parameters; its state is overwritten by rank 0's.
+            clip_norm: Largest norm of this rank's own gradient; None: no clipping.
+        """
         check_trainable(optimizer)
         check_shareable(model, optimizer)
         check_alike(self.world.comm, model, optimizer)

@@ -82,6 +82,21 @@ class Task:
         """
         raise _undefined(self, "loss(model, batch)", "return the mean loss over the batch.")
 
+    def weight(self, batch: Batch) -> float | torch.Tensor:
+        """Return what a batch counts for in means over batches: by default, its samples.
+
+        Override it where ``loss`` is a mean over something else, such as targets that are not
+        padding: then return their number. The gradient, and what is logged, is the mean over all of
+        the global batch's, however they are divided over ranks and passes.
+
+        Args:
+            batch: As for ``loss``, on the CPU; it may have no samples.
+
+        Returns:
+            A number of at least 0.
+        """
+        return batch.samples
+
     def metrics(self) -> Mapping[str, Any]:
         """Metrics of a whole set by name, such as AUC or F1, that are no means over samples.
 

@@ -13,6 +13,7 @@ from hpctrain.train.evaluation import Evaluation, check_agreed
 from hpctrain.train.extent import Extent
 from hpctrain.train.interruption import Interruption
 from hpctrain.train.membership_log import MembershipLog
+from hpctrain.train.metrics import Computed
 from hpctrain.train.model_setup import UnusedParameters
 from hpctrain.train.nonfinite import Health
 from hpctrain.train.recorder import Recorder, Silent
@@ -99,7 +100,7 @@ class AfterStep:
         self._regroups = False
         self.interruption.restart(newest)
 
-    def count(self, computed: list[tuple[dict[str, Any], int]]) -> None:
+    def count(self, computed: list[Computed]) -> None:
         """A step is done: what was computed in it counts, and what was logged before is over.
 
         Args:

@@ -10,7 +10,7 @@ import torch
 from hpctrain.config import RunConfig
 from hpctrain.data.loader import Loader
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy, having
-from hpctrain.tasks.checks import no_means
+from hpctrain.tasks.checks import checked_weight, no_means
 from hpctrain.tasks.task import Task
 from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.model_setup import evaluating
@@ -105,7 +105,7 @@ class Evaluation:
             for part in batch.split(self._config.train.accumulate, empty=self._task.gathers):
                 means = self._step.loss(model, part, training=False)[1]
                 if part.samples:
-                    meter.add(means, part.samples)
+                    meter.add(means, checked_weight(self._task, part))
                 self._of_set.add(model, part)
             self._of_set.gather(comm)
         known = self._metrics.names

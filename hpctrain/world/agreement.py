@@ -1,4 +1,4 @@
-"""Whether all ranks mean the same: by what the result is decided, and the parameters it came to.
+"""Check that all ranks agree on what decides the result, and on the parameters they came to.
 
 Both are questions of one small sum over ranks as long as the answer is yes. Only where it is no,
 ranks tell each other more, to find out what differs, and who differs.
@@ -112,6 +112,10 @@ def checksum(tensor: torch.Tensor) -> int:
 
     It is a weighted sum of the bytes taken as integers, so NaNs are compared by their bits, and
     strides do not count.
+
+    Example:
+        >>> checksum(torch.tensor([0.0])) == checksum(torch.tensor([-0.0]))  # other bits
+        False
     """
     sums = _weigh([_columns(part) for part in _parts(tensor.detach())])
     # Each part has its place among the others.

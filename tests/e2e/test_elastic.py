@@ -75,7 +75,9 @@ def test_losses(hpctrain, plan, left):
     assert all(steps == whole[: len(steps)] for steps in told)
 
 
-@pytest.mark.parametrize("compression", ["none", "powersgd:2"])
+@pytest.mark.parametrize(
+    "compression", ["none", pytest.param("powersgd:2", marks=pytest.mark.long)]
+)
 def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain, compression):
     """With compression, what the lost one had not sent yet is lost, and said to be."""
     more = ("--set", "elastic.workers=2", "--set", f"horovod.compression={compression}")

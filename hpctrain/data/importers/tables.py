@@ -1,7 +1,8 @@
-"""Tables: Parquet, CSV, JSON Lines; one file or a folder of them. Columns are fields, rows samples.
+"""Import tables: Parquet, Arrow, CSV, JSON Lines; a file or a folder.
 
-Numbers and booleans stay what they are; text becomes its UTF-8 bytes (ragged), unless it is the
-column of classes, which becomes their numbers; lists become rows of fixed or of varying length.
+Columns are fields, rows samples. Numbers and booleans stay what they are; text becomes its UTF-8
+bytes (ragged), unless it is the column of classes, which becomes their numbers; lists become rows
+of fixed or of varying length.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hpctrain.data.importers import delimited, json_lines
+from hpctrain.data.importers import arrow_files, delimited, json_lines
 from hpctrain.data.importers.columns import (
     column_of,
     counts_classes,
@@ -34,14 +35,14 @@ from hpctrain.errors import Error
 
 DELIMITED = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-TABLES = (".parquet", *DELIMITED, *JSON_LINES)
+TABLES = (".parquet", *arrow_files.SUFFIXES, *DELIMITED, *JSON_LINES)
 BATCH_ROWS = 65_536
 MOST_ROWS_A_BYTE = 2**13
 """Of a Parquet file: columns of one value take few bytes, but a damaged file may claim anything."""
 
 
 class Tables(Importer):
-    """One table, in one file or several."""
+    """An importer of one table, in one file or several."""
 
     what = "rows"
 
@@ -164,7 +165,12 @@ class Tables(Importer):
         return lengths, classes
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
-        """Batch by batch; of Parquet only the row groups that hold what is wanted."""
+        """Yield the samples of these numbers; of Parquet only the row groups with some are read.
+
+        Args:
+            survey: As found.
+            items: Numbers of rows, rising.
+        """
         schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(survey.details["schema"])))
         files = [self.path / name for name in survey.details["names"]]
         first = 0
@@ -206,6 +212,8 @@ class Tables(Importer):
             cut = self._dialect(file)
             with reading(file, pa.ArrowException, ValueError), cut.open(file, None, None) as table:
                 return table.schema
+        if _is_arrow(file):
+            return arrow_files.schema(file)
         schemas = [batch.schema for batch in json_lines.batches(file)]
         return _unified(schemas, file) if schemas else pa.schema([])
 
@@ -235,7 +243,7 @@ class Tables(Importer):
         """The schema of all files that say their types; those of JSON may be widened."""
         chosen = [pa.schema([schema.field(name) for name in names]) for schema in schemas]
         for file, schema in zip(self._files, chosen, strict=True):
-            for name in names if _is_parquet(file) else ():
+            for name in names if _is_parquet(file) or _is_arrow(file) else ():
                 if schema.field(name).type != chosen[0].field(name).type:
                     raise Error(
                         f"column {name} of {file} is of type {schema.field(name).type}, that of "
@@ -254,6 +262,8 @@ class Tables(Importer):
         if _is_delimited(file):
             kinds = {field.name: field.type for field in schema}
             found = delimited.batches(file, self._dialect(file), kinds, names)
+        elif _is_arrow(file):
+            found = (batch.select(names) for batch in arrow_files.batches(file))
         else:
             found = (
                 batch
@@ -283,6 +293,10 @@ def _is_parquet(file: Path) -> bool:
     return file.name.lower().endswith(".parquet")
 
 
+def _is_arrow(file: Path) -> bool:
+    return file.name.lower().endswith(arrow_files.SUFFIXES)
+
+
 def _is_delimited(file: Path) -> bool:
     return file.name.lower().endswith(DELIMITED)
 
@@ -300,7 +314,8 @@ def _extent(file: Path, schema: Any) -> tuple[int, int, dict[str, int]]:
     lacking: Counter[str] = Counter()
     if not _is_parquet(file):
         rows = size = 0
-        for table in json_lines.batches(file, schema):
+        tables = arrow_files.batches(file) if _is_arrow(file) else json_lines.batches(file, schema)
+        for table in tables:
             rows += table.num_rows
             size += table.nbytes
             lacking.update({name: table[name].null_count for name in schema.names})

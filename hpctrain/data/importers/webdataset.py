@@ -1,4 +1,4 @@
-"""WebDataset tars: the members of a sample stand side by side, named alike up to the first dot.
+"""Import WebDataset tars: a sample's members stand side by side, named alike up to the first dot.
 
 ``0001.jpg``, ``0001.cls`` and ``0001.json`` are one sample.
 https://github.com/webdataset/webdataset#the-webdataset-format
@@ -71,7 +71,7 @@ def _is_array(field: str) -> bool:
 
 
 class WebDataset(Importer):
-    """One tar, or a folder of them, whose names may tell their split (``train-0001.tar``)."""
+    """An importer of one tar, or a folder of them, whose names may tell their split."""
 
     def _names(self) -> list[str]:
         if not self.path.is_dir():
@@ -203,7 +203,12 @@ class WebDataset(Importer):
                 yield {name: (where, data) for _, name, where, data in sample}
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
-        """In one pass."""
+        """Yield the samples of these numbers, in one pass over each tar.
+
+        Args:
+            survey: As found.
+            items: Numbers of samples, rising.
+        """
         samples = self._samples(survey.details, items)
         rows = batch_rows(survey)
         while batch := list(islice(samples, rows)):
