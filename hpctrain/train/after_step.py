@@ -207,8 +207,9 @@ class AfterStep:
         interruption, counters = self.interruption, self._state.counters
         ends = self._callbacks.ends
         if not self._strategy.agreement.in_step:
+            if ends:
+                self._stop_early(ends)
             if ends or interruption.noticed():
-                counters.stopped_early = counters.stopped_early or bool(ends)
                 self._world.comm.stop()
             return
         recovery = self._strategy.recovery
@@ -216,11 +217,15 @@ class AfterStep:
         look = interruption.look(self._world.comm, counters.step, waiting, ends=bool(ends))
         self._regroups = look.waiting
         if look.ends and not self._extent.finished:
-            counters.stopped_early = True
-            why = ends or "a callback of another rank asked for it"
-            self.recorder.say(f"stopped early at step {counters.step}: {why}")
+            self._stop_early(ends or "a callback of another rank asked for it")
         if look.stop and not self._extent.finished:
             self._extent.interrupted = True
+
+    def _stop_early(self, why: str) -> None:
+        counters = self._state.counters
+        if not counters.stopped_early:
+            counters.stopped_early = True
+            self.recorder.say(f"stopped early at step {counters.step}: {why}")
 
     def _succeed(self) -> None:
         """Rank 0 is lost, and this is now: what it alone knew is in its last checkpoint."""

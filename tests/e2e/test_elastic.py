@@ -36,36 +36,6 @@ def sizes(result):
     return [change["size"] for change in result["world"]]
 
 
-@pytest.mark.parametrize(
-    ("plan", "left"),
-    [
-        ("kill:rank=0@step=40 kill:rank=2@step=40+0.02", 2),  # the second while it recovers
-        ("kill:rank=3@step=10 kill:rank=1@step=50 stop:rank=0@step=90", 1),
-    ],
-)
-def test_losses(hpctrain, plan, left):
-    losses = plan.count("rank")
-    result, outcome = trained(hpctrain, 4, plan, *slow_until("lost", losses, at=100))
-    assert sizes(result)[-1] == left
-    assert result["steps"] == EPOCHS * 23
-    assert result["metrics"]["final"]["val_accuracy"] > 0.97
-    assert len(outcome["faults"]) == losses == len(outcome["recovery_ms"])
-
-
-@pytest.mark.parametrize(
-    "compression", ["none", pytest.param("powersgd:2", marks=pytest.mark.long)]
-)
-def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain, compression):
-    """With compression, what the lost one had not sent yet is lost, and said to be."""
-    more = ("--set", "elastic.workers=2", "--set", f"horovod.compression={compression}")
-    result, _ = trained(hpctrain, 2, "kill:rank=0@step=20", *more, *slow_until("joined", at=30))
-    assert sizes(result) == [2, 1, 2]
-    lines = (hpctrain.folder / "run" / "metrics.jsonl").read_text().splitlines()
-    exchanges = [r for r in map(json.loads, lines) if r["kind"] == "exchange"]
-    lost = [r.get("residuals_lost", 0) for r in exchanges]
-    assert lost[0] == 0 and lost[-1] == (compression != "none")
-
-
 DIARY = """
 import os
 
@@ -81,15 +51,42 @@ class Diary(hpctrain.Callback):
 """
 
 
-def test_callbacks_are_told_of_each_step_once(hpctrain):
+@pytest.mark.parametrize(
+    ("plan", "left"),
+    [
+        ("kill:rank=0@step=40 kill:rank=2@step=40+0.02", 2),  # the second while it recovers
+        ("kill:rank=3@step=10 kill:rank=1@step=50 stop:rank=0@step=90", 1),
+    ],
+)
+def test_losses(hpctrain, plan, left):
+    """The ranks that are left go on, and their callbacks are told of each step once."""
     (hpctrain.folder / "diary.py").write_text(DIARY)
-    more = ("--callback", "diary:Diary", *slow_until("lost", at=30))
-    trained(hpctrain, 3, "kill:rank=0@step=20", *more)
+    losses = plan.count("rank")
+    more = ("--callback", "diary:Diary", *slow_until("lost", losses, at=100))
+    result, outcome = trained(hpctrain, 4, plan, *more)
+    assert sizes(result)[-1] == left
+    assert result["steps"] == EPOCHS * 23
+    assert result["metrics"]["final"]["val_accuracy"] > 0.97
+    assert len(outcome["faults"]) == losses == len(outcome["recovery_ms"])
     told = [list(map(int, path.read_text().split())) for path in hpctrain.folder.glob("told-*")]
     whole = list(range(1, EPOCHS * 23 + 1))
-    assert len(told) == 3
-    assert sorted(told, key=len)[1:] == [whole, whole]
+    assert len(told) == 4
+    assert sorted(told, key=len)[-left:] == left * [whole]
     assert all(steps == whole[: len(steps)] for steps in told)
+
+
+@pytest.mark.parametrize(
+    "compression", ["none", pytest.param("powersgd:2", marks=pytest.mark.long)]
+)
+def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain, compression):
+    """With compression, what the lost one had not sent yet is lost, and said to be."""
+    more = ("--set", "elastic.workers=2", "--set", f"horovod.compression={compression}")
+    result, _ = trained(hpctrain, 2, "kill:rank=0@step=20", *more, *slow_until("joined", at=30))
+    assert sizes(result) == [2, 1, 2]
+    lines = (hpctrain.folder / "run" / "metrics.jsonl").read_text().splitlines()
+    exchanges = [r for r in map(json.loads, lines) if r["kind"] == "exchange"]
+    lost = [r.get("residuals_lost", 0) for r in exchanges]
+    assert lost[0] == 0 and lost[-1] == (compression != "none")
 
 
 def test_ranks_keep_their_part_of_a_batch(hpctrain):
