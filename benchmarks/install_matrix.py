@@ -210,7 +210,7 @@ def interpreter(version: str) -> str:
 
 
 def copy(place: Path) -> None:
-    """What a cell is installed from, and, where no `hpctrain` lies beside them, tests and examples."""
+    """What a cell is installed from; tests and examples, where no `hpctrain` lies beside them."""
     ignore = shutil.ignore_patterns(*NOT_COPIED)
     shutil.copytree(ROOT, place / "source", symlinks=True, ignore=ignore)
     for folder in ("tests", "examples"):

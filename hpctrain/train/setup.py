@@ -25,6 +25,7 @@ from hpctrain.tasks.checks import (
 )
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, TaskTransform
+from hpctrain.train.block_setup import set_up_blocks
 from hpctrain.train.model_setup import averaged, prepared
 from hpctrain.train.state import TrainState
 from hpctrain.train.sync_batchnorm import has_batchnorm, synchronize_batchnorm
@@ -74,6 +75,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     model = prepared(model_of(task, world.size), world.device, config.train.dtype)
     if config.train.sync_batchnorm:
         synchronize_batchnorm(model, world)
+    set_up_blocks(config.train, model, task)
     optimizer = optimizer_of(task, model, read)
     scale = peak_scale(config.optimizer, config.train.batch_size)
     loader = Loader(
