@@ -14,10 +14,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hpctrain.config import ElasticConfig, Section
+from hpctrain.config import ElasticConfig, RunConfig, Section
+from hpctrain.data.batch import Batch
 from hpctrain.elastic.choose import Choice
 from hpctrain.elastic.membership import Meeting, Membership, Progress
 from hpctrain.errors import Error
+from hpctrain.mesh.passes import Computed, Passes
+from hpctrain.world.agreement import check_tensors
 from hpctrain.world.world import World
 
 
@@ -119,6 +122,32 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r})"
+
+    def forward_backward(self, passes: Passes, model: nn.Module, batch: Batch) -> list[Computed]:
+        """Compute a pass's gradients, and add them to those of the passes before.
+
+        Args:
+            passes: Gives the loss.
+            model: What is trained.
+            batch: This rank's samples; maybe none.
+
+        Returns:
+            Means over samples of this rank's, to be recorded.
+        """
+        loss, means = passes.loss(model, batch, training=True)
+        (loss * batch.weight).backward()
+        return [(means, batch.samples)] if batch.samples else []
+
+    def evaluate(self, passes: Passes, model: nn.Module, batch: Batch) -> list[Computed]:
+        """Compute means over a batch, without gradients.
+
+        Args:
+            passes: Gives the loss.
+            model: In evaluation mode: the one that is trained, or its average.
+            batch: This rank's samples; maybe none.
+        """
+        means = passes.loss(model, batch, training=False)[1]
+        return [(means, batch.samples)] if batch.samples else []
 
     def synchronize(self) -> None:
         """Make the gradients the world's average; called by ``step()``, or before by the user."""
@@ -251,6 +280,8 @@ class Strategy(ABC):
         name: What it is called, and the section of the configuration that holds its knobs.
         Config: The class of that section.
         agreement: When all ranks have the same parameters.
+        joint_passes: Whether ranks exchange within forward and backward passes, so that each comes
+            to each of them, with no samples if need be.
         averages_gradients: Whether each rank knows the world's gradient before the update, and all
             ranks come to each forward and backward pass together. What needs that is refused
             elsewhere: ``train.nonfinite=skip``, ``train.sync_batchnorm``.
@@ -259,6 +290,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[Section]] = Section
+    joint_passes: ClassVar[bool] = False
     averages_gradients: ClassVar[bool] = True
     agreement: Agreement = Agreement.ALWAYS
     fault_tolerance: Choice | None = None
@@ -275,6 +307,17 @@ class Strategy(ABC):
         self.config: Any = config if config is not None else self.Config()
         self.timeout_seconds = timeout_seconds
 
+    def prepare(self, config: RunConfig, task: Any) -> None:
+        """Learn what is to be trained, and refuse what cannot be; called before a model is made.
+
+        Args:
+            config: Of the run.
+            task: The user's side.
+
+        Raises:
+            Error: The first thing that this strategy cannot do.
+        """
+
     @abstractmethod
     def wrap(
         self,
@@ -290,6 +333,22 @@ class Strategy(ABC):
             optimizer: Of its parameters.
             clip_norm: Largest 2-norm of the gradient that parameters are updated by, or None.
         """
+
+    @property
+    def replicates(self) -> bool:
+        """Whether every rank holds the whole model; else ``world_parameters()`` has it on rank 0."""
+        return True
+
+    def check_parameters(self, model: nn.Module) -> None:
+        """Refuse ranks that say that they always agree, and do not; every rank calls this.
+
+        Args:
+            model: What is trained.
+
+        Raises:
+            Error: The first parameter that differs, and whose it is.
+        """
+        check_tensors(self.world.comm, model.named_parameters())
 
     @property
     def recovery(self) -> Recovery | None:

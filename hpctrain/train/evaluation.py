@@ -58,7 +58,7 @@ class Evaluation:
     def takes_part(self) -> bool:
         """Whether this rank validates: all do together, or where nobody waits, rank 0 alone."""
         together = self._strategy.agreement.in_step
-        return self._loader is not None and (together or self._strategy.world.rank == 0)
+        return self._loader is not None and (together or self._strategy.world.leads)
 
     def validate(
         self,
@@ -81,18 +81,18 @@ class Evaluation:
         in_step = self._strategy.agreement.in_step
         comm = world.comm if in_step else Alone()
         prepare()
+        together = self._task.gathers or self._strategy.joint_passes
         model = self._state.model if self._state.ema is None else self._state.ema
-        loader.world.comm = Even(world.comm) if in_step else Alone()
+        loader.world.comm = Even(comm, world.rank, world.size) if in_step else Alone()
         loader.epoch = loader.cursor = 0
         meter.clear()
         self._of_set.reset()
         parameters = agreed_parameters(self._strategy, optimizer, self._state)
         with evaluating(model), torch.no_grad(), having(parameters):
             for batch in loader:
-                for part in batch.split(self._config.train.accumulate, empty=self._task.gathers):
-                    means = self._step.loss(model, part, training=False)[1]
-                    if part.samples:
-                        meter.add(means, part.samples)
+                for part in batch.split(self._config.train.accumulate, empty=together):
+                    for means, samples in optimizer.evaluate(self._step, model, part):
+                        meter.add(means, samples)
                     self._of_set.add(model, part)
                 self._of_set.gather(comm)
         known = self._metrics.names
@@ -151,15 +151,14 @@ def check_agreed(
     Raises:
         Error: The first parameter that differs.
     """
+    if strategy.agreement is Agreement.ALWAYS:
+        strategy.check_parameters(state.model)
+        return
     named = state.model.named_parameters()
     given = parameters or {}
-    values = [(name, given.get(parameter, parameter)) for name, parameter in named]
-    if strategy.agreement is Agreement.ALWAYS:
-        check_tensors(strategy.world.comm, values)
-    else:
-        check_tensors(
-            strategy.world.comm,
-            values,
-            hint=f"world_parameters() and finish() of strategy '{strategy.name}' must give every "
-            "rank the same bits.",
-        )
+    check_tensors(
+        strategy.world.comm,
+        [(name, given.get(parameter, parameter)) for name, parameter in named],
+        hint=f"world_parameters() and finish() of strategy '{strategy.name}' must give every "
+        "rank the same bits.",
+    )

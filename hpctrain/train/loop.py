@@ -45,7 +45,7 @@ from hpctrain.train.rejoin import Rejoin, skip
 from hpctrain.train.run_metrics import RunMetrics
 from hpctrain.train.sample_trace import SampleTrace
 from hpctrain.train.setup import join_world, set_up
-from hpctrain.train.state import Counters
+from hpctrain.train.state import Counters, parameters_sha256
 from hpctrain.train.step import TrainStep
 from hpctrain.train.step_timer import StepTimer
 
@@ -122,6 +122,12 @@ class Trainer:
     def epochs(self) -> float:
         """Passes over the data done so far; whole at the end of an epoch."""
         return self._loader.epoch + self._loader.cursor / self._loader.samples
+
+    def parameters_sha256(self) -> str:
+        """Return a hash of the parameters, on rank 0; every rank calls this after the last step."""
+        assert self.optimizer is not None
+        values = None if self.strategy.replicates else self.optimizer.world_parameters()
+        return parameters_sha256(self.state.model, values) if self.world.leads else ""
 
     def restore(self, snapshot: Any | None, *, prepared: bool = True) -> bool:
         """Take over rank 0's snapshot, if it has one; what other ranks pass is ignored.
@@ -217,7 +223,7 @@ class Trainer:
         self._timer.lap("other")
         self._metrics.begin()
         self._changes.begin()
-        self._leads = self.world.rank == 0
+        self._leads = self.world.leads
         self._begun = True
         self._rejoin.resize(self.config)
         self._rejoin.keep()

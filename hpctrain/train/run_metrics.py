@@ -79,7 +79,7 @@ class RunMetrics:
 
     def remember(self) -> None:
         """Have the world keep what a rank has to know that joins later."""
-        if self._world.rank == 0:
+        if self._world.leads:
             self._world.comm.remember({**self.start, "metrics": self.names})
 
     def log(self, optimizer: DistributedOptimizer, recorder: Recorder, epochs: float) -> None:
@@ -128,7 +128,7 @@ class RunMetrics:
         values["samples_per_second"] = sums["samples"] / seconds
         # Means over ranks: how long a step stood still for its batch.
         values["input_wait_ms"] = 1e3 * waited / sums["steps"]
-        values["input_wait_share"] = waited / self._world.size / seconds
+        values["input_wait_share"] = waited / self._world.comm.size / seconds
         self._lost += int(sums["lost_samples"])
         if self._lost:
             values["lost_samples"] = self._lost

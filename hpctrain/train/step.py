@@ -45,8 +45,18 @@ def applied(
         device: This rank's.
         dtype: ``float32``, ``float64`` or ``bf16``.
     """
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+    with arithmetic(device, dtype):
         return method(model, batch.to(device, DTYPES[dtype]))
+
+
+def arithmetic(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Within this, layers compute in a run's arithmetic.
+
+    Args:
+        device: This rank's.
+        dtype: ``float32``, ``float64`` or ``bf16``.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
 class TrainStep:
@@ -120,10 +130,7 @@ class TrainStep:
         parts = self._parts(batch)
         for number, part in enumerate(parts, start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
-                loss, means = self.loss(self._state.model, part, training=True)
-                (loss * part.weight).backward()
-            if part.samples:
-                self.computed.append((means, part.samples))
+                self.computed += optimizer.forward_backward(self, self._state.model, part)
 
     def count(self, batch: Batch) -> None:
         """Count a step in, after all ranks have taken it."""
@@ -161,10 +168,16 @@ class TrainStep:
         loss, means = checked_loss(self._task, result, training=training)
         return loss, {"loss": loss.detach(), **means}
 
+    def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """Within this, layers compute in the run's arithmetic."""
+        return arithmetic(self._strategy.world.device, self._config.train.dtype)
+
     def _parts(self, batch: Batch) -> list[Batch]:
         """This rank's samples of a batch, pass by pass; it may have none."""
         passes = self._passes()
-        if self._config.train.sync_batchnorm or self._task.gathers:  # all come to every exchange
+        joint = self._strategy.joint_passes
+        if joint or self._config.train.sync_batchnorm or self._task.gathers:
+            # All come to every exchange.
             return list(batch.split(passes, empty=True))
         least = self._state.loader.least_part
         return list(batch.split(max(1, min(passes, batch.samples // least))))
@@ -180,7 +193,7 @@ class TrainStep:
     def _gradients_are_finite(self, optimizer: DistributedOptimizer) -> bool:
         """Whether the world's gradient is: the same on every rank; waits for the device."""
         optimizer.synchronize()
-        parameters = self._state.model.parameters()
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
         gradients = (p.grad for p in parameters if p.requires_grad and p.grad is not None)
         return optimizer.on_all_ranks(all_finite(gradients))
 

@@ -143,14 +143,17 @@ class Even:
 
     Args:
         comm: Whose ranks and collectives they are.
+        rank: Of those that share the samples.
+        size: How many those are.
     """
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, rank: int, size: int) -> None:
         self._comm = comm
+        self._part = equal_part(rank, size)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._comm, name)
 
     def part(self, epoch: int, batch: int) -> Part:
         """As much as every other rank has."""
-        return equal_part(self._comm.rank, self._comm.size)
+        return self._part

@@ -1,0 +1,32 @@
+"""What a strategy is given to compute a step with: the task's loss in the run's arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hpctrain.data.batch import Batch
+
+Computed = tuple[dict[str, Any], int]
+"""Means over samples by name, and how many samples those are."""
+
+
+class Passes(Protocol):
+    """The task's side of forward passes."""
+
+    def loss(
+        self, model: nn.Module, batch: Batch, *, training: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return the task's loss of a batch, and means over its samples by name.
+
+        Args:
+            model: What is called for its outputs.
+            batch: On the CPU.
+            training: Whether the loss has to have a gradient.
+        """
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """Within this, layers compute in the run's arithmetic."""
