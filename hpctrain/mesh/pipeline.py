@@ -15,7 +15,7 @@ from torch import nn
 
 from hpctrain.data.batch import Batch
 from hpctrain.errors import Error
-from hpctrain.mesh.schedules import Schedule, order
+from hpctrain.mesh.schedules import Action, Schedule, order
 from hpctrain.mesh.passes import Computed, Passes
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
@@ -101,7 +101,7 @@ class Pipeline:
         chunks: This rank's stages: those whose number is this rank's modulo the ranks.
         group: Of the ranks, in the order of the stages.
         schedule: In which order micro-batches are computed.
-        microbatches: Parts of each batch.
+        microbatches: Parts of each batch; fewer where a replica has fewer samples.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Pipeline:
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         self._peers = dist.get_process_group_ranks(group)
         self._last = self._ranks * len(self._chunks) - 1
-        self._order = order(schedule, self._rank, self._ranks, microbatches, len(self._chunks))
+        self._schedule = schedule
         self._microbatches = microbatches
         self._under_way: list[tuple[Any, torch.Tensor]] = []
 
@@ -135,10 +135,10 @@ class Pipeline:
             PeerLost: Another rank is gone.
             Error: The task's loss does not fit a pipeline.
         """
-        parts = list(batch.split(self._microbatches, empty=True))
+        parts, actions = self._work(batch)
         held: dict[tuple[int, int], _Held] = {}
         computed: list[Computed] = []
-        for forward, chunk, number in self._order:
+        for forward, chunk, number in actions:
             if forward:
                 held[chunk, number] = self._forward(passes, parts[number], chunk, computed)
             else:
@@ -153,13 +153,19 @@ class Pipeline:
             passes: Gives the loss.
             batch: The replica's samples, the same on all ranks of the pipeline; maybe none.
         """
-        parts = list(batch.split(self._microbatches, empty=True))
+        parts, actions = self._work(batch)
         computed: list[Computed] = []
-        for forward, chunk, number in self._order:
+        for forward, chunk, number in actions:
             if forward:
                 self._forward(passes, parts[number], chunk, computed, training=False)
         self._finish()
         return computed
+
+    def _work(self, batch: Batch) -> tuple[list[Batch], list[Action]]:
+        """Micro-batches, as many in every replica, and in which order they are computed."""
+        count = max(1, min(self._microbatches, batch.least))
+        actions = order(self._schedule, self._rank, self._ranks, count, len(self._chunks))
+        return list(batch.split(count, empty=True)), actions
 
     def _stage(self, chunk: int) -> int:
         return self._rank + self._ranks * chunk

@@ -40,13 +40,18 @@ def order(
         schedule: Which one.
         rank: Of the pipeline's ranks.
         ranks: How many.
-        microbatches: How many; with ``interleaved`` a multiple of ``ranks``.
-        chunks: Of each rank; 1 but with ``interleaved``.
+        microbatches: How many. ``interleaved`` needs a multiple of ``ranks``, and is ``gpipe``
+            for other numbers.
+        chunks: Of each rank; 1 with ``1f1b``.
 
     Example:
         >>> ["FB"[not a.forward] + str(a.microbatch) for a in order("1f1b", 0, 2, 3)]
         ['F0', 'F1', 'B0', 'F2', 'B1', 'B2']
     """
+    if schedule == "gpipe" or microbatches % ranks and schedule == "interleaved":
+        pairs = [(chunk, number) for chunk in range(chunks) for number in range(microbatches)]
+        back = [(chunks - 1 - chunk, number) for chunk, number in pairs]
+        return [Action(True, *pair) for pair in pairs] + [Action(False, *pair) for pair in back]
     total = microbatches * chunks
     block = ranks * chunks
 
@@ -56,9 +61,7 @@ def order(
     def backward(n: int) -> Action:
         return Action(False, chunks - 1 - n % block // ranks, n // block * ranks + n % ranks)
 
-    if schedule == "gpipe":
-        ahead = total
-    elif schedule == "1f1b":
+    if schedule == "1f1b":
         ahead = ranks - 1 - rank
     else:
         ahead = 2 * (ranks - 1 - rank) + (chunks - 1) * ranks

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from hpctrain.config import RunConfig
+from hpctrain.data.batch import Batch
 from hpctrain.data.loader import Loader
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy, having
 from hpctrain.tasks.checks import no_means
@@ -17,7 +18,7 @@ from hpctrain.train.recorder import Recorder
 from hpctrain.train.run_metrics import RunMetrics
 from hpctrain.train.set_metrics import SetMetrics
 from hpctrain.train.state import TrainState
-from hpctrain.train.step import TrainStep
+from hpctrain.train.step import TrainStep, jointly
 from hpctrain.world.agreement import check_tensors
 from hpctrain.world.world import Alone, Even
 
@@ -60,6 +61,12 @@ class Evaluation:
         together = self._strategy.agreement.in_step
         return self._loader is not None and (together or self._strategy.world.leads)
 
+    def _parts(self, batch: Batch) -> list[Batch]:
+        parts = self._config.train.accumulate
+        if self._strategy.joint_passes:
+            return jointly(batch, parts)
+        return list(batch.split(parts, empty=self._task.gathers))
+
     def validate(
         self,
         optimizer: DistributedOptimizer,
@@ -81,7 +88,6 @@ class Evaluation:
         in_step = self._strategy.agreement.in_step
         comm = world.comm if in_step else Alone()
         prepare()
-        together = self._task.gathers or self._strategy.joint_passes
         model = self._state.model if self._state.ema is None else self._state.ema
         loader.world.comm = Even(comm, world.rank, world.size) if in_step else Alone()
         loader.epoch = loader.cursor = 0
@@ -90,7 +96,7 @@ class Evaluation:
         parameters = agreed_parameters(self._strategy, optimizer, self._state)
         with evaluating(model), torch.no_grad(), having(parameters):
             for batch in loader:
-                for part in batch.split(self._config.train.accumulate, empty=together):
+                for part in self._parts(batch):
                     for means, samples in optimizer.evaluate(self._step, model, part):
                         meter.add(means, samples)
                     self._of_set.add(model, part)

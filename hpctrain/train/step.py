@@ -59,6 +59,18 @@ def arithmetic(device: torch.device, dtype: str) -> contextlib.AbstractContextMa
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
+def jointly(batch: Batch, parts: int) -> list[Batch]:
+    """Nearly equal parts of a rank's samples, as many on every rank.
+
+    None is empty unless this rank has no samples.
+
+    Args:
+        batch: This rank's part of a global batch.
+        parts: How many there are, unless a rank has fewer samples.
+    """
+    return list(batch.split(max(1, min(parts, batch.least)), empty=True))
+
+
 class TrainStep:
     """Takes the steps of a run.
 
@@ -175,9 +187,9 @@ class TrainStep:
     def _parts(self, batch: Batch) -> list[Batch]:
         """This rank's samples of a batch, pass by pass; it may have none."""
         passes = self._passes()
-        joint = self._strategy.joint_passes
-        if joint or self._config.train.sync_batchnorm or self._task.gathers:
-            # All come to every exchange.
+        if self._strategy.joint_passes:
+            return jointly(batch, passes)
+        if self._config.train.sync_batchnorm or self._task.gathers:  # all come to every exchange
             return list(batch.split(passes, empty=True))
         least = self._state.loader.least_part
         return list(batch.split(max(1, min(passes, batch.samples // least))))
