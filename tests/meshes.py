@@ -17,10 +17,13 @@ import hpctrain
 from hpctrain.data.loader import Loader
 from hpctrain.strategies.mesh import Mesh, MeshConfig
 from hpctrain.tasks.gpt import Gpt
+from hpctrain.train import compiler
 from hpctrain.train.step import jointly
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World
 from tests.waiting import SECONDS
+
+compiler.import_when_wanted()
 
 TOLERANCE = 1e-12
 STEPS = 10
@@ -168,10 +171,14 @@ def check_handed_on(named, state, text, *, task=None):
 def main():
     """Each mesh of the command line, and what it hands to the next one."""
     meshes = sys.argv[1:]
-    saved = {text: check_parity(text) for text in meshes}
+    saved = {}
+    for text in meshes:
+        saved[text] = check_parity(text)
+        print("parity:", text, flush=True)
     for first, second in pairwise([*meshes, meshes[0]]):
         check_handed_on(*saved[first], second)
-    print("parity:", *meshes, flush=True)
+    if saved:
+        print("parity:", *meshes, flush=True)
 
 
 if __name__ == "__main__":

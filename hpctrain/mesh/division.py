@@ -90,7 +90,8 @@ def divide(
         mine = [Chunk([layers[n] for n in cut]) for cut in cuts[place.pp :: shape.pp]]
         present = {p for chunk in mine for p in chunk.parameters()}
         absent = {p for p in named.values() if p not in present}
-    places = {name: _place_of(model, name) for name in named}
+    names = names_of(model)
+    places = {names[p][0]: _place_in(mine, model, names[p]) for p in named.values()}
     for name, style in plan.items():
         module = model.get_submodule(name)
         if not any(p in absent for p in module.parameters()):
@@ -116,6 +117,9 @@ def divide(
             parameter.data = parameter.data.new_empty(0)
         held.append(Held(name, parameter, live[name], regions[name] if here else None))
         take_local(held[-1])
+        for each in names[parameter]:  # also in stages of other ranks
+            path, _, key = each.rpartition(".")
+            model.get_submodule(path)._parameters[key] = live[name]
     return Division(mine, held)
 
 
@@ -170,9 +174,7 @@ def _plan(model: nn.Module, task: Any, shape: Shape) -> dict[str, Any]:
             hint="have the task's parallelize(model) return torch's styles by module, as "
             "hpctrain.mesh.styles makes them.",
         )
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+    names = names_of(model)
     modules = dict(model.named_modules())
     for name in plan:
         if name not in modules:
@@ -187,9 +189,26 @@ def _plan(model: nn.Module, task: Any, shape: Shape) -> dict[str, Any]:
     return dict(plan)
 
 
-def _place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
+def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Return all names of each parameter.
+
+    Args:
+        model: Whose they are.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
+
+
+def _place_in(
+    chunks: Sequence[nn.Module], model: nn.Module, names: Sequence[str]
+) -> tuple[nn.Module, str]:
+    """The module that has a parameter, and its name there; one of this rank's, if there is one."""
+    modules = {module for chunk in chunks for module in chunk.modules()}
+    paths = [name.rpartition(".") for name in names]
+    found = [(model.get_submodule(path), key) for path, _, key in paths]
+    return next((each for each in found if each[0] in modules), found[0])
 
 
 def _of_tp(name: str, live: DTensor, region: Region, rank: int, ranks: int) -> Region:
