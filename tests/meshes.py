@@ -130,7 +130,9 @@ def alone(task):
 def check_parity(text, *, task=None):
     """Every rank calls this."""
     task = task or task_of()
-    strategy, (named, state, (seen, means, norm)) = on_mesh(text, lambda s: train(prepared(s, task), task))
+    strategy, (named, state, (seen, _, norm)) = on_mesh(
+        text, lambda s: train(prepared(s, task), task)
+    )
     assert seen == 41 + 5  # samples of ten steps, each counted once
     if strategy.world.launch.rank == 0:
         expected, its, (_, _, its_norm) = alone(task)

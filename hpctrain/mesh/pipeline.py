@@ -15,11 +15,13 @@ from torch import nn
 
 from hpctrain.data.batch import Batch
 from hpctrain.errors import Error
-from hpctrain.mesh.schedules import Action, Schedule, order
 from hpctrain.mesh.passes import Computed, Passes
+from hpctrain.mesh.schedules import Action, Schedule, order
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
-    torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128)  # fmt: skip
+_DTYPES = (
+    torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)  # fmt: skip
 _MOST_DIMS = 8
 _HEADER = 3 + _MOST_DIMS
 

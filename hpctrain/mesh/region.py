@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 Runs = tuple[tuple[int, int], ...]
-"""Elements along a dimension: from each first one to before each last one, one run after another."""
+"""Elements along a dimension: runs of them, each from its first to the one after its last."""
 
 
 class Region(NamedTuple):

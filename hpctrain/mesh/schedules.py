@@ -48,7 +48,7 @@ def order(
         >>> ["FB"[not a.forward] + str(a.microbatch) for a in order("1f1b", 0, 2, 3)]
         ['F0', 'F1', 'B0', 'F2', 'B1', 'B2']
     """
-    if schedule == "gpipe" or microbatches % ranks and schedule == "interleaved":
+    if schedule == "gpipe" or (microbatches % ranks and schedule == "interleaved"):
         pairs = [(chunk, number) for chunk in range(chunks) for number in range(microbatches)]
         back = [(chunks - 1 - chunk, number) for chunk, number in pairs]
         return [Action(True, *pair) for pair in pairs] + [Action(False, *pair) for pair in back]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hpctrain.errors import Error
 from hpctrain.mesh.region import Region
@@ -53,9 +53,9 @@ def shares_of(
     return found
 
 
-def _region(value: list[list[int]]) -> Region:
+def _region(value: Any) -> Region:
     shape, runs = value
-    return Region(tuple(shape), tuple(tuple((a, b) for a, b in each) for each in runs))  # type: ignore[misc]
+    return Region(tuple(shape), tuple(tuple((a, b) for a, b in each) for each in runs))
 
 
 def _elements(region: Region) -> int:

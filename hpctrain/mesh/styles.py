@@ -6,8 +6,6 @@ of its transpose), the second by columns, so that a pair takes one all-reduce in
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -48,7 +46,7 @@ class HeadwiseParallel(ColwiseParallel):
             rows = rows_by_head(self._heads, width, self._parts, ranks)
             setattr(parameter, ROWS, rows)
             parameter.data = parameter.data[torch.tensor(rows)]
-        return cast(nn.Module, super()._apply(module, device_mesh))
+        return super()._apply(module, device_mesh)
 
 
 def attention(name: str, *, qkv: str, out: str, heads: int) -> dict[str, ParallelStyle]:

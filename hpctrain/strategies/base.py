@@ -307,7 +307,7 @@ class Strategy(ABC):
         self.config: Any = config if config is not None else self.Config()
         self.timeout_seconds = timeout_seconds
 
-    def prepare(self, config: RunConfig, task: Any) -> None:
+    def prepare(self, config: RunConfig, task: Any) -> None:  # noqa: B027 - most have nothing to do
         """Learn what is to be trained, and refuse what cannot be; called before a model is made.
 
         Args:
@@ -336,7 +336,7 @@ class Strategy(ABC):
 
     @property
     def replicates(self) -> bool:
-        """Whether every rank holds the whole model; else ``world_parameters()`` has it on rank 0."""
+        """Whether every rank has the whole model; else ``world_parameters()`` gives rank 0 all."""
         return True
 
     def check_parameters(self, model: nn.Module) -> None:

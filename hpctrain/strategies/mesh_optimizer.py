@@ -356,7 +356,9 @@ def _together(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]
 
 def _is_elements(value: Any, shape: Sequence[int]) -> bool:
     """Whether a part of a parameter's state has an element for each of the parameter's."""
-    return isinstance(value, torch.Tensor) and value.dim() > 0 and tuple(value.shape) == tuple(shape)
+    return (
+        isinstance(value, torch.Tensor) and value.dim() > 0 and tuple(value.shape) == tuple(shape)
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -404,8 +404,8 @@ def check_elementwise(optimizer: torch.optim.Optimizer, strategy: str = "sharded
     if type(optimizer) not in ELEMENTWISE:
         names = ", ".join(each.__name__ for each in ELEMENTWISE)
         raise Error(
-            f"strategy '{strategy}' cannot cut the state of {type(optimizer).__name__}: it may need "
-            "whole tensors.",
+            f"strategy '{strategy}' cannot cut the state of {type(optimizer).__name__}: it may "
+            "need whole tensors.",
             hint=f"use {names}; or --strategy horovod.",
         )
 

@@ -23,7 +23,7 @@ VOCABULARY = 256
 class Gpt(Task):
     """A decoder-only transformer over bytes (Radford et al., "GPT-2", 2019).
 
-    Its data are a text as charlm's: `hpctrain data import corpus.txt shards/ --sequence-length 129`.
+    Its data are a text, as charlm's: `hpctrain data import corpus.txt shards/`.
     """
 
     width: int = 128
@@ -62,7 +62,7 @@ class Gpt(Task):
         """Attention divided by heads, perceptrons by hidden features; the rest on every rank."""
         from hpctrain.mesh.styles import attention, mlp
 
-        plan = {}
+        plan: dict[str, Any] = {}
         for n in range(1, self.layers + 1):
             plan |= attention(f"{n}.attention", qkv="qkv", out="out", heads=self.heads)
             plan |= mlp(f"{n}.mlp", up="0", down="2")
