@@ -219,6 +219,7 @@ class Mesh(Strategy):
             Error: The model, or the optimizer, cannot be divided so.
         """
         from hpctrain.mesh.division import divide
+        from hpctrain.mesh.pipeline import Pipeline
         from hpctrain.strategies.mesh_optimizer import MeshOptimizer
 
         check_trainable(optimizer)
@@ -235,7 +236,21 @@ class Mesh(Strategy):
             shard=self.config.shard,
             chunks=self.config.virtual,
         )
-        self._wrapped = MeshOptimizer(optimizer, self, division, clip_norm)
+        pipeline = None
+        if self.shape.pp > 1:
+            stages = self.device_mesh["pp"].get_group()
+            config = self.config
+            pipeline = Pipeline(division.chunks, stages, config.schedule, config.parts)
+        self._wrapped = MeshOptimizer(
+            optimizer,
+            division,
+            pipeline,
+            self.world.comm,
+            self.shape,
+            self.device_mesh["dp"].get_group(),
+            self.config.shard,
+            clip_norm,
+        )
         return self._wrapped
 
     def check_parameters(self, model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,16 +17,22 @@ from torch import nn
 
 from hpctrain.data.batch import Batch
 from hpctrain.errors import Error
-from hpctrain.mesh.division import Division, Held, local_of, sharded_modules, take_local
+from hpctrain.mesh.division import (
+    Division,
+    Held,
+    Sharding,
+    local_of,
+    sharded_modules,
+    take_local,
+)
 from hpctrain.mesh.passes import Computed, Passes
 from hpctrain.mesh.pipeline import Pipeline
-from hpctrain.mesh.shares import shares_of
+from hpctrain.mesh.shape import Shape
+from hpctrain.mesh.shares import Share, shares_of
 from hpctrain.strategies.base import DistributedOptimizer
 from hpctrain.world.agreement import checksum
 from hpctrain.world.broadcast import gather_json
-
-if TYPE_CHECKING:
-    from hpctrain.strategies.mesh import Mesh
+from hpctrain.world.communicator import Communicator
 
 FLAT_BYTES = 25 * 2**20
 """Gradients are summed over ranks in pieces of about this size."""
@@ -40,32 +46,36 @@ class MeshOptimizer(DistributedOptimizer):
     Args:
         inner: The user's optimizer, whose parameters have become this rank's parts; its state, if
             it has one, is still that of whole parameters.
-        strategy: Connected.
         division: What this rank computes and holds.
+        pipeline: That its stages are part of; None: it has the whole model.
+        comm: Of all ranks.
+        shape: How they are arranged.
+        replicas: torch's group of the ranks that hold the same part of other replicas.
+        shard: What is divided over those.
         clip_norm: Largest 2-norm of the whole gradient, or None.
     """
 
     def __init__(
         self,
         inner: torch.optim.Optimizer,
-        strategy: Mesh,
         division: Division,
+        pipeline: Pipeline | None,
+        comm: Communicator,
+        shape: Shape,
+        replicas: Any,
+        shard: Sharding,
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(inner, clip_norm)
-        config = strategy.config
-        self._comm = strategy.world.comm
-        self._shape = strategy.shape
-        self._place = self._shape.place(self._comm.rank)
-        self._dp: Any = strategy.device_mesh["dp"].get_group()
-        self._shard = config.shard
+        self._pipeline = pipeline
+        self._comm = comm
+        self._shape = shape
+        self._place = shape.place(comm.rank)
+        self._replicas = replicas
+        self._shard = shard
         self._held = division.held
         self._numbers = {held.local: n for n, held in enumerate(self._held)}
         self._modules = sharded_modules(division.chunks)
-        self._pipeline: Pipeline | None = None
-        if self._shape.pp > 1:
-            group = strategy.device_mesh["pp"].get_group()
-            self._pipeline = Pipeline(division.chunks, group, config.schedule, config.parts)
         regions = [held.region for held in self._held]
         self._shares = shares_of(self._comm, [held.name for held in self._held], regions)
         self._tied = self._tied_groups()
@@ -144,7 +154,7 @@ class MeshOptimizer(DistributedOptimizer):
                 held.live.grad = None
         if self._shard == "none" and self._shape.dp > 1:
             mine = [h.local for h in self._held if h.region is not None and h.local.requires_grad]
-            _sum_gradients(mine, self._dp, self._shape.dp)
+            _sum_gradients(mine, self._replicas, self._shape.dp)
         for group, parameters in self._tied:
             _sum_gradients(parameters, group, 1)
 
@@ -302,7 +312,7 @@ class MeshOptimizer(DistributedOptimizer):
         }
 
 
-def _stages_of(shares: Sequence[Any], shape: Any) -> list[tuple[int, ...]]:
+def _stages_of(shares: Sequence[Share], shape: Shape) -> list[tuple[int, ...]]:
     """Of ranks that hold the same part of a parameter, those that differ by their stage alone."""
     found = []
     for share in shares:
