@@ -8,6 +8,7 @@ them has the same bits.
 """
 
 import contextlib
+import functools
 import sys
 from itertools import pairwise
 
@@ -122,20 +123,22 @@ def flat(state):
     }
 
 
-def alone(task):
+@functools.cache
+def alone():
     """The same training in one process."""
+    task = task_of()
     return train(hpctrain.strategy("single", World(ALONE)), task, accumulate=1)
 
 
-def check_parity(text, *, task=None):
+def check_parity(text):
     """Every rank calls this."""
-    task = task or task_of()
+    task = task_of()
     strategy, (named, state, (seen, _, norm)) = on_mesh(
         text, lambda s: train(prepared(s, task), task)
     )
     assert seen == 41 + 5  # samples of ten steps, each counted once
     if strategy.world.launch.rank == 0:
-        expected, its, (_, _, its_norm) = alone(task)
+        expected, its, (_, _, its_norm) = alone()
         assert worst(named, expected) <= TOLERANCE
         assert worst(flat(state), flat(its)) <= TOLERANCE
         assert state["param_groups"] == its["param_groups"]
@@ -148,9 +151,9 @@ def prepared(strategy, task):
     return strategy
 
 
-def check_handed_on(named, state, text, *, task=None):
+def check_handed_on(named, state, text):
     """What one mesh saved is, bit for bit, what another begins with and would save."""
-    task = task or task_of()
+    task = task_of()
 
     def begin(strategy):
         model, inner = made(task)

@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 from hpctrain.process import mpirun, run
 from tests.e2e.conftest import result_of
 from tests.e2e.test_averaging import cut_back
@@ -17,44 +15,30 @@ CHOSEN = ["--steps", "20", "--set", "log.tensorboard=false", "--set", "checkpoin
     "train.nonfinite=skip"]  # fmt: skip
 
 
-@pytest.fixture
-def mesh(hpctrain):
-    """Train digits on a mesh of two ranks."""
+def test_resumes_on_the_same_mesh_and_by_another_strategy(hpctrain):
+    """With the same bits; and from its checkpoint, which is one process's, to the same numbers."""
 
-    def train(axes, name, *more):
-        chosen = [*CHOSEN, "--strategy", "mesh", "--mesh", axes, "--out", name, *more]
-        return hpctrain.train("digits", *chosen, ranks=2)
+    def train(how, name, *more):
+        hpctrain.train("digits", *CHOSEN, *how, "--out", name, *more, ranks=2)
+        return tensors(hpctrain.folder / name), result_of(hpctrain.folder / name)
 
-    return train
-
-
-def test_equals_one_process_and_resumes_on_any_mesh(hpctrain, mesh):
-    """From its own checkpoint with the same bits; from another strategy's to the same numbers."""
-    hpctrain.train("digits", *CHOSEN, "--strategy", "single", "--out", "one")
-    expected = tensors(hpctrain.folder / "one")
-    mesh("pp=2", "run")
-    cut_back(hpctrain.folder / "run", 10, hpctrain.folder / "again")
-    mesh("pp=2", "again", "--resume", "auto")
-    whole, again = (result_of(hpctrain.folder / name) for name in ("run", "again"))
-    assert again["parameters_sha256"] == whole["parameters_sha256"]
-    assert again["metrics"]["best"] == whole["metrics"]["best"]
+    pipeline = ["--strategy", "mesh", "--mesh", "pp=2"]
+    expected, whole = train(pipeline, "run")
     assert whole["samples"] == 1000
-    cut_back(hpctrain.folder / "run", 10, hpctrain.folder / "sharded")
-    mesh("dp=2,shard=parameters", "sharded", "--resume", "auto")
-    cut_back(hpctrain.folder / "run", 10, hpctrain.folder / "ring")
-    hpctrain.train(
-        "digits", *CHOSEN, "--strategy", "horovod", "--resume", "auto", "--out", "ring", ranks=2
-    )
-    for name in ("run", "sharded", "ring"):
-        found = tensors(hpctrain.folder / name)
+    for name, how in (("again", pipeline), ("ring", ["--strategy", "horovod"])):
+        cut_back(hpctrain.folder / "run", 10, hpctrain.folder / name)
+        found, result = train(how, name, "--resume", "auto")
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert (found[key] - value).norm() <= 1e-11 * value.norm(), (name, key)
+        if name == "again":
+            assert result["parameters_sha256"] == whole["parameters_sha256"]
+            assert result["metrics"]["best"] == whole["metrics"]["best"]
 
 
 def test_four_ranks():
     """Products of two axes equal one process, and hand their state on to each other."""
-    meshes = ["dp=2,pp=2", "pp=2,tp=2", "dp=2,tp=2,shard=parameters", "dp=2,pp=2,shard=gradients"]
+    meshes = ["dp=2,pp=2,shard=parameters", "pp=2,tp=2", "dp=2,tp=2,shard=parameters"]
     done = run(
         [*mpirun(4), sys.executable, "-m", "tests.meshes", *meshes],
         timeout_seconds=SECONDS,
