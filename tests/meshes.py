@@ -76,6 +76,8 @@ def train(strategy, task, accumulate=2):
     for _, batch in zip(range(STEPS), endless(loader(strategy.world)), strict=False):
         optimizer.zero_grad()
         parts = jointly(batch, accumulate)
+        if not strategy.joint_passes:
+            parts = list(batch.split(max(1, min(accumulate, batch.samples))))
         for number, part in enumerate(parts, start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
                 computed = optimizer.forward_backward(work, model, part)

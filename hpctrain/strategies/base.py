@@ -280,8 +280,6 @@ class Strategy(ABC):
         name: What it is called, and the section of the configuration that holds its knobs.
         Config: The class of that section.
         agreement: When all ranks have the same parameters.
-        joint_passes: Whether ranks exchange within forward and backward passes, so that each comes
-            to each of them, with no samples if need be.
         averages_gradients: Whether each rank knows the world's gradient before the update, and all
             ranks come to each forward and backward pass together. What needs that is refused
             elsewhere: ``train.nonfinite=skip``, ``train.sync_batchnorm``.
@@ -290,7 +288,6 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[Section]] = Section
-    joint_passes: ClassVar[bool] = False
     averages_gradients: ClassVar[bool] = True
     agreement: Agreement = Agreement.ALWAYS
     fault_tolerance: Choice | None = None
@@ -333,6 +330,14 @@ class Strategy(ABC):
             optimizer: Of its parameters.
             clip_norm: Largest 2-norm of the gradient that parameters are updated by, or None.
         """
+
+    @property
+    def joint_passes(self) -> bool:
+        """Whether ranks with different samples exchange within forward and backward passes.
+
+        Then each comes to each of them, with no samples if need be.
+        """
+        return False
 
     @property
     def replicates(self) -> bool:

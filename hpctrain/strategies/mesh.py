@@ -10,6 +10,7 @@ matrix, by torch's DTensor styles. All of it goes over MPI, by the process group
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -114,7 +115,6 @@ class Mesh(Strategy):
 
     name = "mesh"
     Config = MeshConfig
-    joint_passes = True
 
     def __init__(
         self,
@@ -140,6 +140,7 @@ class Mesh(Strategy):
                 hint="hide the GPUs: CUDA_VISIBLE_DEVICES=''.",
             )
         self.task: Any = None
+        self._timeout = timedelta(seconds=timeout_seconds)
         self._wrapped: MeshOptimizer | None = None
         self._connect()
 
@@ -172,8 +173,15 @@ class Mesh(Strategy):
             self.device_mesh = init_device_mesh(
                 "cpu", tuple(self.shape), mesh_dim_names=self.shape._fields
             )
+            for axis in self.shape._fields:
+                self.device_mesh.get_group(axis).set_timeout(self._timeout)
         world.comm = MeshCommunicator(self.shape, world.local_rank, world.local_size)
         world.replica = self.shape.place(launch.rank).dp, self.shape.dp
+
+    @property
+    def joint_passes(self) -> bool:
+        """Whether replicas exchange within passes: where they gather parameters."""
+        return bool(self.config.shard != "none")
 
     @property
     def replicates(self) -> bool:
@@ -249,6 +257,7 @@ class Mesh(Strategy):
             self.shape,
             self.device_mesh["dp"].get_group(),
             self.config.shard,
+            self._timeout,
             clip_norm,
         )
         return self._wrapped

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class MeshOptimizer(DistributedOptimizer):
         shape: How they are arranged.
         replicas: torch's group of the ranks that hold the same part of other replicas.
         shard: What is divided over those.
+        timeout: Longest wait for another rank.
         clip_norm: Largest 2-norm of the whole gradient, or None.
     """
 
@@ -64,6 +66,7 @@ class MeshOptimizer(DistributedOptimizer):
         shape: Shape,
         replicas: Any,
         shard: Sharding,
+        timeout: timedelta,
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(inner, clip_norm)
@@ -78,7 +81,7 @@ class MeshOptimizer(DistributedOptimizer):
         self._modules = sharded_modules(division.chunks)
         regions = [held.region for held in self._held]
         self._shares = shares_of(self._comm, [held.name for held in self._held], regions)
-        self._tied = self._tied_groups()
+        self._tied = self._tied_groups(timeout)
         for held in self._held:
             self._cut_state(held)
 
@@ -91,14 +94,14 @@ class MeshOptimizer(DistributedOptimizer):
                 for name, value in state.items()
             }
 
-    def _tied_groups(self) -> list[tuple[Any, list[nn.Parameter]]]:
+    def _tied_groups(self, timeout: timedelta) -> list[tuple[Any, list[nn.Parameter]]]:
         """Groups of stages that hold the same parameter, and those parameters on this rank."""
         tied: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for held, shares in zip(self._held, self._shares, strict=True):
             for ranks in _stages_of(shares, self._shape) if held.local.requires_grad else []:
                 tied.setdefault(ranks, []).append(held.local)
         # Every rank takes part in making every group.
-        groups = [(ranks, dist.new_group(list(ranks))) for ranks in sorted(tied)]
+        groups = [(each, dist.new_group(list(each), timeout=timeout)) for each in sorted(tied)]
         return [(group, tied[ranks]) for ranks, group in groups if self._comm.rank in ranks]
 
     # Passes.
