@@ -40,6 +40,9 @@ class Work:
         loss, means = self.task.loss(model, batch)
         return loss, {"loss": loss.detach(), **means}
 
+    def weight(self, batch):
+        return float(batch.samples)
+
     def arithmetic(self):
         return contextlib.nullcontext()
 
@@ -80,8 +83,8 @@ def train(strategy, task, accumulate=2):
             parts = list(batch.split(max(1, min(accumulate, batch.samples))))
         for number, part in enumerate(parts, start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
-                computed = optimizer.forward_backward(work, model, part)
-                count += sum(samples for _, samples in computed)
+                computed = optimizer.forward_backward(work, model, part, part.weight)
+                count += sum(each.samples for each in computed)
         optimizer.step()
     strategy.check_parameters(model)
     seen = torch.tensor([count])

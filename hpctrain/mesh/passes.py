@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from hpctrain.data.batch import Batch
 
-Computed = tuple[dict[str, Any], int]
-"""Means over samples by name, and how many samples those are."""
+
+class Computed(NamedTuple):
+    """What a pass has computed.
+
+    Attributes:
+        means: By name, the loss among them.
+        samples: Of this rank, in the pass.
+        weight: What the means count for: the samples, or as the task says.
+    """
+
+    means: dict[str, Any]
+    samples: int
+    weight: float
 
 
 class Passes(Protocol):
@@ -27,6 +38,9 @@ class Passes(Protocol):
             batch: On the CPU.
             training: Whether the loss has to have a gradient.
         """
+
+    def weight(self, batch: Batch) -> float:
+        """Return what a batch counts for: its samples, or as the task says."""
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """Within this, layers compute in the run's arithmetic."""

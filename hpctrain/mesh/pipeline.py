@@ -123,12 +123,13 @@ class Pipeline:
         """Whether this rank computes the loss."""
         return self._rank == self._last % self._ranks
 
-    def forward_backward(self, passes: Passes, batch: Batch) -> list[Computed]:
+    def forward_backward(self, passes: Passes, batch: Batch, factor: float) -> list[Computed]:
         """Compute the gradients of a batch.
 
         Args:
             passes: Gives the loss.
             batch: The replica's samples, the same on all ranks of the pipeline; maybe none.
+            factor: What the loss of the batch is multiplied by.
 
         Returns:
             Means over the samples of each micro-batch, on the rank of the last stage.
@@ -138,11 +139,14 @@ class Pipeline:
             Error: The task's loss does not fit a pipeline.
         """
         parts, actions = self._work(batch)
+        whole = passes.weight(batch)
         held: dict[tuple[int, int], _Held] = {}
         computed: list[Computed] = []
         for forward, chunk, number in actions:
             if forward:
-                held[chunk, number] = self._forward(passes, parts[number], chunk, computed)
+                part = parts[number]
+                share = passes.weight(part) / whole if whole else 0.0
+                held[chunk, number] = self._forward(passes, part, chunk, computed, factor * share)
             else:
                 self._backward(held.pop((chunk, number)), chunk)
         self._finish()
@@ -159,7 +163,7 @@ class Pipeline:
         computed: list[Computed] = []
         for forward, chunk, number in actions:
             if forward:
-                self._forward(passes, parts[number], chunk, computed, training=False)
+                self._forward(passes, parts[number], chunk, computed, None)
         self._finish()
         return computed
 
@@ -178,9 +182,10 @@ class Pipeline:
         part: Batch,
         chunk: int,
         computed: list[Computed],
-        *,
-        training: bool = True,
+        factor: float | None,
     ) -> _Held:
+        """Compute a micro-batch's way through a chunk; without a factor, for its means alone."""
+        training = factor is not None
         stage, module = self._stage(chunk), self._chunks[chunk]
         given = (
             _first_input(passes, part, training)
@@ -195,8 +200,8 @@ class Pipeline:
         stand_in: Any = _StandIn(module, given, module.training)
         loss, means = passes.loss(stand_in, part, training=training)
         if part.samples:
-            computed.append((means, part.samples))
-        return _Held(given, loss * part.weight)
+            computed.append(Computed(means, part.samples, passes.weight(part)))
+        return _Held(given, loss if factor is None else loss * factor)
 
     def _backward(self, held: _Held, chunk: int) -> None:
         stage = self._stage(chunk)

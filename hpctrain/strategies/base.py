@@ -88,8 +88,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         grad_norm: That norm before clipping at the last step; None without clipping.
         weight: What this step's losses are multiplied by in all (``batch.weight``); to be set
             before ``backward()`` where a strategy may have to leave out some ranks.
-        samples: How many samples this step's losses are of, on this rank; None: as ``weight`` says,
-            as a share of the global batch. Read where parameters are averaged by samples.
+        samples: How many samples this step's losses are of, on this rank, or what the task has them
+            count for; None: as ``weight`` says, as a share of the global batch. Read where
+            parameters are averaged by samples.
+        carries_gradients: Whether what was left out of earlier gradients is added to later ones, so
+            that all have to be on one scale.
         missed: Steps of the world that went by without this rank, at its last one.
         overlaps: Whether gradients may be sent while ``backward()`` still computes, because nobody
             looks at them or changes them before ``step()``, and each step has one pass outside of
@@ -100,6 +103,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     # Gradients are to be unscaled before they are clipped, which the inner optimizer cannot know.
     _step_supports_amp_scaling = False
+    carries_gradients = False
 
     def __init__(self, inner: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
         # The base class's own start is left out on purpose: it would make a second set of groups.
@@ -110,7 +114,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._needs_closure = needs_closure(inner)
         self.grad_norm: torch.Tensor | None = None
         self.weight = 1.0
-        self.samples: int | None = None
+        self.samples: float | None = None
         self.missed = 0
         self.overlaps = False
         self.mark: Callable[[str], None] = lambda part: None
@@ -123,20 +127,23 @@ class DistributedOptimizer(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r})"
 
-    def forward_backward(self, passes: Passes, model: nn.Module, batch: Batch) -> list[Computed]:
+    def forward_backward(
+        self, passes: Passes, model: nn.Module, batch: Batch, factor: float
+    ) -> list[Computed]:
         """Compute a pass's gradients, and add them to those of the passes before.
 
         Args:
             passes: Gives the loss.
             model: What is trained.
             batch: This rank's samples; maybe none.
+            factor: What the loss is multiplied by.
 
         Returns:
             Means over samples of this rank's, to be recorded.
         """
         loss, means = passes.loss(model, batch, training=True)
-        (loss * batch.weight).backward()
-        return [(means, batch.samples)] if batch.samples else []
+        (loss * factor).backward()
+        return [Computed(means, batch.samples, passes.weight(batch))] if batch.samples else []
 
     def evaluate(self, passes: Passes, model: nn.Module, batch: Batch) -> list[Computed]:
         """Compute means over a batch, without gradients.
@@ -147,7 +154,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
             batch: This rank's samples; maybe none.
         """
         means = passes.loss(model, batch, training=False)[1]
-        return [(means, batch.samples)] if batch.samples else []
+        return [Computed(means, batch.samples, passes.weight(batch))] if batch.samples else []
+
+    def gradients(self, model: nn.Module) -> list[torch.Tensor]:
+        """Return the gradients that this rank knows, after :meth:`synchronize`.
+
+        Args:
+            model: What is trained.
+        """
+        parameters = (p for p in model.parameters() if p.requires_grad)
+        return [p.grad for p in parameters if p.grad is not None]
 
     def synchronize(self) -> None:
         """Make the gradients the world's average; called by ``step()``, or before by the user."""

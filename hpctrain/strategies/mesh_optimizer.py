@@ -8,7 +8,7 @@ treat every element by itself where parameters are divided.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -77,6 +77,7 @@ class MeshOptimizer(DistributedOptimizer):
         self._replicas = replicas
         self._shard = shard
         self._held = division.held
+        self._agreed = False  # whether gradients are the world's already
         self._numbers = {held.local: n for n, held in enumerate(self._held)}
         self._modules = sharded_modules(division.chunks)
         regions = [held.region for held in self._held]
@@ -112,12 +113,14 @@ class MeshOptimizer(DistributedOptimizer):
         last = self._pipeline is None or self._pipeline.reports
         return last and self._place.tp == 0
 
-    def forward_backward(self, passes: Passes, model: nn.Module, batch: Batch) -> list[Computed]:
+    def forward_backward(
+        self, passes: Passes, model: nn.Module, batch: Batch, factor: float
+    ) -> list[Computed]:
         """Compute a pass's gradients; means are of one rank of each replica."""
         if self._pipeline is None:
-            computed = super().forward_backward(passes, model, batch)
+            computed = super().forward_backward(passes, model, batch, factor)
         else:
-            computed = self._pipeline.forward_backward(passes, batch)
+            computed = self._pipeline.forward_backward(passes, batch, factor)
         return computed if self._reports else []
 
     def evaluate(self, passes: Passes, model: nn.Module, batch: Batch) -> list[Computed]:
@@ -149,6 +152,9 @@ class MeshOptimizer(DistributedOptimizer):
         Raises:
             PeerLost: Another rank is gone.
         """
+        if self._agreed:
+            return
+        self._agreed = True
         for held in self._held:
             take_local(held)
             gradient = held.live.grad
@@ -160,6 +166,17 @@ class MeshOptimizer(DistributedOptimizer):
             _sum_gradients(mine, self._replicas, self._shape.dp)
         for group, parameters in self._tied:
             _sum_gradients(parameters, group, 1)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make gradients the world's, clip them, and update what this rank holds.
+
+        Raises:
+            PeerLost: Another rank is gone.
+            Error: A closure was given.
+        """
+        result = super().step(closure)
+        self._agreed = False
+        return result
 
     @torch.no_grad()
     def _clip(self) -> None:
@@ -188,6 +205,11 @@ class MeshOptimizer(DistributedOptimizer):
         super().zero_grad(set_to_none)
         for held in self._held:
             held.live.grad = None
+        self._agreed = False
+
+    def gradients(self, model: nn.Module) -> list[torch.Tensor]:
+        """Return the gradients of what this rank holds, after :meth:`synchronize`."""
+        return [h.local.grad for h in self._held if h.local.grad is not None]
 
     def on_all_ranks(self, holds: bool) -> bool:
         """Whether it holds on every rank, each of which knows a part of the gradient."""
