@@ -201,7 +201,10 @@ class Mesh(Strategy):
         self.task = task
         train = config.train
         divided = self.shape.pp * self.shape.tp > 1
+        called = {each.partition(",")[0] for each in train.callbacks}
+        looks = sorted({"samples", "statistics"} & called)
         for refused, what in (
+            (not self.replicates and bool(looks), f"callback '{''.join(looks[:1])}'"),
             (train.ema_decay is not None, "train.ema_decay"),
             (divided and train.sync_batchnorm, "train.sync_batchnorm"),
             (divided and config.log.trace_samples, "--trace-samples"),

@@ -174,11 +174,12 @@ def test_knobs_that_do_not_go_together(knobs, said):
         ("train", {"ema_decay": 0.9}, "train.ema_decay"),
         ("train", {"sync_batchnorm": True}, "train.sync_batchnorm"),
         ("log", {"trace_samples": True}, "--trace-samples"),
+        ("train", {"callbacks": ["statistics,every=5"]}, "callback 'statistics'"),
     ],
 )
 def test_what_a_mesh_cannot_do_is_refused(key, value, said):
     mesh = Mesh.__new__(Mesh)
-    mesh.shape = Shape(pp=2, dp=1, tp=1)
+    mesh.shape, mesh.config = Shape(pp=2, dp=1, tp=1), MeshConfig()
     with pytest.raises(Error, match=rf"{said} cannot be used with strategy 'mesh' of dp=1, pp=2"):
         mesh.prepare(RunConfig(**{key: value}), Task())
 
