@@ -52,7 +52,7 @@ from hpctrain.train.loggers.jsonl import plain
 from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder
 from hpctrain.train.recovery import outlive
-from hpctrain.train.state import TrainState, parameters_sha256
+from hpctrain.train.state import TrainState
 from hpctrain.world.agreement import compare
 from hpctrain.world.broadcast import broadcast_json
 from hpctrain.world.failure_record import FOLDER
@@ -196,7 +196,7 @@ class _Run:
                 self._recorder.close()
             if self._lock is not None:
                 self._lock.close()
-            if how.recovery is not None and self._world.rank == 0:
+            if how.recovery is not None and self._world.leads:
                 end_job(how.recovery.membership.lost_hosts)
         self._world.comm.close()
         return INTERRUPTED_CODE if self._made().interrupted else 0
@@ -228,7 +228,7 @@ class _Run:
         """Take over rank 0's checkpoint, if there is one."""
         config, world = self._config, self._world
         compare(world.comm, of_start(config, self._task))
-        prepares = world.rank == 0
+        prepares = world.leads
         if prepares and self._lock is None:
             self._claim()
         mine = os.fsencode(self._out).decode("utf-8", "surrogateescape") if prepares else ""
@@ -240,7 +240,7 @@ class _Run:
         compare(world.comm, of_training(state.model, state.optimizer, trainer.splits))
         while not trainer.restore(snapshot, prepared=prepares):
             # Rank 0 was lost; it is another now.
-            if world.rank == 0 and not prepares:
+            if world.leads and not prepares:
                 snapshot = _prepare(out, config, store, self._say, state)
                 prepares = True
         if meeting is not None:
@@ -315,14 +315,15 @@ class _Run:
         if trainer.interrupted:
             world.once(lambda: _interrupt(self._out, trainer, self._say))
             return
-        world.once(lambda: _complete(self._out, trainer, self._say))
+        digest = trainer.parameters_sha256()
+        world.once(lambda: _complete(self._out, trainer, digest, self._say))
         if config.data.stage_dir is not None and world.local_rank == 0:
             for path in _shard_sets(config):
                 unstage(path, config.data.stage_dir)
 
 
-def _complete(out: Path, trainer: Trainer, say: Callable[[str], None]) -> None:
-    _write(out / RESULT, json.dumps(_result(trainer), indent=2) + "\n")
+def _complete(out: Path, trainer: Trainer, digest: str, say: Callable[[str], None]) -> None:
+    _write(out / RESULT, json.dumps(_result(trainer, digest), indent=2) + "\n")
     metrics = trainer.state.counters.metrics
     final = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     say(f"completed: {final}\n{out / RESULT}")
@@ -351,7 +352,8 @@ def _stage(config: RunConfig, world: World, say: Callable[[str], None]) -> None:
 
 
 def _ranks(world: World) -> str:
-    return "1 rank" if world.size == 1 else f"{world.size} ranks under {world.launch.name}"
+    size = world.comm.size
+    return "1 rank" if size == 1 else f"{size} ranks under {world.launch.name}"
 
 
 def _prepare(
@@ -409,7 +411,7 @@ def _write(path: Path, text: str) -> None:
         raise unwritable(path, error) from error
 
 
-def _result(trainer: Trainer) -> dict[str, Any]:
+def _result(trainer: Trainer, digest: str) -> dict[str, Any]:
     counters = trainer.state.counters
     epochs = trainer.epochs
     packages = ("hpctrain", "torch", "horovod", "numpy", "h5py")
@@ -422,7 +424,7 @@ def _result(trainer: Trainer) -> dict[str, Any]:
         "samples": counters.samples,
         "stopped_early": counters.stopped_early,
         "metrics": {"final": plain(counters.metrics), "best": counters.best},
-        "parameters_sha256": parameters_sha256(trainer.state.model),
+        "parameters_sha256": digest,
         "world": counters.world,
         "versions": {
             "python": platform.python_version(),

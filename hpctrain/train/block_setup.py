@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpctrain.config import TrainConfig
 from hpctrain.errors import Error, nearest
-from hpctrain.tasks.blocks import blocks_of
+from hpctrain.mesh.blocks import blocks_of
 from hpctrain.tasks.task import Task
 
 

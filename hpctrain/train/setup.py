@@ -66,13 +66,14 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
         torch.use_deterministic_algorithms(True)
     check_defined(task)
     _check_together(config, task, strategy)
+    strategy.prepare(config, task)
     world = strategy.world
     set_start_seeds(config.seed)
     read = Read(config)
     splits = splits_of(task, read)
     validation = _validation(config, task, splits)
     set_start_seeds(config.seed)
-    model = prepared(model_of(task, world.size), world.device, config.train.dtype)
+    model = prepared(model_of(task, world.comm.size), world.device, config.train.dtype)
     if config.train.sync_batchnorm:
         synchronize_batchnorm(model, world)
     set_up_blocks(config.train, model, task)

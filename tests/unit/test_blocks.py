@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hpctrain.errors import Error
-from hpctrain.tasks.blocks import blocks_of
+from hpctrain.mesh.blocks import blocks_of
 from tests.unit.test_ranks import Net, on, same, single
 
 
