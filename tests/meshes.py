@@ -10,7 +10,6 @@ them has the same bits.
 import contextlib
 import functools
 import sys
-from itertools import pairwise
 
 import torch
 
@@ -179,16 +178,11 @@ def check_handed_on(named, state, text):
 
 
 def main():
-    """Each mesh of the command line, and what it hands to the next one."""
+    """Each mesh of the command line, and what the first hands to the last."""
     meshes = sys.argv[1:]
-    saved = {}
-    for text in meshes:
-        saved[text] = check_parity(text)
-        print("parity:", text, flush=True)
-    for first, second in pairwise([*meshes, meshes[0]]):
-        check_handed_on(*saved[first], second)
-    if saved:
-        print("parity:", *meshes, flush=True)
+    saved = [check_parity(text) for text in meshes]
+    check_handed_on(*saved[0], meshes[-1])
+    print("parity:", *meshes, flush=True)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,3 @@ def test_four_ranks():
     )
     assert done.returncode == 0, done.stdout
     assert f"parity: {' '.join(meshes)}" in done.stdout
-
-
-def test_a_mesh_that_does_not_fit(hpctrain):
-    told = hpctrain("train", "digits", "--strategy", "mesh", "--mesh", "dp=2,pp=2", ranks=2)
-    assert told.returncode == 2 and "Traceback" not in told.stdout
-    assert "a mesh of dp=2, pp=2, tp=1 takes 4 ranks, and 2 were launched. HINT:" in told.stdout
