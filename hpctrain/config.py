@@ -19,8 +19,10 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     create_model,
+    model_serializer,
 )
 
 from hpctrain.errors import Error, nearest
@@ -37,6 +39,10 @@ TOML_BYTES = 2**20
 MOST_DEPTH = 64
 MOST_DOTS = 1000
 """Bounds on a file of configuration: whoever wrote it, reading it takes no time and no memory."""
+
+OWN_OPTIMIZERS = ("sgd", "adamw", "lamb")
+OWN_SCHEDULES = ("constant", "linear", "cosine")
+"""Names whose meaning is hpctrain's own; others are of classes."""
 
 Layer = dict[str, Any]
 """Nested mapping of section -> name -> value, as a TOML file gives it."""
@@ -143,8 +149,10 @@ class TrainConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer a task gets unless it builds its own."""
 
-    name: Literal["sgd", "adamw", "lamb"] = Field(
-        "adamw", description="`sgd` is with Nesterov momentum; `lamb` is for very large batches."
+    name: str = Field(
+        "adamw",
+        description="`sgd` (with Nesterov momentum), `adamw`, `lamb` (for very large batches); any "
+        "of torch.optim by its name, such as `RMSprop`; or `package.module:Class`.",
     )
     lr: float = Field(1e-3, gt=0, description="Peak learning rate, for `lr_batch_size`.")
     lr_batch_size: int | None = Field(
@@ -160,19 +168,52 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(
         0.01, ge=0, description="Decay of matrices and filters; biases and norms have none."
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of the optimizer by name, such as {alpha = 0.9} of RMSprop. "
+        "What is set neither here nor above is, of torch's optimizers, torch's own default.",
+    )
+
+    def is_set(self, name: str) -> bool:
+        """Whether a key was set, by a user or a task, and does not have hpctrain's default."""
+        return name in self.model_fields_set
+
+    @model_serializer(mode="wrap")
+    def _as_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out defaults that an optimizer of torch does not have, so that they are not set."""
+        values: dict[str, Any] = handler(self)
+        if self.name in OWN_OPTIMIZERS:
+            return values
+        unset = {"lr", "momentum", "betas", "weight_decay"} - self.model_fields_set
+        return {name: value for name, value in values.items() if name not in unset}
 
 
 class ScheduleConfig(Section):
     """The learning rate over a run."""
 
-    name: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="What follows the warm-up: stay, or fall to `final` by the last step."
+    name: str = Field(
+        "cosine",
+        description="What follows the warm-up: `constant`, or a fall to `final` by the last step, "
+        "`linear` or `cosine`; any of torch.optim.lr_scheduler by its name, such as "
+        "`CosineAnnealingWarmRestarts`; or `package.module:Class`.",
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to the peak.")
     warmup_epochs: float = Field(
         0.0, ge=0, description="The same in epochs; counts where `warmup_steps` is 0."
     )
-    final: float = Field(0.0, ge=0, le=1, description="Last rate, as a part of the peak.")
+    final: float = Field(
+        0.0, ge=0, le=1, description="Last rate of `linear` and `cosine`, as a part of the peak."
+    )
+    every: Literal["step", "epoch"] = Field(
+        "step",
+        description="When one of torch's schedulers takes a step: after each of the optimizer (but "
+        "for the warm-up's), or after each epoch. ReduceLROnPlateau: after each validation.",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of torch's scheduler, by name, such as {T_0 = 500}. T_max, "
+        "total_steps and max_lr are the run's own unless they are here.",
+    )
 
 
 class CheckpointConfig(Section):
@@ -442,12 +483,20 @@ def reference(config: RunConfig) -> str:
         if section != table:
             table = section
             lines += ["", f"[{table}]"]
-        value = values[section][name] if section else values[name]
-        setting = f"# {name} is unset" if value is None else tomli_w.dumps({name: value}).strip()
-        if name == "options":
-            setting = f"{name} = {{}}" if not value else f"{name} = {value}"
+        value = (values[section] if section else values).get(name)
+        setting = f"# {name} is unset" if value is None else f"{name} = {_inline(value)}"
         lines += [f"# {field.description}", setting]
     return "\n".join(lines).lstrip() + "\n"
+
+
+def _inline(value: Any) -> str:
+    """A value as TOML has it on one line."""
+    if isinstance(value, dict):
+        items = (f"{_inline(str(name))} = {_inline(inner)}" for name, inner in value.items())
+        return f"{{{', '.join(items)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
+    return tomli_w.dumps({"it": value}).strip().removeprefix("it = ")
 
 
 def read_toml(path: Path) -> Layer:
@@ -546,10 +595,12 @@ def resolve(layers: Iterable[tuple[str, Layer]], kind: type[RunConfig] = RunConf
     """
     merged: Layer = {}
     origin: dict[str, str] = {}
-    known = {key for key, _ in keys(kind)}
+    fields = dict(keys(kind))
+    known = set(fields)
+    open_ = tuple(f"{key}." for key in known if key.rpartition(".")[2] == "options")
     for source, layer in layers:
-        for key, value in _flatten(layer):
-            if key not in known and not key.startswith("options."):
+        for key, value in _flatten(layer, open_):
+            if key not in known and not key.startswith(open_):
                 raise Error(
                     f"{source}: unknown key '{key}'.", hint=nearest(key, known, "`hpctrain config`")
                 )
@@ -581,10 +632,11 @@ def _check_text(source: str, key: str, value: Any) -> None:
         ) from None
 
 
-def _flatten(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(layer: Layer, open_: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted key; those of open sections are whatever stands there."""
     for name, value in layer.items():
         key = prefix + name
-        if isinstance(value, dict) and not prefix.startswith("options."):
-            yield from _flatten(value, f"{key}.")
+        if isinstance(value, dict) and not prefix.startswith(open_):
+            yield from _flatten(value, open_, f"{key}.")
         else:
             yield key, value

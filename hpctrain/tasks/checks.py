@@ -16,6 +16,7 @@ from torch import nn
 from hpctrain.config import DataConfig, OptimizerConfig, RunConfig
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
+from hpctrain.optim.named import Scheduler
 from hpctrain.tasks.task import Task
 
 SPLITS = ("train", "validation", "test")
@@ -59,8 +60,8 @@ _NO_MEAN = re.compile(
     re.IGNORECASE,
 )
 _OWN = (
-    "model", "loss", "data", "transform", "optimizer", "metrics", "predictions", "defaults",
-    "monitor", "mode", "gathers", "world",
+    "model", "loss", "data", "transform", "optimizer", "schedule", "metrics", "predictions",
+    "defaults", "monitor", "mode", "gathers", "world",
 )  # fmt: skip
 
 
@@ -101,7 +102,11 @@ class Read:
         said = []
         for section, method, names in (
             ("data", "data", ("path", "mixture", "weights")),
-            ("optimizer", "optimizer", ("name", "lr", "momentum", "betas", "weight_decay")),
+            (
+                "optimizer",
+                "optimizer",
+                ("name", "lr", "momentum", "betas", "weight_decay", "options"),
+            ),
         ):
             reading: _Reading = getattr(self, section)
             for name in names:
@@ -195,8 +200,16 @@ def model_of(task: Task, ranks: int) -> nn.Module:
     return model
 
 
-def optimizer_of(task: Task, model: nn.Module, read: Read) -> torch.optim.Optimizer:
+def optimizer_of(
+    task: Task, model: nn.Module, read: Read, *, closures: bool = False
+) -> torch.optim.Optimizer:
     """The task's optimizer.
+
+    Args:
+        task: Makes it.
+        model: Whose parameters it updates.
+        read: The section that the task is handed.
+        closures: Whether it may evaluate the loss by itself.
 
     Raises:
         Error: There is nothing to train, it is none, or it needs a closure.
@@ -214,13 +227,37 @@ def optimizer_of(task: Task, model: nn.Module, read: Read) -> torch.optim.Optimi
             hint="return a torch.optim.Optimizer alone; [schedule] sets the learning rate.",
         )
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if closure is not None and closure.default is inspect.Parameter.empty and not closures:
         raise Error(
             f"optimizer {type(optimizer).__name__} of task {name} evaluates the loss again and "
-            "again in a step, for which it wants a closure; this loop gives it one gradient.",
-            hint="use one that steps once per gradient, such as SGD or AdamW.",
+            "again in a step, for which it wants a closure; here it is given one gradient.",
+            hint="use one that steps once per gradient, such as SGD or AdamW; or one process, with "
+            "--strategy single, and without train.nonfinite=skip.",
         )
     return optimizer
+
+
+def schedule_of(task: Task, optimizer: torch.optim.Optimizer) -> Scheduler | None:
+    """The task's scheduler, if it gives one.
+
+    Raises:
+        Error: It is none, or of another optimizer.
+    """
+    made: Any = task.schedule(optimizer) if callable(task.schedule) else None
+    name = type(task).__name__
+    if made is None:
+        return None
+    if not isinstance(made, Scheduler):
+        raise Error(
+            f"schedule() of task {name} returned {_described(made)}.",
+            hint="return a scheduler of torch.optim.lr_scheduler, or None.",
+        )
+    if getattr(made, "optimizer", optimizer) is not optimizer:
+        raise Error(
+            f"schedule() of task {name} returned a scheduler of another optimizer.",
+            hint="make it with the optimizer that schedule(optimizer) is given.",
+        )
+    return made
 
 
 def checked_loss(

@@ -110,6 +110,8 @@ class Evaluation:
         named = {f"val_{name}": value for name, value in metrics.items()}
         counters.metrics |= named
         improved = counters.judge(named, self._task, self._config.train.patience)
+        if self._state.schedule is not None:
+            self._state.schedule.validated(metrics[self._task.monitor], counters.step)
         if counters.stopped_early and not in_step:
             world.comm.stop()
         return improved
