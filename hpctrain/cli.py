@@ -83,6 +83,14 @@ def cli() -> None:
 @click.option(
     "--resume", metavar="auto|PATH", help="Newest good checkpoint of --out, if any; or a path."
 )
+@click.option(
+    "--init-from",
+    metavar="SOURCE",
+    help="Begin with the weights of a run, a checkpoint, or a file.",
+)
+@click.option(
+    "--init-partial", is_flag=True, default=None, help="Of those, what fits by name and shape."
+)
 @click.option("--config", "config_path", metavar="FILE", help="TOML file of configuration keys.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key.")
 def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> None:
@@ -129,6 +137,8 @@ _FLAG_KEYS = {
     "replicas": "ps.replicas",
     "elastic": "elastic.mode",
     "trace_samples": "log.trace_samples",
+    "init_from": "init.source",
+    "init_partial": "init.partial",
     "record_order": "ps.record_order",
     "replay": "ps.replay",
 }
@@ -142,7 +152,7 @@ def _layers(
     given: dict[str, Any] = {}
     texts = (
         "data_path", "on_bad_shard", "out", "resume", "task", "strategy", "dtype", "consistency",
-        "record_order", "replay", "elastic",
+        "record_order", "replay", "elastic", "init_from",
     )  # fmt: skip
     for flag, value in flags.items():
         if value is not None:

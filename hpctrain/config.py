@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -141,9 +141,44 @@ class TrainConfig(Section):
         description="With horovod: BatchNorm takes its statistics of the global batch instead of "
         "each rank's part of it.",
     )
+    freeze: list[str] = Field(
+        [],
+        description="Patterns of parameters' names, such as `backbone.*`, that are not trained.",
+    )
+    unfreeze_at_step: int | None = Field(
+        None, ge=1, description="Step from which on they are trained; unset: they never are."
+    )
     deterministic: bool = Field(
         False, description="Refuse kernels whose result depends on timing (matters on GPUs)."
     )
+
+
+class InitConfig(Section):
+    """What a model begins with, instead of what the task makes it with."""
+
+    source: Path | None = Field(
+        None,
+        description="A run, a checkpoint, a .safetensors file, or a file of torch.save() with "
+        "tensors alone, whose weights are taken over by name. A resumed run goes on with its own.",
+    )
+    partial: bool = Field(
+        False,
+        description="Take what fits by name and shape; else all has to. What does not is said.",
+    )
+    rename: dict[str, str] = Field(
+        default_factory=dict,
+        description='New beginnings of the source\'s names, such as {"backbone." = "encoder."}.',
+    )
+
+
+class GroupConfig(Section):
+    """Parameters that have something else of the optimizer; further keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    match: str | list[str] = Field(description="Patterns of parameters' names, such as `head.*`.")
+    lr: float | None = Field(None, gt=0, description="Their peak learning rate.")
+    weight_decay: float | None = Field(None, ge=0, description="Of their matrices and filters.")
 
 
 class OptimizerConfig(Section):
@@ -172,6 +207,12 @@ class OptimizerConfig(Section):
         default_factory=dict,
         description="Further arguments of the optimizer by name, such as {alpha = 0.9} of RMSprop. "
         "What is set neither here nor above is, of torch's optimizers, torch's own default.",
+    )
+
+    groups: list[GroupConfig] = Field(
+        [],
+        description="Parameters {match, lr, weight_decay, ...} with settings of their own, by "
+        "patterns of their names; the first that matches counts.",
     )
 
     def is_set(self, name: str) -> bool:
@@ -409,6 +450,7 @@ class RunConfig(Section):
         600.0, gt=0, description="Longest wait for another rank before it counts as lost."
     )
     data: DataConfig = Field(default_factory=DataConfig)
+    init: InitConfig = Field(default_factory=InitConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -598,8 +640,9 @@ def resolve(layers: Iterable[tuple[str, Layer]], kind: type[RunConfig] = RunConf
     fields = dict(keys(kind))
     known = set(fields)
     open_ = tuple(f"{key}." for key in known if key.rpartition(".")[2] == "options")
+    whole = {key for key in known if not f"{key}.".startswith(open_)}
     for source, layer in layers:
-        for key, value in _flatten(layer, open_):
+        for key, value in _flatten(layer, open_, whole):
             if key not in known and not key.startswith(open_):
                 raise Error(
                     f"{source}: unknown key '{key}'.", hint=nearest(key, known, "`hpctrain config`")
@@ -632,11 +675,20 @@ def _check_text(source: str, key: str, value: Any) -> None:
         ) from None
 
 
-def _flatten(layer: Layer, open_: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted key; those of open sections are whatever stands there."""
+def _flatten(
+    layer: Layer, open_: tuple[str, ...], whole: Container[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Values by dotted key; those of open sections are whatever stands there.
+
+    Args:
+        layer: Nested.
+        open_: What their keys begin with.
+        whole: Keys whose value may be a table.
+        prefix: Of the keys.
+    """
     for name, value in layer.items():
         key = prefix + name
-        if isinstance(value, dict) and not prefix.startswith(open_):
-            yield from _flatten(value, open_, f"{key}.")
+        if isinstance(value, dict) and key not in whole and not prefix.startswith(open_):
+            yield from _flatten(value, open_, whole, f"{key}.")
         else:
             yield key, value

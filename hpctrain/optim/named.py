@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 from hpctrain.config import OptimizerConfig, ScheduleConfig
 from hpctrain.errors import Error, nearest
 from hpctrain.optim.lamb import Lamb
+from hpctrain.optim.patterns import matching
 from hpctrain.registry import Registry
 
 Scheduler = lr_scheduler.LRScheduler
@@ -65,17 +66,39 @@ def optimizer_of(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optim
     what = f"optimizer {kind.__name__}"
     _check(what, "optimizer.options", kind, config.options)
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups: Any = [{"params": trained}]
+    groups = _by_pattern(config, model, trained)
+    for group in groups:
+        _check(what, "optimizer.groups", kind, [key for key in group if key != "params"])
     if "weight_decay" in accepted and "weight_decay" not in config.options:
-        decayed = {"params": [p for p in trained if p.ndim >= 2]}
-        if "weight_decay" in given:
-            decayed["weight_decay"] = given.pop("weight_decay")
-        rest = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-        groups = [group for group in (decayed, rest) if group["params"]]
+        decay = {"weight_decay": given.pop("weight_decay")} if "weight_decay" in given else {}
+        groups = [part for group in groups for part in _by_decay({**decay, **group})]
     return cast(
         torch.optim.Optimizer,
         _made(what, kind, groups, {**given, **_fitting(kind, config.options)}),
     )
+
+
+def _by_pattern(
+    config: OptimizerConfig, model: nn.Module, trained: Sequence[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Parameters by the first of ``optimizer.groups`` that matches, before those the others."""
+    rest = dict.fromkeys(trained)
+    groups = []
+    for each in config.groups:
+        found = [p for p in matching(model, each.match, "optimizer.groups").values() if p in rest]
+        for parameter in found:
+            del rest[parameter]
+        values = each.model_dump(exclude_none=True, exclude={"match"})
+        groups.append({"params": found, **values})
+    return [group for group in ({"params": list(rest)}, *groups) if group["params"]]
+
+
+def _by_decay(group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A group in two: what weights decay of, and what they do not."""
+    parameters = group["params"]
+    decayed = {**group, "params": [p for p in parameters if p.ndim >= 2]}
+    rest = {**group, "params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    return [part for part in (decayed, rest) if part["params"]]
 
 
 def _own(config: OptimizerConfig) -> tuple[type, dict[str, Any]]:
@@ -167,7 +190,7 @@ def _accepted(kind: type) -> dict[str, inspect.Parameter]:
     return {name: parameters[name] for name in list(parameters)[1:] if name != "last_epoch"}
 
 
-def _check(what: str, key: str, kind: type, options: Mapping[str, Any]) -> None:
+def _check(what: str, key: str, kind: type, options: Iterable[str]) -> None:
     """Refuse options that a class does not take, by name.
 
     Raises:

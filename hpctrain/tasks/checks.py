@@ -105,7 +105,7 @@ class Read:
             (
                 "optimizer",
                 "optimizer",
-                ("name", "lr", "momentum", "betas", "weight_decay", "options"),
+                ("name", "lr", "momentum", "betas", "weight_decay", "options", "groups"),
             ),
         ):
             reading: _Reading = getattr(self, section)

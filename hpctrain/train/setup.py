@@ -13,6 +13,7 @@ from hpctrain.data.loader import Loader
 from hpctrain.data.source import Source
 from hpctrain.errors import Error
 from hpctrain.optim.named import scheduler_of
+from hpctrain.optim.patterns import matching
 from hpctrain.optim.schedule import peak_scale
 from hpctrain.strategies.base import Agreement, Strategy
 from hpctrain.tasks.checks import (
@@ -76,11 +77,17 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     model = prepared(model_of(task, world.size), world.device, config.train.dtype)
     if config.train.sync_batchnorm:
         synchronize_batchnorm(model, world)
+    frozen = _to_freeze(config, model)
+    for parameter in frozen:
+        # What is to be trained later is of the optimizer from the start.
+        parameter.requires_grad_(config.train.unfreeze_at_step is not None)
     closures = strategy.takes_closures and config.train.nonfinite != "skip"
     optimizer = optimizer_of(task, model, read, closures=closures)
     scale = peak_scale(config.optimizer, config.train.batch_size)
     for group in optimizer.param_groups:
         group["lr"] *= scale
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     loader = Loader(
         splits["train"],
         config.train.batch_size,
@@ -95,7 +102,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
         least_part=_least_part(config, model),
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    state = TrainState(model, optimizer, loader)
+    state = TrainState(model, optimizer, loader, frozen=frozen)
     state.schedule = _scheduling(config, task, optimizer, loader, strategy, validation)
     if config.train.ema_decay is not None:
         state.ema = averaged(model, config.train.ema_decay)
@@ -165,6 +172,17 @@ def _validation(config: RunConfig, task: Task, splits: Mapping[str, Source]) -> 
         worker_kind=config.data.worker_kind,
         timeout_seconds=config.timeout_seconds,
     )
+
+
+def _to_freeze(config: RunConfig, model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a configuration says are not trained, or not from the start."""
+    train = config.train
+    if train.unfreeze_at_step is not None and not train.freeze:
+        raise Error(
+            "train.unfreeze_at_step is set, but nothing is frozen.",
+            hint='say what is: train.freeze = ["backbone.*"].',
+        )
+    return list(matching(model, train.freeze, "train.freeze").values())
 
 
 def _scheduling(

@@ -90,6 +90,13 @@ class TrainState:
     ema: AveragedModel | None = None
     counters: Counters = field(default_factory=Counters)
     schedule: Scheduling | None = None
+    frozen: list[nn.Parameter] = field(default_factory=list)
+
+    def unfreeze(self) -> None:
+        """Train what was frozen, from the next step on."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.frozen = []
 
     def state_dict(self) -> dict[str, Any]:
         """A tree of tensors (the live ones, not copies) and plain values."""

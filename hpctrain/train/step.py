@@ -98,6 +98,9 @@ class TrainStep:
         counters, world = self._state.counters, self._strategy.world
         set_seeds(self._config.seed, counters.step, world.rank)
         self._set_rates(optimizer, batch)
+        thaw = self._config.train.unfreeze_at_step
+        if thaw is not None and counters.step >= thaw:
+            self._state.unfreeze()
         optimizer.zero_grad()
         optimizer.weight, optimizer.samples = batch.weight, batch.samples
         self.computed = []
