@@ -93,7 +93,12 @@ def cli() -> None:
 )
 @click.option("--config", "config_path", metavar="FILE", help="TOML file of configuration keys.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key.")
-def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> None:
+@click.option(
+    "--dry-run", is_flag=True, default=None, help="Take one batch through all of it; write nothing."
+)
+def train(
+    config_path: str | None, settings: tuple[str, ...], dry_run: bool | None, **flags: Any
+) -> None:
     """Train TASK: a ready one, my_task.py[:Name], or package.module:Name.
 
     \b
@@ -119,7 +124,13 @@ def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> N
     with gc_control.none_before_training():
         from hpctrain.run import configure, run
 
-        code = run(configure(_layers(config_path, settings, flags)), say=click.echo)
+        resolved = configure(_layers(config_path, settings, flags))
+        if dry_run:
+            from hpctrain.train.dry_run import dry_run as rehearse
+
+            rehearse(resolved, say=click.echo)
+            return
+        code = run(resolved, say=click.echo)
     if code:
         sys.exit(code)
 
@@ -234,7 +245,7 @@ def doctor() -> None:
 def _config_of(parameters: dict[str, Any]) -> Any:
     from hpctrain.run import configure
 
-    flags = dict(parameters)
+    flags = {name: value for name, value in parameters.items() if name != "dry_run"}
     return configure(_layers(flags.pop("config_path"), flags.pop("settings"), flags))
 
 

@@ -47,6 +47,10 @@ _FOREIGN = {
         "optimizer(model, config)"),
     **dict.fromkeys(("train_dataloader", "val_dataloader", "test_dataloader", "prepare_data",
         "setup", "get_data", "dataset"), "data(config)"),
+    **dict.fromkeys(("lr_scheduler", "scheduler", "get_scheduler", "configure_schedulers",
+        "create_scheduler", "lr_schedule"), "schedule(optimizer)"),
+    **dict.fromkeys(("criterion", "loss_fn", "get_loss", "calculate_loss", "eval_step"),
+        "loss(model, batch)"),
     **dict.fromkeys(("configure_model", "build_model", "get_model", "create_model"), "model()"),
     **dict.fromkeys(("collate_fn", "collate", "augment", "preprocess"),
         "transform(batch, training)"),
@@ -284,13 +288,26 @@ def checked_loss(
             what += " (is a `return` missing?)"
         if isinstance(loss, numbers.Number | np.generic):
             what += " (.item() takes the gradient away)"
-        raise Error(f"loss() of task {name} returned {what}.", hint=_WHAT_LOSS_RETURNS)
+        raise Error(f"loss() of task {name} returned {what}.", hint=_loss_hint(result))
     if training and not loss.requires_grad:
         raise Error(
             f"loss() of task {name} returned a loss without gradient.",
             hint="it was detached, computed under torch.no_grad(), or of frozen parameters alone.",
         )
     return loss.reshape(()), {key: _mean(name, key, value) for key, value in means.items()}
+
+
+def _loss_hint(result: Any) -> str:
+    """What to return instead of what is no loss."""
+    if isinstance(getattr(result, "loss", None), torch.Tensor):
+        return "return its attribute `loss`."
+    if isinstance(result, Mapping) and isinstance(result.get("loss"), torch.Tensor):
+        return 'return what it has as "loss", alone or as (loss, {further means by name}).'
+    if isinstance(result, torch.Tensor) and result.ndim == 1 and not result.is_complex():
+        return "return its mean over the batch's samples: `.mean()`."
+    if isinstance(result, tuple) and result and isinstance(result[0], torch.Tensor):
+        return "return the loss alone, or with a dict of further means by name."
+    return _WHAT_LOSS_RETURNS
 
 
 def _mean(task: str, name: Any, value: Any) -> torch.Tensor | float:
