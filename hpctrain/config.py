@@ -61,6 +61,28 @@ class MixtureEntry(Section):
     weight: float = Field(gt=0, description="Its proportion, to any sum.")
 
 
+class SplitConfig(Section):
+    """How one set of samples is divided: by fractions, into folds, or by lists."""
+
+    of: Literal["train", "validation", "test"] = Field(
+        "train", description="The split that is divided."
+    )
+    train: float | list[int] | Path | None = Field(
+        None, description="A fraction, sample numbers, or a file of them (.npy, .json, .txt)."
+    )
+    validation: float | list[int] | Path | None = Field(None, description="Likewise.")
+    test: float | list[int] | Path | None = Field(None, description="Likewise.")
+    folds: int | None = Field(None, ge=2, description="Equal parts, of which one validates.")
+    fold: int | None = Field(None, ge=0, description="Which one, counted from 0.")
+    by: Literal["random", "stratified", "group"] = Field(
+        "random",
+        description="`stratified`: each value of `column` in the same proportions; `group`: all "
+        "samples of a value in one split.",
+    )
+    column: str | None = Field(None, description="A field with one value a sample.")
+    seed: int | None = Field(None, ge=0, description="Of the choice; unset: the run's.")
+
+
 class DataConfig(Section):
     """Where samples come from, and how they are read."""
 
@@ -74,6 +96,11 @@ class DataConfig(Section):
         None,
         description="Field that holds each training sample's sampling weight: samples are then "
         "drawn by it, with replacement.",
+    )
+    split: SplitConfig | None = Field(
+        None,
+        description="Splits made of one, such as {train = 0.8, validation = 0.2, by = "
+        '"stratified", column = "label"}, {folds = 5, fold = 0}, or lists of sample numbers.',
     )
     order: Literal["block", "full", "none"] = Field(
         "block",
@@ -534,7 +561,7 @@ def reference(config: RunConfig) -> str:
 def _inline(value: Any) -> str:
     """A value as TOML has it on one line."""
     if isinstance(value, dict):
-        items = (f"{_inline(str(name))} = {_inline(inner)}" for name, inner in value.items())
+        items = [f"{_inline(str(k))} = {_inline(v)}" for k, v in value.items() if v is not None]
         return f"{{{', '.join(items)}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(_inline, value))}]"

@@ -17,6 +17,7 @@ from hpctrain.config import DataConfig, OptimizerConfig, RunConfig
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
 from hpctrain.optim.named import Scheduler
+from hpctrain.tasks.division import divided
 from hpctrain.tasks.task import Task
 
 SPLITS = ("train", "validation", "test")
@@ -101,6 +102,20 @@ class Read:
         self.data = _Reading(config.data)
         self.optimizer = _Reading(config.optimizer)
 
+    @property
+    def divides(self) -> bool:
+        """Whether ``data.split`` makes splits."""
+        return self._config.data.split is not None
+
+    def divided(self, splits: dict[str, Source]) -> dict[str, Source]:
+        """Splits as ``data.split`` says, where it is set.
+
+        Args:
+            splits: As the task gives them.
+        """
+        how = self._config.data.split
+        return splits if how is None else divided(splits, how, self._config.seed)
+
     def unread(self, task: Task) -> list[str]:
         """What was set for this run, and the task did not look at; a line each."""
         said = []
@@ -152,15 +167,17 @@ def splits_of(task: Task, read: Read) -> dict[str, Source]:
         raise Error(f"data() of task {name} returned {_described(given)}.", hint=expected)
     for split in given:
         # A test set alone was meant to be validated on: nothing else would be.
-        if split not in SPLITS or (split == "test" and given.get("validation") is None):
+        alone = split == "test" and given.get("validation") is None and not read.divides
+        if split not in SPLITS or alone:
             meant = _MEANT.get(str(split).lower()) or _close(str(split), SPLITS)
             hint = f"did you mean '{meant}'?" if meant and meant not in given else expected
             raise Error(f"data() of task {name} gives '{split}', which nothing reads.", hint=hint)
     if given.get("train") is None:
         raise Error(f"data() of task {name} gives nothing to train on.", hint=expected)
-    return {
+    splits = {
         split: _source(name, split, given[split]) for split in given if given[split] is not None
     }
+    return read.divided(splits)
 
 
 def _source(task: str, split: str, samples: Any) -> Source:
