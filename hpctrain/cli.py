@@ -191,6 +191,21 @@ def config(task: str | None, config_path: str | None, settings: tuple[str, ...])
 
 
 @cli.command()
+@click.argument("path", metavar="TASK-FILE", default="my_task.py", type=click.Path(path_type=Path))
+def init(path: Path) -> None:
+    """Write a task to begin with (default: my_task.py), and beside it run.toml and job.sbatch.
+
+    They train as they are; comments say what to replace.
+    """
+    from hpctrain.tasks.starter import write_starter
+
+    files = write_starter(path)
+    click.echo(f"wrote {', '.join(map(str, files))}")
+    where = "" if path.parent == Path() else f"cd {path.parent} && "
+    click.echo(f"next: {where}hpctrain train --config {files[1].name} --dry-run")
+
+
+@cli.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def strategies(as_json: bool) -> None:
     """List the strategies by which replicas can agree, a line each.
@@ -253,7 +268,7 @@ for command in (
     inference.evaluate, inference.predict,
     data.group, elastic.trace, elastic.chaos, elastic.launch, horovod_build.group,
     *slurm.submission(train, _config_of), slurm.job, slurm.group, slurm.trial, slurm.trials,
-    report.compare, report.report, model.command(_config_of),
+    report.compare, report.report, report.runs, model.command(_config_of),
 ):  # fmt: skip
     cli.add_command(command)
 

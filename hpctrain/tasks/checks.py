@@ -328,8 +328,8 @@ def _loss_hint(result: Any) -> str:
 
 
 def _mean(task: str, name: Any, value: Any) -> torch.Tensor | float:
-    if not isinstance(name, str) or name in OWN_NAMES:
-        why = "which records have of their own" if name in OWN_NAMES else "which is not text"
+    if not isinstance(name, str) or name in OWN_NAMES or re.fullmatch(r"lr_\d+", name):
+        why = "which records have of their own" if isinstance(name, str) else "which is not text"
         raise Error(
             f"loss() of task {task} gives a metric of the name {name!r}, {why}.",
             hint="the loss is recorded by itself; call other means by other names.",
