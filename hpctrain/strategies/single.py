@@ -1,4 +1,4 @@
-"""One replica: nothing to agree on."""
+"""The strategy of one replica: nothing to agree on."""
 
 from __future__ import annotations
 
@@ -71,6 +71,12 @@ class Single(Strategy):
         *,
         clip_norm: float | None = None,
     ) -> DistributedOptimizer:
-        """Wrap the optimizer, for clipping alone."""
+        """Wrap the optimizer, for clipping alone.
+
+        Args:
+            model: To be trained.
+            optimizer: Of its parameters.
+            clip_norm: Largest norm of the gradient; None: no clipping.
+        """
         check_trainable(optimizer)
         return SingleOptimizer(optimizer, clip_norm)

@@ -1,9 +1,10 @@
-"""What a task gives, checked where it comes: one line says what was expected."""
+"""Check what a task gives where it comes: one line says what was expected."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from hpctrain.config import DataConfig, OptimizerConfig, RunConfig
+from hpctrain.data.batch import Batch
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
 from hpctrain.optim.named import Scheduler
@@ -66,7 +68,7 @@ _NO_MEAN = re.compile(
 )
 _OWN = (
     "model", "loss", "data", "transform", "optimizer", "schedule", "metrics", "predictions",
-    "defaults", "monitor", "mode", "gathers", "world",
+    "callbacks", "defaults", "monitor", "mode", "gathers", "world",
 )  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def check_defined(task: Task) -> None:
 
 
 class Read:
-    """The sections of a configuration that a task is handed, and what it reads of them.
+    """The sections of a configuration that a task is handed, and a record of what it reads of them.
 
     Args:
         config: Of the run.
@@ -117,7 +119,7 @@ class Read:
         return splits if how is None else divided(splits, how, self._config.seed)
 
     def unread(self, task: Task) -> list[str]:
-        """What was set for this run, and the task did not look at; a line each."""
+        """Say what was set for this run, and the task did not look at; a line each."""
         said = []
         for section, method, names in (
             ("data", "data", ("path", "mixture", "weights")),
@@ -155,7 +157,11 @@ class _Reading:
 
 
 def splits_of(task: Task, read: Read) -> dict[str, Source]:
-    """The task's samples by split.
+    """Return the task's samples by split, checked.
+
+    Args:
+        task: Gives them.
+        read: What it is handed of the configuration.
 
     Raises:
         Error: There are none to train on, or there is a split that nothing reads.
@@ -192,7 +198,7 @@ def _source(task: str, split: str, samples: Any) -> Source:
 
 
 def model_of(task: Task, ranks: int) -> nn.Module:
-    """The task's model.
+    """Return the task's model, checked.
 
     Args:
         task: Makes it.
@@ -224,7 +230,7 @@ def model_of(task: Task, ranks: int) -> nn.Module:
 def optimizer_of(
     task: Task, model: nn.Module, read: Read, *, closures: bool = False
 ) -> torch.optim.Optimizer:
-    """The task's optimizer.
+    """Return the task's optimizer, checked.
 
     Args:
         task: Makes it.
@@ -253,7 +259,7 @@ def optimizer_of(
             f"optimizer {type(optimizer).__name__} of task {name} evaluates the loss again and "
             "again in a step, for which it wants a closure; here it is given one gradient.",
             hint="use one that steps once per gradient, such as SGD or AdamW; or one process, with "
-            "--strategy single, and without train.nonfinite=skip.",
+            "--strategy single, without train.nonfinite=skip and fp16.",
         )
     return optimizer
 
@@ -284,7 +290,7 @@ def schedule_of(task: Task, optimizer: torch.optim.Optimizer) -> Scheduler | Non
 def checked_loss(
     task: Task, result: Any, *, training: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
-    """What ``loss()`` returned, as the loss and the other means by name.
+    """Return what ``loss()`` gave, as the loss and the other means by name, checked.
 
     Args:
         task: Whose it is.
@@ -327,6 +333,33 @@ def _loss_hint(result: Any) -> str:
     return _WHAT_LOSS_RETURNS
 
 
+def weighs(task: Task) -> bool:
+    """Return whether a task says itself what a batch counts for."""
+    return type(task).weight is not Task.weight
+
+
+def checked_weight(task: Task, batch: Batch) -> float:
+    """Return what a batch counts for in means over batches, as the task says.
+
+    Args:
+        task: Asked only where the batch has samples.
+        batch: On the CPU.
+
+    Raises:
+        Error: ``weight()`` returned something else than a number of at least 0.
+    """
+    if not batch.samples:
+        return 0.0
+    result: Any = task.weight(batch)
+    number = result.item() if isinstance(result, torch.Tensor) and result.numel() == 1 else result
+    if isinstance(number, numbers.Real) and 0 <= float(number) < math.inf:
+        return float(number)
+    raise Error(
+        f"weight() of task {type(task).__name__} returned {_described(result)}.",
+        hint="return how many targets the batch has: one number of at least 0.",
+    )
+
+
 def _mean(task: str, name: Any, value: Any) -> torch.Tensor | float:
     if not isinstance(name, str) or name in OWN_NAMES or re.fullmatch(r"lr_\d+", name):
         why = "which records have of their own" if isinstance(name, str) else "which is not text"
@@ -347,7 +380,7 @@ def _mean(task: str, name: Any, value: Any) -> torch.Tensor | float:
 
 
 def checked_predictions(task: Task, result: Any, samples: int) -> dict[str, torch.Tensor]:
-    """What ``predictions()`` returned, by name, on the CPU.
+    """Return what ``predictions()`` gave, by name, on the CPU, checked.
 
     Args:
         task: Whose it is.
@@ -378,7 +411,7 @@ def checked_predictions(task: Task, result: Any, samples: int) -> dict[str, torc
 
 
 def warnings_of(task: Task) -> list[str]:
-    """What a task defines, and nothing reads, one line each."""
+    """Say what a task defines, and nothing reads, one line each."""
     said = []
     kind = type(task)
     for each in kind.__mro__[: kind.__mro__.index(Task)]:
@@ -393,7 +426,7 @@ def warnings_of(task: Task) -> list[str]:
 
 
 def no_means(names: Iterable[str]) -> str:
-    """What to say of metrics that are, by their names, no means over samples; or nothing."""
+    """Say which metrics are, by their names, no means over samples; or nothing."""
     found = [name for name in names if _NO_MEAN.search(name)]
     if not found:
         return ""

@@ -10,6 +10,7 @@ import torch
 from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
 from hpctrain.strategies.buffer_averaging import average_buffers
+from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.evaluation import check_agreed
 from hpctrain.train.nonfinite import Health, all_finite
 from hpctrain.train.run_metrics import RunMetrics
@@ -30,6 +31,7 @@ class Checkpointing:
         store: Where checkpoints go; rank 0 alone writes there.
         metrics: Of the run.
         health: Whether the parameters are fit for a checkpoint.
+        callbacks: May have a state of their own, and are told.
 
     Attributes:
         launch: How often the run was started before.
@@ -43,6 +45,7 @@ class Checkpointing:
         store: CheckpointStore,
         metrics: RunMetrics,
         health: Health,
+        callbacks: Callbacks,
     ) -> None:
         self._strategy = strategy
         self._world = strategy.world
@@ -50,6 +53,7 @@ class Checkpointing:
         self._store = store
         self._metrics = metrics
         self._health = health
+        self._callbacks = callbacks
         self._averaged_at = 0  # samples of this rank when buffers were last the world's
         self.launch = 0
         self.strategy_state: dict[str, Any] = {}
@@ -78,6 +82,7 @@ class Checkpointing:
         if found is not None:
             self._state.load_state_dict(found)
             counters = self._state.counters
+            self._callbacks.load_state_dict(found.get("callbacks", {}))
             self.strategy_state = found.get("strategy", {}).get(self._strategy.name, {})
             reason = f"resumed at step {counters.step}"
         size = self._world.size
@@ -110,6 +115,11 @@ class Checkpointing:
             return
         if not self._strategy.agreement.in_step and self._world.rank != 0:
             return
+        self._save(optimizer, best=best)
+        if not self._health.unfit:
+            self._callbacks.tell("on_checkpoint")
+
+    def _save(self, optimizer: DistributedOptimizer, *, best: bool) -> None:
         snapshot = optimizer.snapshot()
         if self._strategy.agreement is Agreement.AT_ROUNDS:
             check_agreed(self._strategy, self._state, snapshot.parameters)
@@ -126,6 +136,8 @@ class Checkpointing:
         state["optimizer"] = snapshot.optimizer
         if snapshot.strategy:
             state["strategy"] = {self._strategy.name: snapshot.strategy}
+        if callbacks := self._callbacks.state_dict():
+            state["callbacks"] = callbacks
         step = self._state.counters.step
         LOG.info("checkpoint of step %d%s", step, ", the best so far" if best else "")
         self._store.save(step, state, best=best)

@@ -24,6 +24,7 @@ from hpctrain.tasks.checks import (
     schedule_of,
     splits_of,
     warnings_of,
+    weighs,
 )
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, TaskTransform
@@ -67,7 +68,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     check_defined(task)
-    _check_together(config, strategy)
+    _check_together(config, task, strategy)
     world = strategy.world
     set_start_seeds(config.seed)
     read = Read(config)
@@ -81,8 +82,8 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     for parameter in frozen:
         # What is to be trained later is of the optimizer from the start.
         parameter.requires_grad_(config.train.unfreeze_at_step is not None)
-    closures = strategy.takes_closures and config.train.nonfinite != "skip"
-    optimizer = optimizer_of(task, model, read, closures=closures)
+    plain = config.train.nonfinite != "skip" and config.train.dtype != "fp16"
+    optimizer = optimizer_of(task, model, read, closures=plain and strategy.takes_closures)
     scale = peak_scale(config.optimizer, config.train.batch_size)
     for group in optimizer.param_groups:
         group["lr"] *= scale
@@ -134,16 +135,23 @@ def join_world(task: Task, strategy: Strategy) -> None:
     task.world.no_gathers = refused
 
 
-def _check_together(config: RunConfig, strategy: Strategy) -> None:
+def _check_together(config: RunConfig, task: Task, strategy: Strategy) -> None:
+    if weighs(task) and strategy.agreement is Agreement.ON_SERVERS:
+        raise Error(
+            f"weight() of task {type(task).__name__} cannot be used with strategy "
+            f"'{strategy.name}': no rank knows what the others' samples count for.",
+            hint="use --strategy horovod.",
+        )
     if strategy.averages_gradients and strategy.agreement is Agreement.ALWAYS:
         return
     refused = f"cannot be used with strategy '{strategy.name}'"
-    if config.train.nonfinite == "skip":
-        raise Error(
-            f"train.nonfinite=skip {refused}: no rank knows the world's gradient before it is "
-            "used.",
-            hint="use stop or allow, or --strategy horovod.",
-        )
+    for key, value, instead in (("nonfinite", "skip", "stop or allow"), ("dtype", "fp16", "bf16")):
+        if getattr(config.train, key) == value:
+            raise Error(
+                f"train.{key}={value} {refused}: no rank knows the world's gradient before it is "
+                "used.",
+                hint=f"use {instead}, or --strategy horovod.",
+            )
     if config.train.sync_batchnorm:
         raise Error(
             f"train.sync_batchnorm {refused}.",
