@@ -99,9 +99,22 @@ def cli() -> None:
 @click.option(
     "--resume", metavar="auto|PATH", help="Newest good checkpoint of --out, if any; or a path."
 )
+@click.option(
+    "--init-from",
+    metavar="SOURCE",
+    help="Begin with the weights of a run, a checkpoint, or a file.",
+)
+@click.option(
+    "--init-partial", is_flag=True, default=None, help="Of those, what fits by name and shape."
+)
 @click.option("--config", "config_path", metavar="FILE", help="TOML file of configuration keys.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any other key.")
-def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> None:
+@click.option(
+    "--dry-run", is_flag=True, default=None, help="Take one batch through all of it; write nothing."
+)
+def train(
+    config_path: str | None, settings: tuple[str, ...], dry_run: bool | None, **flags: Any
+) -> None:
     """Train TASK: a ready one, my_task.py[:Name], or package.module:Name.
 
     \b
@@ -128,7 +141,13 @@ def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> N
     with gc_control.none_before_training():
         from hpctrain.run import configure, run
 
-        code = run(configure(_layers(config_path, settings, flags)), say=click.echo)
+        resolved = configure(_layers(config_path, settings, flags))
+        if dry_run:
+            from hpctrain.train.dry_run import dry_run as rehearse
+
+            rehearse(resolved, say=click.echo)
+            return
+        code = run(resolved, say=click.echo)
     if code:
         sys.exit(code)
 
@@ -146,6 +165,8 @@ _FLAG_KEYS = {
     "replicas": "ps.replicas",
     "elastic": "elastic.mode",
     "trace_samples": "log.trace_samples",
+    "init_from": "init.source",
+    "init_partial": "init.partial",
     "profile": "log.profile",
     "callbacks": "train.callbacks",
     "record_order": "ps.record_order",
@@ -163,7 +184,7 @@ def _layers(
         given["mesh"] = _axes(axes)
     texts = (
         "data_path", "on_bad_shard", "out", "resume", "task", "strategy", "dtype", "consistency",
-        "record_order", "replay", "elastic",
+        "record_order", "replay", "elastic", "init_from",
     )  # fmt: skip
     for flag, value in flags.items():
         if value is not None and value != ():
@@ -202,6 +223,21 @@ def config(task: str | None, config_path: str | None, settings: tuple[str, ...])
 
     resolved = configure(_layers(config_path, settings, {"task": task}))
     click.echo(reference(resolved), nl=False)
+
+
+@cli.command()
+@click.argument("path", metavar="TASK-FILE", default="my_task.py", type=click.Path(path_type=Path))
+def init(path: Path) -> None:
+    """Write a task to begin with (default: my_task.py), and beside it run.toml and job.sbatch.
+
+    They train as they are; comments say what to replace.
+    """
+    from hpctrain.tasks.starter import write_starter
+
+    files = write_starter(path)
+    click.echo(f"wrote {', '.join(map(str, files))}")
+    where = "" if path.parent == Path() else f"cd {path.parent} && "
+    click.echo(f"next: {where}hpctrain train --config {files[1].name} --dry-run")
 
 
 @cli.command()
@@ -259,7 +295,7 @@ def doctor() -> None:
 def _config_of(parameters: dict[str, Any]) -> Any:
     from hpctrain.run import configure
 
-    flags = dict(parameters)
+    flags = {name: value for name, value in parameters.items() if name != "dry_run"}
     return configure(_layers(flags.pop("config_path"), flags.pop("settings"), flags))
 
 
@@ -267,7 +303,7 @@ for command in (
     inference.evaluate, inference.predict,
     data.group, elastic.trace, elastic.chaos, elastic.launch, horovod_build.group,
     *slurm.submission(train, _config_of), slurm.job, slurm.group, slurm.trial, slurm.trials,
-    report.compare, report.report, model.command(_config_of),
+    report.compare, report.report, report.runs, model.command(_config_of),
 ):  # fmt: skip
     cli.add_command(command)
 

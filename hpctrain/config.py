@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,8 +19,10 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     create_model,
+    model_serializer,
 )
 
 from hpctrain.errors import Error, nearest
@@ -37,6 +39,10 @@ TOML_BYTES = 2**20
 MOST_DEPTH = 64
 MOST_DOTS = 1000
 """Bounds on a file of configuration: whoever wrote it, reading it takes no time and no memory."""
+
+OWN_OPTIMIZERS = ("sgd", "adamw", "lamb")
+OWN_SCHEDULES = ("constant", "linear", "cosine")
+"""Names whose meaning is hpctrain's own; others are of classes."""
 
 Layer = dict[str, Any]
 """Nested mapping of section -> name -> value, as a TOML file gives it."""
@@ -55,6 +61,28 @@ class MixtureEntry(Section):
     weight: float = Field(gt=0, description="Its proportion, to any sum.")
 
 
+class SplitConfig(Section):
+    """How one set of samples is divided: by fractions, into folds, or by lists."""
+
+    of: Literal["train", "validation", "test"] = Field(
+        "train", description="The split that is divided."
+    )
+    train: float | list[int] | Path | None = Field(
+        None, description="A fraction, sample numbers, or a file of them (.npy, .json, .txt)."
+    )
+    validation: float | list[int] | Path | None = Field(None, description="Likewise.")
+    test: float | list[int] | Path | None = Field(None, description="Likewise.")
+    folds: int | None = Field(None, ge=2, description="Equal parts, of which one validates.")
+    fold: int | None = Field(None, ge=0, description="Which one, counted from 0.")
+    by: Literal["random", "stratified", "group"] = Field(
+        "random",
+        description="`stratified`: each value of `column` in the same proportions; `group`: all "
+        "samples of a value in one split.",
+    )
+    column: str | None = Field(None, description="A field with one value a sample.")
+    seed: int | None = Field(None, ge=0, description="Of the choice; unset: the run's.")
+
+
 class DataConfig(Section):
     """Where samples come from, and how they are read."""
 
@@ -68,6 +96,11 @@ class DataConfig(Section):
         None,
         description="Field that holds each training sample's sampling weight: samples are then "
         "drawn by it, with replacement.",
+    )
+    split: SplitConfig | None = Field(
+        None,
+        description="Splits made of one, such as {train = 0.8, validation = 0.2, by = "
+        '"stratified", column = "label"}, {folds = 5, fold = 0}, or lists of sample numbers.',
     )
     order: Literal["block", "full", "none"] = Field(
         "block",
@@ -151,6 +184,13 @@ class TrainConfig(Section):
         description="With horovod: BatchNorm takes its statistics of the global batch instead of "
         "each rank's part of it.",
     )
+    freeze: list[str] = Field(
+        [],
+        description="Patterns of parameters' names, such as `backbone.*`, that are not trained.",
+    )
+    unfreeze_at_step: int | None = Field(
+        None, ge=1, description="Step from which on they are trained; unset: they never are."
+    )
     callbacks: list[str] = Field(
         [],
         description="What is done besides at a run's events: ready ones (statistics, summary, "
@@ -162,11 +202,41 @@ class TrainConfig(Section):
     )
 
 
+class InitConfig(Section):
+    """What a model begins with, instead of what the task makes it with."""
+
+    source: Path | None = Field(
+        None,
+        description="A run, a checkpoint, a .safetensors file, or a file of torch.save() with "
+        "tensors alone, whose weights are taken over by name. A resumed run goes on with its own.",
+    )
+    partial: bool = Field(
+        False,
+        description="Take what fits by name and shape; else all has to. What does not is said.",
+    )
+    rename: dict[str, str] = Field(
+        default_factory=dict,
+        description='New beginnings of the source\'s names, such as {"backbone." = "encoder."}.',
+    )
+
+
+class GroupConfig(Section):
+    """Parameters that have something else of the optimizer; further keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    match: str | list[str] = Field(description="Patterns of parameters' names, such as `head.*`.")
+    lr: float | None = Field(None, gt=0, description="Their peak learning rate.")
+    weight_decay: float | None = Field(None, ge=0, description="Of their matrices and filters.")
+
+
 class OptimizerConfig(Section):
     """The optimizer a task gets unless it builds its own."""
 
-    name: Literal["sgd", "adamw", "lamb"] = Field(
-        "adamw", description="`sgd` is with Nesterov momentum; `lamb` is for very large batches."
+    name: str = Field(
+        "adamw",
+        description="`sgd` (with Nesterov momentum), `adamw`, `lamb` (for very large batches); any "
+        "of torch.optim by its name, such as `RMSprop`; or `package.module:Class`.",
     )
     lr: float = Field(1e-3, gt=0, description="Peak learning rate, for `lr_batch_size`.")
     lr_batch_size: int | None = Field(
@@ -182,19 +252,58 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(
         0.01, ge=0, description="Decay of matrices and filters; biases and norms have none."
     )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of the optimizer by name, such as {alpha = 0.9} of RMSprop. "
+        "What is set neither here nor above is, of torch's optimizers, torch's own default.",
+    )
+
+    groups: list[GroupConfig] = Field(
+        [],
+        description="Parameters {match, lr, weight_decay, ...} with settings of their own, by "
+        "patterns of their names; the first that matches counts.",
+    )
+
+    def is_set(self, name: str) -> bool:
+        """Whether a key was set, by a user or a task, and does not have hpctrain's default."""
+        return name in self.model_fields_set
+
+    @model_serializer(mode="wrap")
+    def _as_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out defaults that an optimizer of torch does not have, so that they are not set."""
+        values: dict[str, Any] = handler(self)
+        if self.name in OWN_OPTIMIZERS:
+            return values
+        unset = {"lr", "momentum", "betas", "weight_decay"} - self.model_fields_set
+        return {name: value for name, value in values.items() if name not in unset}
 
 
 class ScheduleConfig(Section):
     """The learning rate over a run."""
 
-    name: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="What follows the warm-up: stay, or fall to `final` by the last step."
+    name: str = Field(
+        "cosine",
+        description="What follows the warm-up: `constant`, or a fall to `final` by the last step, "
+        "`linear` or `cosine`; any of torch.optim.lr_scheduler by its name, such as "
+        "`CosineAnnealingWarmRestarts`; or `package.module:Class`.",
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear rise to the peak.")
     warmup_epochs: float = Field(
         0.0, ge=0, description="The same in epochs; counts where `warmup_steps` is 0."
     )
-    final: float = Field(0.0, ge=0, le=1, description="Last rate, as a part of the peak.")
+    final: float = Field(
+        0.0, ge=0, le=1, description="Last rate of `linear` and `cosine`, as a part of the peak."
+    )
+    every: Literal["step", "epoch"] = Field(
+        "step",
+        description="When one of torch's schedulers takes a step: after each of the optimizer (but "
+        "for the warm-up's), or after each epoch. ReduceLROnPlateau: after each validation.",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of torch's scheduler, by name, such as {T_0 = 500}. T_max, "
+        "total_steps and max_lr are the run's own unless they are here.",
+    )
 
 
 class CheckpointConfig(Section):
@@ -400,6 +509,7 @@ class RunConfig(Section):
         600.0, gt=0, description="Longest wait for another rank before it counts as lost."
     )
     data: DataConfig = Field(default_factory=DataConfig)
+    init: InitConfig = Field(default_factory=InitConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
@@ -474,12 +584,20 @@ def reference(config: RunConfig) -> str:
         if section != table:
             table = section
             lines += ["", f"[{table}]"]
-        value = values[section][name] if section else values[name]
-        setting = f"# {name} is unset" if value is None else tomli_w.dumps({name: value}).strip()
-        if name == "options":
-            setting = f"{name} = {{}}" if not value else f"{name} = {value}"
+        value = (values[section] if section else values).get(name)
+        setting = f"# {name} is unset" if value is None else f"{name} = {_inline(value)}"
         lines += [f"# {field.description}", setting]
     return "\n".join(lines).lstrip() + "\n"
+
+
+def _inline(value: Any) -> str:
+    """A value as TOML has it on one line."""
+    if isinstance(value, dict):
+        items = [f"{_inline(str(k))} = {_inline(v)}" for k, v in value.items() if v is not None]
+        return f"{{{', '.join(items)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_inline, value))}]"
+    return tomli_w.dumps({"it": value}).strip().removeprefix("it = ")
 
 
 def read_toml(path: Path) -> Layer:
@@ -578,10 +696,13 @@ def resolve(layers: Iterable[tuple[str, Layer]], kind: type[RunConfig] = RunConf
     """
     merged: Layer = {}
     origin: dict[str, str] = {}
-    known = {key for key, _ in keys(kind)}
+    fields = dict(keys(kind))
+    known = set(fields)
+    open_ = tuple(f"{key}." for key in known if key.rpartition(".")[2] == "options")
+    whole = {key for key in known if not f"{key}.".startswith(open_)}
     for source, layer in layers:
-        for key, value in _flatten(layer):
-            if key not in known and not key.startswith("options."):
+        for key, value in _flatten(layer, open_, whole):
+            if key not in known and not key.startswith(open_):
                 raise Error(
                     f"{source}: unknown key '{key}'.", hint=nearest(key, known, "`hpctrain config`")
                 )
@@ -613,10 +734,20 @@ def _check_text(source: str, key: str, value: Any) -> None:
         ) from None
 
 
-def _flatten(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(
+    layer: Layer, open_: tuple[str, ...], whole: Container[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Values by dotted key; those of open sections are whatever stands there.
+
+    Args:
+        layer: Nested.
+        open_: What their keys begin with.
+        whole: Keys whose value may be a table.
+        prefix: Of the keys.
+    """
     for name, value in layer.items():
         key = prefix + name
-        if isinstance(value, dict) and not prefix.startswith("options."):
-            yield from _flatten(value, f"{key}.")
+        if isinstance(value, dict) and key not in whole and not prefix.startswith(open_):
+            yield from _flatten(value, open_, whole, f"{key}.")
         else:
             yield key, value

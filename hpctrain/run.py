@@ -46,6 +46,7 @@ from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, load_task, make_task
 from hpctrain.train import compiler, gc_control
 from hpctrain.train.fingerprint import of_start, of_training
+from hpctrain.train.initial_weights import initialize
 from hpctrain.train.interruption import Interruption
 from hpctrain.train.loggers import loggers_of
 from hpctrain.train.loggers.jsonl import plain
@@ -368,6 +369,8 @@ def _prepare(
     What is found is read into the state's own tensors as far as it fits, which spares a copy.
     """
     snapshot = _snapshot(out, config, store, say, state)
+    if snapshot is None and config.init.source is not None:
+        initialize(state.model, config.init, say)
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
         # Who looks after a job has removed an old `stop`; a new one may be there already.

@@ -101,6 +101,22 @@ def claim(folder: Path) -> IO[str] | None:
     return lock
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a run is under way in a folder, as far as its file system has locks.
+
+    Args:
+        folder: Of a run.
+    """
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def unwritable(path: Path, error: OSError) -> Error:
     """Return the error to raise where a run folder, or a file of it, cannot be written.
 

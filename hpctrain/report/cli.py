@@ -1,4 +1,4 @@
-"""`hpctrain compare` and `hpctrain report`."""
+"""`hpctrain compare`, `hpctrain report` and `hpctrain runs`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,36 @@ def report(inputs: tuple[Path, ...], out: Path, plots: Path | None) -> None:
     count = write(inputs, out, plots)
     many = f"{count} plot{'s' * (count != 1)}"
     click.echo(f"{out}: {many}" + (f", also in {plots}" if plots else ""))
+
+
+@click.command()
+@click.argument("folder", default="runs", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="For programs, with whole configurations.")
+def runs(folder: Path, as_json: bool) -> None:
+    """List the runs in FOLDER (default: runs) in the order of their beginnings.
+
+    Each with its state, the last step, the metrics of its best checkpoint, and what of its
+    configuration is not the same in all of them.
+    """
+    import json
+
+    from hpctrain.report.listing import differences, list_runs
+
+    found = list_runs(folder)
+    if as_json:
+        rows = [{**run._asdict(), "run": str(run.run)} for run in found]
+        click.echo(json.dumps(rows, default=str))
+        return
+    if not found:
+        click.echo(f"no runs in {folder}")
+        return
+    table = [["RUN", "STATE", "STEP", "BEST", "DIFFERENT"]]
+    for run, apart in zip(found, differences(found), strict=True):
+        best = " ".join(f"{name} {short(value)}" for name, value in run.metrics.items())
+        different = " ".join(f"{key}={short(value)}" for key, value in apart.items())
+        step = f"{run.step}/{short(run.steps)}"
+        table.append([run.run.name, run.state, step, best or "-", different])
+    columns(table)
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,7 +106,12 @@ MACHINERY = (
 
 def metrics_of(record: Record) -> list[str]:
     """Return the names of what the task reports in a record of training or validation."""
-    return [name for name in record if name not in MACHINERY and number(record[name]) is not None]
+    return [
+        name
+        for name in record
+        if name not in MACHINERY and not re.fullmatch(r"lr_\d+", name)
+        if number(record[name]) is not None
+    ]
 
 
 def read_run(path: Path) -> Run:
@@ -118,7 +124,7 @@ def read_run(path: Path) -> Run:
     if not any(r.get("kind") in ("train", "validation") for r in records):
         what = "nothing yet" if (path / "metrics.jsonl").exists() else "no metrics.jsonl"
         raise Error(f"{path} holds {what} to report.", hint=HINT)
-    config, toml = _config(path / "config.toml")
+    config, toml = config_of(path / "config.toml")
     ended = outcome(path)
     return Run(
         path=path,
@@ -168,7 +174,15 @@ def name_runs(runs: Sequence[Run]) -> None:
         run.label = "/".join(parts[-length:]).replace("//", "/") + "*" * run.oversubscribed
 
 
-def _config(path: Path) -> tuple[dict[str, Any], str]:
+def config_of(path: Path) -> tuple[dict[str, Any], str]:
+    """Read a run's configuration: by dotted keys, and as the file has it; empty without a file.
+
+    Args:
+        path: Of its config.toml.
+
+    Raises:
+        Error: It cannot be read.
+    """
     from hpctrain.config import TOML_BYTES, read_toml
 
     try:

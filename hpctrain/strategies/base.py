@@ -97,6 +97,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         overlaps: Whether gradients may be sent while ``backward()`` still computes, because nobody
             looks at them or changes them before ``step()``, and each step has one pass outside of
             ``no_sync()``. Read by the parameter server; the trainer says so.
+        needs_closure: Whether the user's optimizer evaluates the loss by itself, as LBFGS does.
         mark: Called when a part of a step has ended, with its name: of
             :data:`hpctrain.train.step_timer.PARTS`.
     """
@@ -111,7 +112,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         # Who goes on using the inner one alone has gradients averaged still: this lives as long.
         inner.__dict__["_wrapped_by"] = self
         self.clip_norm = clip_norm
-        self._needs_closure = needs_closure(inner)
+        self.needs_closure = needs_closure(inner)
         self.grad_norm: torch.Tensor | None = None
         self.weight = 1.0
         self.samples: float | None = None
@@ -179,7 +180,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
             PeerLost: Another rank is gone.
             Error: A closure was given or is needed: each evaluation would need an agreement.
         """
-        if closure is not None or self._needs_closure:
+        if closure is not None or self.needs_closure:
             raise _closure_error(self.inner, "across ranks, or without a closure")
         self.synchronize()
         self.mark("exchange")
@@ -299,12 +300,15 @@ class Strategy(ABC):
         averages_gradients: Whether each rank knows the world's gradient before the update, and all
             ranks come to each forward and backward pass together. What needs that is refused
             elsewhere: ``train.nonfinite=skip``, ``train.sync_batchnorm``.
+        takes_closures: Whether ``step(closure)`` may evaluate the loss again and again, as LBFGS
+            wants it.
         fault_tolerance: How losses are outlived, where that was to be chosen.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[Section]] = Section
     averages_gradients: ClassVar[bool] = True
+    takes_closures: ClassVar[bool] = False
     agreement: Agreement = Agreement.ALWAYS
     fault_tolerance: Choice | None = None
 

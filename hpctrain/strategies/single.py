@@ -47,6 +47,7 @@ class Single(Strategy):
     """
 
     name = "single"
+    takes_closures = True
 
     def __init__(
         self,

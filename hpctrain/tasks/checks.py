@@ -18,6 +18,8 @@ from hpctrain.config import DataConfig, OptimizerConfig, RunConfig
 from hpctrain.data.batch import Batch
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
+from hpctrain.optim.named import Scheduler
+from hpctrain.tasks.division import divided
 from hpctrain.tasks.task import Task
 
 SPLITS = ("train", "validation", "test")
@@ -48,6 +50,10 @@ _FOREIGN = {
         "optimizer(model, config)"),
     **dict.fromkeys(("train_dataloader", "val_dataloader", "test_dataloader", "prepare_data",
         "setup", "get_data", "dataset"), "data(config)"),
+    **dict.fromkeys(("lr_scheduler", "scheduler", "get_scheduler", "configure_schedulers",
+        "create_scheduler", "lr_schedule"), "schedule(optimizer)"),
+    **dict.fromkeys(("criterion", "loss_fn", "get_loss", "calculate_loss", "eval_step"),
+        "loss(model, batch)"),
     **dict.fromkeys(("configure_model", "build_model", "get_model", "create_model"), "model()"),
     **dict.fromkeys(("collate_fn", "collate", "augment", "preprocess"),
         "transform(batch, training)"),
@@ -61,9 +67,8 @@ _NO_MEAN = re.compile(
     re.IGNORECASE,
 )
 _OWN = (
-    "model", "loss", "data", "transform", "optimizer", "metrics", "predictions", "callbacks",
-    "defaults",
-    "monitor", "mode", "gathers", "world",
+    "model", "loss", "data", "transform", "optimizer", "schedule", "metrics", "predictions",
+    "callbacks", "defaults", "monitor", "mode", "gathers", "world",
 )  # fmt: skip
 _OF_A_MESH = ("stages", "blocks", "parallelize")
 """Of tasks whose models are divided; a task may use the names for what it likes."""
@@ -101,12 +106,30 @@ class Read:
         self.data = _Reading(config.data)
         self.optimizer = _Reading(config.optimizer)
 
+    @property
+    def divides(self) -> bool:
+        """Whether ``data.split`` makes splits."""
+        return self._config.data.split is not None
+
+    def divided(self, splits: dict[str, Source]) -> dict[str, Source]:
+        """Splits as ``data.split`` says, where it is set.
+
+        Args:
+            splits: As the task gives them.
+        """
+        how = self._config.data.split
+        return splits if how is None else divided(splits, how, self._config.seed)
+
     def unread(self, task: Task) -> list[str]:
         """Say what was set for this run, and the task did not look at; a line each."""
         said = []
         for section, method, names in (
             ("data", "data", ("path", "mixture", "weights")),
-            ("optimizer", "optimizer", ("name", "lr", "momentum", "betas", "weight_decay")),
+            (
+                "optimizer",
+                "optimizer",
+                ("name", "lr", "momentum", "betas", "weight_decay", "options", "groups"),
+            ),
         ):
             reading: _Reading = getattr(self, section)
             for name in names:
@@ -152,15 +175,17 @@ def splits_of(task: Task, read: Read) -> dict[str, Source]:
         raise Error(f"data() of task {name} returned {_described(given)}.", hint=expected)
     for split in given:
         # A test set alone was meant to be validated on: nothing else would be.
-        if split not in SPLITS or (split == "test" and given.get("validation") is None):
+        alone = split == "test" and given.get("validation") is None and not read.divides
+        if split not in SPLITS or alone:
             meant = _MEANT.get(str(split).lower()) or _close(str(split), SPLITS)
             hint = f"did you mean '{meant}'?" if meant and meant not in given else expected
             raise Error(f"data() of task {name} gives '{split}', which nothing reads.", hint=hint)
     if given.get("train") is None:
         raise Error(f"data() of task {name} gives nothing to train on.", hint=expected)
-    return {
+    splits = {
         split: _source(name, split, given[split]) for split in given if given[split] is not None
     }
+    return read.divided(splits)
 
 
 def _source(task: str, split: str, samples: Any) -> Source:
@@ -204,13 +229,16 @@ def model_of(task: Task, ranks: int) -> nn.Module:
     return model
 
 
-def optimizer_of(task: Task, model: nn.Module, read: Read) -> torch.optim.Optimizer:
+def optimizer_of(
+    task: Task, model: nn.Module, read: Read, *, closures: bool = False
+) -> torch.optim.Optimizer:
     """Return the task's optimizer, checked.
 
     Args:
-        task: Gives it.
-        model: Whose parameters it trains.
-        read: What the task is handed of the configuration.
+        task: Makes it.
+        model: Whose parameters it updates.
+        read: The section that the task is handed.
+        closures: Whether it may evaluate the loss by itself.
 
     Raises:
         Error: There is nothing to train, it is none, or it needs a closure.
@@ -228,13 +256,37 @@ def optimizer_of(task: Task, model: nn.Module, read: Read) -> torch.optim.Optimi
             hint="return a torch.optim.Optimizer alone; [schedule] sets the learning rate.",
         )
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if closure is not None and closure.default is inspect.Parameter.empty and not closures:
         raise Error(
             f"optimizer {type(optimizer).__name__} of task {name} evaluates the loss again and "
-            "again in a step, for which it wants a closure; this loop gives it one gradient.",
-            hint="use one that steps once per gradient, such as SGD or AdamW.",
+            "again in a step, for which it wants a closure; here it is given one gradient.",
+            hint="use one that steps once per gradient, such as SGD or AdamW; or one process, with "
+            "--strategy single, without train.nonfinite=skip and fp16.",
         )
     return optimizer
+
+
+def schedule_of(task: Task, optimizer: torch.optim.Optimizer) -> Scheduler | None:
+    """The task's scheduler, if it gives one.
+
+    Raises:
+        Error: It is none, or of another optimizer.
+    """
+    made: Any = task.schedule(optimizer) if callable(task.schedule) else None
+    name = type(task).__name__
+    if made is None:
+        return None
+    if not isinstance(made, Scheduler):
+        raise Error(
+            f"schedule() of task {name} returned {_described(made)}.",
+            hint="return a scheduler of torch.optim.lr_scheduler, or None.",
+        )
+    if getattr(made, "optimizer", optimizer) is not optimizer:
+        raise Error(
+            f"schedule() of task {name} returned a scheduler of another optimizer.",
+            hint="make it with the optimizer that schedule(optimizer) is given.",
+        )
+    return made
 
 
 def checked_loss(
@@ -261,13 +313,26 @@ def checked_loss(
             what += " (is a `return` missing?)"
         if isinstance(loss, numbers.Number | np.generic):
             what += " (.item() takes the gradient away)"
-        raise Error(f"loss() of task {name} returned {what}.", hint=_WHAT_LOSS_RETURNS)
+        raise Error(f"loss() of task {name} returned {what}.", hint=_loss_hint(result))
     if training and not loss.requires_grad:
         raise Error(
             f"loss() of task {name} returned a loss without gradient.",
             hint="it was detached, computed under torch.no_grad(), or of frozen parameters alone.",
         )
     return loss.reshape(()), {key: _mean(name, key, value) for key, value in means.items()}
+
+
+def _loss_hint(result: Any) -> str:
+    """What to return instead of what is no loss."""
+    if isinstance(getattr(result, "loss", None), torch.Tensor):
+        return "return its attribute `loss`."
+    if isinstance(result, Mapping) and isinstance(result.get("loss"), torch.Tensor):
+        return 'return what it has as "loss", alone or as (loss, {further means by name}).'
+    if isinstance(result, torch.Tensor) and result.ndim == 1 and not result.is_complex():
+        return "return its mean over the batch's samples: `.mean()`."
+    if isinstance(result, tuple) and result and isinstance(result[0], torch.Tensor):
+        return "return the loss alone, or with a dict of further means by name."
+    return _WHAT_LOSS_RETURNS
 
 
 def weighs(task: Task) -> bool:
@@ -298,8 +363,8 @@ def checked_weight(task: Task, batch: Batch) -> float:
 
 
 def _mean(task: str, name: Any, value: Any) -> torch.Tensor | float:
-    if not isinstance(name, str) or name in OWN_NAMES:
-        why = "which records have of their own" if name in OWN_NAMES else "which is not text"
+    if not isinstance(name, str) or name in OWN_NAMES or re.fullmatch(r"lr_\d+", name):
+        why = "which records have of their own" if isinstance(name, str) else "which is not text"
         raise Error(
             f"loss() of task {task} gives a metric of the name {name!r}, {why}.",
             hint="the loss is recorded by itself; call other means by other names.",

@@ -23,7 +23,7 @@ from hpctrain.data.shards import ShardSet
 from hpctrain.data.source import Source
 from hpctrain.data.stage import folder_of
 from hpctrain.errors import Error, nearest
-from hpctrain.optim.lamb import Lamb
+from hpctrain.optim.named import Scheduler, optimizer_of
 from hpctrain.registry import Registry
 from hpctrain.tasks.callbacks.base import Callback
 from hpctrain.tasks.seeds import set_start_seeds
@@ -176,22 +176,18 @@ class Task:
         The default is what ``[optimizer]`` says, without weight decay on biases and norms (whatever
         has fewer than two dimensions).
         """
-        trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {
-                "params": [p for p in trained if p.ndim >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        if config.name == "sgd":
-            return torch.optim.SGD(
-                groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0
-            )
-        if config.name == "lamb":
-            return Lamb(groups, lr=config.lr, betas=config.betas)
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        return optimizer_of(config, model)
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler | None:
+        """A scheduler of learning rates, such as a ``SequentialLR``; None: as ``[schedule]`` says.
+
+        It takes a step after each of the optimizer, or with ``schedule.every=epoch`` after each
+        epoch; a ``ReduceLROnPlateau`` after each validation, by the monitored metric.
+
+        Args:
+            optimizer: That of ``optimizer()``, at its peak rates.
+        """
+        return None
 
 
 def _undefined(task: Task, method: str, hint: str) -> Error:

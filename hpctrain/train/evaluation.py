@@ -142,6 +142,8 @@ class Evaluation:
                 f"stopped early at step {counters.step}: no better {self._task.monitor} in "
                 f"{patience} validations; the best is of step {counters.best['step']}"
             )
+        if self._state.schedule is not None:
+            self._state.schedule.validated(metrics[self._task.monitor], counters.step)
         return improved
 
 

@@ -20,8 +20,8 @@ from hpctrain.data.source import Source
 # Rank 0's is told to the others (out, resume), or it is of a host: where files are is not what is
 # in them, and that is compared.
 OF_A_RANK = (
-    "out", "resume", "data.path", "data.mixture", "data.stage_dir", "data.workers", "ps.key_file",
-    "ps.record_order", "ps.replay",
+    "out", "resume", "data.path", "data.mixture", "data.stage_dir", "data.workers", "init.source",
+    "ps.key_file", "ps.record_order", "ps.replay",
 )  # fmt: skip
 
 

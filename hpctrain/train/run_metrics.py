@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+import torch
+
 from hpctrain.data.loader import Loader
 from hpctrain.mesh.passes import Computed
 from hpctrain.strategies.base import DistributedOptimizer, Strategy
@@ -120,7 +122,7 @@ class RunMetrics:
             return
         waited = sums["input_wait_seconds"]
         values: dict[str, Any] = {"epoch": round(epochs, 3), **metrics}
-        values["lr"] = optimizer.param_groups[0]["lr"]
+        values |= rates_of(optimizer)
         for name in ("nonfinite_losses", "skipped_steps"):
             if name in counters.metrics:
                 values[name] = counters.metrics[name]
@@ -148,3 +150,18 @@ class RunMetrics:
         step = self._state.counters.step
         parts = self._timer.read()
         return _Mark(time.monotonic(), step, self.consumed, loader.wait_seconds, loader.lost, parts)
+
+
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rates of an optimizer, as they are recorded.
+
+    Args:
+        optimizer: Of one parameter group or several.
+
+    Returns:
+        ``lr`` of the first group; where others have another, ``lr_1``, ``lr_2``, ... of those.
+    """
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if len(set(rates)) == 1:
+        return {"lr": rates[0]}
+    return {"lr": rates[0], **{f"lr_{n}": rate for n, rate in enumerate(rates) if n}}

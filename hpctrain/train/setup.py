@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from hpctrain.config import RunConfig
+from hpctrain.config import OWN_SCHEDULES, RunConfig
 from hpctrain.data.loader import Loader
 from hpctrain.data.source import Source
 from hpctrain.errors import Error
+from hpctrain.optim.named import scheduler_of
+from hpctrain.optim.patterns import matching
 from hpctrain.optim.schedule import peak_scale
 from hpctrain.strategies.base import Agreement, Strategy
 from hpctrain.tasks.checks import (
@@ -19,6 +21,7 @@ from hpctrain.tasks.checks import (
     check_defined,
     model_of,
     optimizer_of,
+    schedule_of,
     splits_of,
     warnings_of,
     weighs,
@@ -27,6 +30,7 @@ from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, TaskTransform
 from hpctrain.train.block_setup import set_up_blocks
 from hpctrain.train.model_setup import averaged, prepared
+from hpctrain.train.scheduling import Scheduling
 from hpctrain.train.state import TrainState
 from hpctrain.train.sync_batchnorm import has_batchnorm, synchronize_batchnorm
 from hpctrain.world.launcher import ALONE
@@ -77,8 +81,17 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     if config.train.sync_batchnorm:
         synchronize_batchnorm(model, world)
     set_up_blocks(config.train, model, task)
-    optimizer = optimizer_of(task, model, read)
+    frozen = _to_freeze(config, model)
+    for parameter in frozen:
+        # What is to be trained later is of the optimizer from the start.
+        parameter.requires_grad_(config.train.unfreeze_at_step is not None)
+    plain = config.train.nonfinite != "skip" and config.train.dtype != "fp16"
+    optimizer = optimizer_of(task, model, read, closures=plain and strategy.takes_closures)
     scale = peak_scale(config.optimizer, config.train.batch_size)
+    for group in optimizer.param_groups:
+        group["lr"] *= scale
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     loader = Loader(
         splits["train"],
         config.train.batch_size,
@@ -92,7 +105,9 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
         drop_last=config.data.drop_last,
         least_part=_least_part(config, model),
     )
-    state = TrainState(model, optimizer, loader)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    state = TrainState(model, optimizer, loader, frozen=frozen)
+    state.schedule = _scheduling(config, task, optimizer, loader, strategy, validation)
     if config.train.ema_decay is not None:
         state.ema = averaged(model, config.train.ema_decay)
     state.check()
@@ -100,7 +115,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
         splits,
         state,
         validation,
-        [group["lr"] * scale for group in optimizer.param_groups],
+        peaks,
         [*warnings_of(task), *read.unread(task)],
     )
 
@@ -168,6 +183,58 @@ def _validation(config: RunConfig, task: Task, splits: Mapping[str, Source]) -> 
         worker_kind=config.data.worker_kind,
         timeout_seconds=config.timeout_seconds,
     )
+
+
+def _to_freeze(config: RunConfig, model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a configuration says are not trained, or not from the start."""
+    train = config.train
+    if train.unfreeze_at_step is not None and not train.freeze:
+        raise Error(
+            "train.unfreeze_at_step is set, but nothing is frozen.",
+            hint='say what is: train.freeze = ["backbone.*"].',
+        )
+    return list(matching(model, train.freeze, "train.freeze").values())
+
+
+def _scheduling(
+    config: RunConfig,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    strategy: Strategy,
+    validation: Loader | None,
+) -> Scheduling | None:
+    """The scheduler of torch that gives the learning rate, if one does.
+
+    Raises:
+        Error: It wants a metric that is not measured, or that not every rank knows.
+    """
+    schedule, train = config.schedule, config.train
+    made: dict[str, Any] = {}
+    warmup = schedule.warmup_steps or round(schedule.warmup_epochs * len(loader))
+    scheduler = schedule_of(task, optimizer)
+    if scheduler is not None:
+        warmup = 0
+    elif schedule.name in OWN_SCHEDULES:
+        return None
+    else:
+        steps = train.steps or train.epochs * len(loader)
+        count = -(-steps // len(loader)) if schedule.every == "epoch" else steps - warmup
+        scheduler, made = scheduler_of(schedule, optimizer, max(1, count), task.mode)
+    scheduling = Scheduling(scheduler, made, schedule.every, warmup)
+    if scheduling.by_metric and validation is None:
+        raise Error(
+            f"scheduler {type(scheduler).__name__} goes by the monitored metric, but task "
+            f"{type(task).__name__} has no validation samples.",
+            hint="have data() give a split 'validation', or choose another schedule.name.",
+        )
+    if scheduling.by_metric and not strategy.agreement.in_step:
+        raise Error(
+            f"scheduler {type(scheduler).__name__} goes by the monitored metric, which with "
+            f"strategy '{strategy.name}' rank 0 alone knows.",
+            hint="choose another schedule.name, --consistency sync, or --strategy horovod.",
+        )
+    return scheduling
 
 
 def _least_part(config: RunConfig, model: nn.Module) -> int:

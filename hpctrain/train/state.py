@@ -17,6 +17,7 @@ from hpctrain.checkpoint.tensor_file import DTYPES
 from hpctrain.data.loader import Loader
 from hpctrain.errors import Error, nearest
 from hpctrain.tasks.task import Task
+from hpctrain.train.scheduling import Scheduling
 
 
 @dataclass
@@ -84,7 +85,8 @@ class TrainState:
     """Model, optimizer, averaged weights, place in the data, and counters, as one object.
 
     Two things that others keep are not here, because they are functions of what is: the learning
-    rate (of the step), and the random generators (seeded anew from seed, step and rank).
+    rate (of the step, where no scheduler of torch gives it), and the random generators (seeded anew
+    from seed, step and rank).
     """
 
     model: nn.Module
@@ -92,6 +94,14 @@ class TrainState:
     loader: Loader
     ema: AveragedModel | None = None
     counters: Counters = field(default_factory=Counters)
+    schedule: Scheduling | None = None
+    frozen: list[nn.Parameter] = field(default_factory=list)
+
+    def unfreeze(self) -> None:
+        """Train what was frozen, from the next step on."""
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        self.frozen = []
 
     def state_dict(self) -> dict[str, Any]:
         """A tree of tensors (the live ones, not copies) and plain values."""
@@ -101,6 +111,7 @@ class TrainState:
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "loader": self.loader.state_dict(),
             "counters": asdict(self.counters),
+            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
         }
 
     def tensors(self) -> dict[str, Any]:
@@ -140,6 +151,8 @@ class TrainState:
             if self.ema is not None and state["ema"] is not None:
                 self.ema.load_state_dict(state["ema"])
             self.counters = Counters(**state["counters"])
+            if self.schedule is not None:
+                self.schedule.load_state_dict(state.get("schedule"))
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise Error(
                 f"the checkpoint is of another model or optimizer: {error}.",

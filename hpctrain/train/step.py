@@ -131,15 +131,20 @@ class TrainStep:
         """
         counters, world = self._state.counters, self._strategy.world
         set_seeds(self._config.seed, counters.step, world.rank)
-        multiplier = self._multiplier(batch)
-        for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * multiplier
+        self._set_rates(optimizer, batch)
+        thaw = self._config.train.unfreeze_at_step
+        if thaw is not None and counters.step >= thaw:
+            self._state.unfreeze()
         if self._scales:
             self._begin_scaled(optimizer)
         optimizer.zero_grad()
         self.computed = []
         if self.trace is not None:
             self.trace.begin(counters.step + 1, self._world()[0], self._state.loader.epoch, batch)
+        if optimizer.needs_closure:
+            optimizer.step(lambda: self._evaluate(optimizer, batch))
+            self._average()
+            return
         self._forward_backward(optimizer, batch)
         self._timer.lap("compute")
         if not self._usable(optimizer):
@@ -148,8 +153,25 @@ class TrainStep:
             self._skipped_in_a_row = 0
             # A rank without samples steps too: the others wait for its zeros.
             optimizer.step()
-            if self._state.ema is not None:
-                self._state.ema.update_parameters(self._state.model)
+            self._average()
+
+    def _average(self) -> None:
+        """Have the averaged weights follow, where there are some."""
+        if self._state.ema is not None:
+            self._state.ema.update_parameters(self._state.model)
+
+    def _evaluate(self, optimizer: DistributedOptimizer, batch: Batch) -> float:
+        """Return a batch's loss anew, and leave its gradient; with the same random numbers.
+
+        What a step computes is its first evaluation, before parameters have changed.
+        """
+        set_seeds(self._config.seed, self._state.counters.step, self._strategy.world.rank)
+        first, self.computed = self.computed, []
+        optimizer.zero_grad()
+        self._forward_backward(optimizer, batch)
+        parts, self.computed = self.computed, first or self.computed
+        whole = sum(part.weight for part in parts)
+        return sum(float(part.means["loss"]) * part.weight for part in parts) / whole
 
     def _forward_backward(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
         parts, counters = self._parts(batch), self._state.counters
@@ -292,21 +314,27 @@ class TrainStep:
                 hint=HINT,
             )
 
-    def _multiplier(self, batch: Batch) -> float:
-        """Of the peak learning rate, at a step."""
-        schedule, train = self._config.schedule, self._config.train
-        loader = self._state.loader
-        if loader.batch_size == train.batch_size:
-            if train.steps is not None:
-                return factor(schedule, self._state.counters.step, train.steps, len(loader))
+    def _set_rates(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
+        """Give each parameter group its learning rate of a step."""
+        train, loader = self._config.train, self._state.loader
+        epoch_steps, scale = len(loader), 1.0
+        if loader.batch_size == train.batch_size and train.steps is not None:
+            step = self._state.counters.step
+        elif loader.batch_size == train.batch_size:
             # Not by steps done: with another batch size, before a resume, there were others.
-            step = loader.epoch * len(loader) + batch.start // loader.batch_size
-            return factor(schedule, step, train.epochs * len(loader), len(loader))
-        # Batches have changed with the world: as far as the run is, with steps as at first.
-        epoch_steps = -(-loader.samples // train.batch_size)
-        step = round((loader.epoch + batch.start / loader.samples) * epoch_steps)
+            step = loader.epoch * epoch_steps + batch.start // loader.batch_size
+        else:
+            # Batches have changed with the world: as far as the run is, with steps as at first.
+            epoch_steps = -(-loader.samples // train.batch_size)
+            step = round((loader.epoch + batch.start / loader.samples) * epoch_steps)
+            scale = loader.batch_size / train.batch_size
+        if self._state.schedule is not None:
+            self._state.schedule.apply(step, loader.epoch, scale)
+            return
         steps = train.steps or train.epochs * epoch_steps
-        return factor(schedule, step, steps, epoch_steps) * loader.batch_size / train.batch_size
+        multiplier = factor(self._config.schedule, step, steps, epoch_steps) * scale
+        for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * multiplier
 
     def _world(self) -> tuple[int, list[int]]:
         """How often the world was formed anew, and who is in it."""

@@ -257,4 +257,4 @@ def test_the_start_refuses_what_cannot_be_saved_or_trained(tmp_path):
         (Closure(), "LBFGS of task Closure evaluates the loss again"),
     ):
         with pytest.raises(Error, match=message):
-            trainer(tmp_path, task)
+            trainer(tmp_path, task, nonfinite="skip")
