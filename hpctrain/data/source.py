@@ -157,7 +157,10 @@ class ArraySource(Source):
         check_names(self._fields, "a source")
         lengths = {name: len(array) for name, array in self._fields.items()}
         if len(set(lengths.values())) != 1:
-            raise Error(f"the fields of a source differ in length: {lengths}.")
+            raise Error(
+                f"the fields of a source differ in length: {lengths}.",
+                hint="a sample is a row of each.",
+            )
         self._length = next(iter(lengths.values()))
 
     def __len__(self) -> int:
