@@ -22,6 +22,7 @@ setup(
             "templates/*.sbatch",
             "templates/*.sh",
             "templates/*.def",
+            "templates/*.yaml",
             "templates/sites/*.toml",
             "shim/ssh",
         ],
@@ -78,6 +79,7 @@ setup(
             "playwright>=1.40",  # reports in a real browser, where Chromium is installed
             "mypy>=1.11",  # strict types on hpctrain/
             "types-psutil",  # of psutil
+            "pyyaml>=6",  # reading manifests for Kubernetes back
             "ruff>=0.6",  # lint and format
         ],
     },

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hpctrain.errors import PeerLost as PeerLost
     from hpctrain.inference.trained_model import load as load
     from hpctrain.optim.lamb import Lamb as Lamb
+    from hpctrain.run import fit as fit
     from hpctrain.strategies import strategy as strategy
     from hpctrain.strategies.base import Strategy as Strategy
     from hpctrain.tasks.callbacks.base import Callback as Callback
@@ -43,6 +44,7 @@ _PLACES = {
     "Trainer": "hpctrain.train.loop",
     "Windows": "hpctrain.data.windows",
     "World": "hpctrain.world.world",
+    "fit": "hpctrain.run",
     "init": "hpctrain.world.world",
     "load": "hpctrain.inference.trained_model",
     "strategy": "hpctrain.strategies",

@@ -57,6 +57,11 @@ def cli() -> None:
 )
 @click.option("--replicas", metavar="N", help="With ps: copies of each slice on other servers.")
 @click.option(
+    "--mesh",
+    metavar="AXES",
+    help="With mesh: its axes, such as dp=2,pp=2,tp=2, and shard=parameters.",
+)
+@click.option(
     "--elastic",
     metavar="HOW",
     help="With horovod, when a rank is lost: off, auto, ulfm, gloo, restart.",
@@ -100,7 +105,7 @@ def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> N
     """Train TASK: a ready one, my_task.py[:Name], or package.module:Name.
 
     \b
-    Ready tasks: digits (default; needs no data), cifar10, charlm, resnet50-synthetic.
+    Ready tasks: digits (default; needs no data), cifar10, charlm, gpt, resnet50-synthetic.
 
     \b
     Every rank runs this same command; the launcher says how many there are:
@@ -108,6 +113,7 @@ def train(config_path: str | None, settings: tuple[str, ...], **flags: Any) -> N
       horovodrun -np 2 hpctrain train digits
       mpirun -np 2 hpctrain train cifar10 --data shards/ --epochs 10
       mpirun -np 6 hpctrain train cifar10 --strategy ps --servers 2 --consistency ssp:3
+      mpirun -np 4 hpctrain train gpt --data shards/ --strategy mesh --mesh dp=2,pp=2
       srun --mpi=pmix hpctrain train my_task.py --config run.toml --resume auto
 
     \b
@@ -153,6 +159,8 @@ def _layers(
     from hpctrain.config import put, read_environment, read_settings, read_toml, value_of
 
     given: dict[str, Any] = {}
+    if (axes := flags.pop("mesh", None)) is not None:
+        given["mesh"] = _axes(axes)
     texts = (
         "data_path", "on_bad_shard", "out", "resume", "task", "strategy", "dtype", "consistency",
         "record_order", "replay", "elastic",
@@ -171,6 +179,16 @@ def _layers(
         ("--set", read_settings(settings)),
         ("command line", given),
     ]
+
+
+def _axes(text: str) -> dict[str, Any]:
+    """Take ``dp=2,pp=2`` apart."""
+    from hpctrain.config import value_of
+
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(name and value for name, _, value in pairs):
+        raise Error(f"--mesh {text!r} is not NAME=VALUE,...", hint="for example --mesh dp=2,pp=2.")
+    return {name.strip(): value_of(value.strip()) for name, _, value in pairs}
 
 
 @cli.command()

@@ -118,6 +118,16 @@ class TrainConfig(Section):
         description="With `fp16`, what losses are multiplied by at first. A gradient that is not "
         "finite halves it, and its step is left out; 2,000 good steps double it.",
     )
+    recompute: Literal["none", "blocks"] = Field(
+        "none",
+        description="`blocks`: of each block only the input is kept for the backward pass, which "
+        "computes the rest once more (activation checkpointing). Blocks are what the task's "
+        "`blocks(model)` gives, or the parts of the outermost nn.Sequential and ModuleList.",
+    )
+    compile: str = Field(
+        "none",
+        description="Compiler of torch by which blocks are compiled, such as `inductor`.",
+    )
     clip_norm: float | None = Field(
         None, gt=0, description="Largest 2-norm of the whole gradient; larger ones are scaled down."
     )

@@ -14,10 +14,11 @@ What a run folder holds::
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -51,10 +52,11 @@ from hpctrain.train.loggers.jsonl import plain
 from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder
 from hpctrain.train.recovery import outlive
-from hpctrain.train.state import TrainState, parameters_sha256
+from hpctrain.train.state import TrainState
 from hpctrain.world.agreement import compare
 from hpctrain.world.broadcast import broadcast_json
 from hpctrain.world.failure_record import FOLDER
+from hpctrain.world.launcher import detect
 from hpctrain.world.world import World, init
 
 CHECKPOINTS = "checkpoints"
@@ -83,7 +85,7 @@ def _last(layers: list[tuple[str, Layer]], key: str) -> Any:
 
 
 def _kind(strategy: str, layers: list[tuple[str, Layer]]) -> type[RunConfig]:
-    """Of the configuration: with the section of the strategy's knobs."""
+    """Return the configuration's class: with the section of the strategy's knobs."""
     kind = RunConfig
     if strategy != "auto" and strategy not in RunConfig.model_fields:
         chosen = strategy_class(strategy)
@@ -181,7 +183,7 @@ class _Run:
         self._lock: IO[str] | None = None
 
     def work(self) -> int:
-        """The exit code."""
+        """Do the run, and return the exit code."""
         how = self._how
         joins = how.joined is not None
         if how.joined is not None:
@@ -194,7 +196,7 @@ class _Run:
                 self._recorder.close()
             if self._lock is not None:
                 self._lock.close()
-            if how.recovery is not None and self._world.rank == 0:
+            if how.recovery is not None and self._world.leads:
                 end_job(how.recovery.membership.lost_hosts)
         self._world.comm.close()
         return INTERRUPTED_CODE if self._made().interrupted else 0
@@ -226,7 +228,7 @@ class _Run:
         """Take over rank 0's checkpoint, if there is one."""
         config, world = self._config, self._world
         compare(world.comm, of_start(config, self._task))
-        prepares = world.rank == 0
+        prepares = world.leads
         if prepares and self._lock is None:
             self._claim()
         mine = os.fsencode(self._out).decode("utf-8", "surrogateescape") if prepares else ""
@@ -238,7 +240,7 @@ class _Run:
         compare(world.comm, of_training(state.model, state.optimizer, trainer.splits))
         while not trainer.restore(snapshot, prepared=prepares):
             # Rank 0 was lost; it is another now.
-            if world.rank == 0 and not prepares:
+            if world.leads and not prepares:
                 snapshot = _prepare(out, config, store, self._say, state)
                 prepares = True
         if meeting is not None:
@@ -313,14 +315,15 @@ class _Run:
         if trainer.interrupted:
             world.once(lambda: _interrupt(self._out, trainer, self._say))
             return
-        world.once(lambda: _complete(self._out, trainer, self._say))
+        digest = trainer.parameters_sha256()
+        world.once(lambda: _complete(self._out, trainer, digest, self._say))
         if config.data.stage_dir is not None and world.local_rank == 0:
             for path in _shard_sets(config):
                 unstage(path, config.data.stage_dir)
 
 
-def _complete(out: Path, trainer: Trainer, say: Callable[[str], None]) -> None:
-    _write(out / RESULT, json.dumps(_result(trainer), indent=2) + "\n")
+def _complete(out: Path, trainer: Trainer, digest: str, say: Callable[[str], None]) -> None:
+    _write(out / RESULT, json.dumps(_result(trainer, digest), indent=2) + "\n")
     metrics = trainer.state.counters.metrics
     final = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     say(f"completed: {final}\n{out / RESULT}")
@@ -349,7 +352,8 @@ def _stage(config: RunConfig, world: World, say: Callable[[str], None]) -> None:
 
 
 def _ranks(world: World) -> str:
-    return "1 rank" if world.size == 1 else f"{world.size} ranks under {world.launch.name}"
+    size = world.comm.size
+    return "1 rank" if size == 1 else f"{size} ranks under {world.launch.name}"
 
 
 def _prepare(
@@ -407,7 +411,7 @@ def _write(path: Path, text: str) -> None:
         raise unwritable(path, error) from error
 
 
-def _result(trainer: Trainer) -> dict[str, Any]:
+def _result(trainer: Trainer, digest: str) -> dict[str, Any]:
     counters = trainer.state.counters
     epochs = trainer.epochs
     packages = ("hpctrain", "torch", "horovod", "numpy", "h5py")
@@ -420,7 +424,7 @@ def _result(trainer: Trainer) -> dict[str, Any]:
         "samples": counters.samples,
         "stopped_early": counters.stopped_early,
         "metrics": {"final": plain(counters.metrics), "best": counters.best},
-        "parameters_sha256": parameters_sha256(trainer.state.model),
+        "parameters_sha256": digest,
         "world": counters.world,
         "versions": {
             "python": platform.python_version(),
@@ -435,3 +439,57 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def fit(
+    task: type[Task] | str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+) -> Path:
+    """Train a task from a notebook or a script; `hpctrain train` in a function.
+
+    In a script that a launcher starts, every rank calls it.
+
+    >>> import hpctrain, tempfile
+    >>> from hpctrain.tasks.digits import Digits
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = hpctrain.fit(Digits, {"train.steps": 3}, out=folder + "/run")
+    ...     model = hpctrain.load(run)
+    hpctrain.tasks.digits:Digits: single on 1 rank, cpu, step 0 of 3, in ...
+
+    Args:
+        task: The class, which may be defined in a notebook's cell, or what `hpctrain train` takes.
+        settings: Keys of `hpctrain config`, such as ``{"train.epochs": 3}``.
+        out: The run folder; None: a new one in ``runs/``.
+        resume: Whether to go on from the newest good checkpoint in ``out``.
+
+    Returns:
+        The run folder, which :func:`hpctrain.load` reads.
+
+    Raises:
+        Error: A setting is wrong, or what the task gives; the class is defined within a function;
+            several ranks were not told which folder.
+    """
+    if out is None and detect().size > 1:
+        raise Error("several ranks train into one folder.", hint="fit(..., out=DIR).")
+    if isinstance(task, type):
+        if "<locals>" in task.__qualname__:
+            raise Error(
+                f"task {task.__name__} is defined within a function.",
+                hint="define it at the top of a module or of a notebook's cell.",
+            )
+        task = f"{task.__module__}:{task.__qualname__}"
+    given: Layer = {"task": task, "out": str(out or new_folder(task))}
+    if resume:
+        given["resume"] = "auto"
+    for name, value in (settings or {}).items():
+        put(given, name, value)
+    config = configure([("fit()", given)])
+    try:
+        run(config, print)
+    finally:
+        gc.unfreeze()  # what a run leaves behind is not the whole process's, as it is otherwise
+    assert config.out is not None
+    return config.out

@@ -669,7 +669,7 @@ def _slices(spans: Sequence[tuple[int, int]], offsets: Sequence[int]) -> tuple[s
 
 
 def _usable(into: Any, path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a tree that can be read into, by their paths; of those in one memory, one."""
+    """Return the tensors of a tree that can be read into, by path; of those in one memory, one."""
     found, taken = {}, set()
     for name, tensor in state_tree.split(into, path)[0].items():
         plain = not (tensor.is_conj() or tensor.is_neg())
@@ -705,7 +705,7 @@ def _index_of(head: dict[str, Any]) -> _Index:
 
 
 def _old_index(folder: Path, head: dict[str, Any]) -> _Index:
-    """The index of a checkpoint of one file, which is checked as a whole.
+    """Make the index of a checkpoint of one file, which is checked as a whole.
 
     Raises:
         ValueError: It is damaged.

@@ -149,7 +149,7 @@ class _Int8(Codec):
 
 
 def _blocks(dense: Tensor, encoded: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The whole blocks, then the one that is not: values, scales and codes, by rows."""
+    """Yield the whole blocks, then the one that is not: values, scales and codes, by rows."""
     elements = dense.numel()
     blocks = -(-elements // _BLOCK)
     scales = encoded[: 4 * blocks].view(torch.float32)
@@ -215,7 +215,7 @@ class _TopK(Codec):
 
 
 def _largest(magnitude: Tensor, count: int) -> Tensor:
-    """The ascending indices of the ``count`` largest; NaN is larger than any number.
+    """Return the ascending indices of the ``count`` largest; NaN is larger than any number.
 
     Selecting among everything is slow. So a sample says which values can be left out (Lin et al.,
     "Deep Gradient Compression", ICLR 2018), with a margin of four standard deviations. Where that

@@ -52,7 +52,7 @@ class Half(Compressor):
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bits as a type that engines know: nothing is calculated with them on the way."""
+    """Return the same bits as a type that engines know; nobody calculates with them."""
     return tensor.view(torch.float16)
 
 

@@ -221,7 +221,7 @@ def parameter_server_tail(
 
 
 def _loads(size: float, placement: Placement, ratio: float) -> Iterator[_Load]:
-    """Of each node's link, bytes out and in: pushes of all workers; and answers to them."""
+    """Yield for each node's link the bytes out and in, of all pushes, and of answers to them."""
     workers, servers = sum(placement.workers), sum(placement.servers)
     for here, serving in zip(placement.workers, placement.servers, strict=True):
         away = here * (servers - serving) / servers * size

@@ -323,7 +323,7 @@ def _slopes(
     names: Sequence[str],
     over: float = 1e-7,
 ) -> Vector:
-    """By finite differences over a part of each parameter, within the bounds."""
+    """Differentiate by finite differences over a part of each parameter, within the bounds."""
     columns = []
     for index, name in enumerate(names):
         step = over * max(abs(point[index]), _start([name])[0])

@@ -180,7 +180,7 @@ def codec(name: str, parameter_bytes: float) -> Compression:
 
 
 def _flat_update(optimizer: torch.optim.Optimizer, vector: torch.Tensor, world: World) -> float:
-    """Of one tensor as long as all parameters, by an optimizer of that kind."""
+    """Time the update of one tensor as long as all parameters, by an optimizer of that kind."""
     flat = torch.zeros_like(vector, requires_grad=True)
     flat.grad = torch.zeros_like(vector)
     momentum = optimizer.defaults.get("momentum", 0.0)
@@ -206,12 +206,12 @@ class _Ready:
             parameter.register_post_accumulate_grad_hook(self._note)
 
     def begin(self) -> None:
-        """Backward begins."""
+        """Take note that backward begins."""
         self._noted.clear()
         self._begun = time.perf_counter()
 
     def end(self) -> None:
-        """It has ended."""
+        """Take note that backward has ended."""
         self._ended = time.perf_counter()
 
     def _note(self, parameter: torch.Tensor) -> None:
@@ -219,7 +219,7 @@ class _Ready:
         self._noted.append((time.perf_counter() - self._begun, size))
 
     def buckets(self, bucket_bytes: int) -> Buckets:
-        """Of the last step: how far backward was when each was full, and its share of all bytes.
+        """Return how far the last backward was when each bucket was full, and each one's share.
 
         On a GPU backward is only launched from here, so there it is the order of launches.
         """

@@ -32,6 +32,7 @@ class Batch(dict[str, torch.Tensor]):
         stop: Position after its last; the cursor once the batch is done.
         positions: Of this rank's samples, shape (samples,), uint64.
         lost: How many of this rank's samples were left out because their shards cannot be read.
+        least: How many samples every rank has at least, where all have equal parts.
 
     Example:
         >>> import hpctrain
@@ -64,6 +65,7 @@ class Batch(dict[str, torch.Tensor]):
         self.stop = stop
         self.positions = positions
         self.lost = lost
+        self.least = (stop - start) // world_size
 
     def __missing__(self, name: str) -> torch.Tensor:
         raise NoField(f"the batch has no field '{name}'.", hint=nearest(str(name), self))
@@ -149,10 +151,12 @@ class Batch(dict[str, torch.Tensor]):
         for number in range(parts):
             start, stop = share(0, self.samples, number, parts)
             if stop > start or empty:
-                yield self._with(cut(self, start, stop), self.positions[start:stop])
+                part = self._with(cut(self, start, stop), self.positions[start:stop])
+                part.least = self.least // parts
+                yield part
 
     def _with(self, fields: dict[str, torch.Tensor], positions: Integers) -> Batch:
-        return Batch(
+        batch = Batch(
             fields,
             order=self._order,
             start=self.start,
@@ -162,6 +166,8 @@ class Batch(dict[str, torch.Tensor]):
             lost=self.lost,
             buffers=self._buffers,
         )
+        batch.least = self.least
+        return batch
 
     def __reduce__(self) -> Any:
         # Between processes; whoever gets it knows the order.

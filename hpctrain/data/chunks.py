@@ -64,7 +64,7 @@ def _zstd(data: memoryview, out: NDArray[np.uint8]) -> int:
 
 
 def _lz4(data: memoryview, out: NDArray[np.uint8]) -> int:
-    """The framing of HDF5's LZ4 filter: sizes in big-endian, then blocks, incompressible ones raw.
+    """Decode the blocks of HDF5's LZ4 filter, of big-endian sizes; raw where they did not shrink.
 
     https://github.com/HDFGroup/hdf5_plugins/blob/master/docs/RegisteredFilterPlugins.md
     """

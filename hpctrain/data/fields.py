@@ -144,7 +144,7 @@ class _MappedRows:
 
 
 def _check_stored(path: Path, name: str, spec: FieldSpec) -> None:
-    """Of a set that was adopted before types were looked at."""
+    """Check a set that was adopted before types were looked at."""
     with open_file(path) as file:
         if spec_of_dataset(file[name]) != spec or not stored_as_numpy(file[name]):
             raise ValueError(f"{name} is stored in another way than numpy would; adopt it again")
@@ -208,7 +208,7 @@ class _Blocks:
         self._cache = BlockCache(most, rows, row_bytes, room, self._read)
 
     def add(self, number: int, dataset: ChunkedDataset, samples: int) -> int:
-        """The number of a shard's first block."""
+        """Return the number of a shard's first block."""
         first = self._next
         self._shards.append((number, dataset))
         self._firsts.append(first)

@@ -166,7 +166,7 @@ class Loader:
         self._lanes = self.batch_size
 
     def _read_ahead(self) -> ReadAhead:
-        """The background work, kept from epoch to epoch."""
+        """Return the queue that prefetches, kept from epoch to epoch."""
         if self._ahead is None:
             maker = Maker(self.source, self.transform, self._buffers)
             self._ahead = ReadAhead(maker, self.workers, self.worker_kind, self.timeout_seconds)
@@ -239,7 +239,7 @@ class _WholeBatches(Source):
 
     @property
     def digest(self) -> str:
-        """That of all samples."""
+        """The digest of all samples."""
         return self._source.digest
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:

@@ -104,7 +104,7 @@ class Region:
         return (place + skip - self._phase) // self.row_bytes
 
     def _place(self, skip: int) -> int:
-        """The next page boundary from which rows, ``skip`` after it, fall on this one's rows."""
+        """Return the next page boundary from which rows, ``skip`` after it, fall on these rows."""
         page, common = mmap.PAGESIZE, int(np.gcd(mmap.PAGESIZE, self.row_bytes))
         period = self.row_bytes // common
         missing = -(self._free + skip - self._phase) // common

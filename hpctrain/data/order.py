@@ -215,7 +215,7 @@ class EpochOrder:
         return resting, steps, lane * kind(run) + before[number] + step
 
     def _spread(self, row: Unsigned, lane: Unsigned, per_lane: int, rest: int) -> Unsigned:
-        """The lanes of positions: those of the last row, if it is not whole, are all over."""
+        """Return the lanes of positions; those of a last row that is not whole are all over."""
         last = row >= per_lane + rest // self.lanes
         if not last.any():
             return lane

@@ -115,7 +115,7 @@ class Maker:
         return batches
 
     def _take(self, indices: NDArray[np.int64]) -> tuple[Arrays, NDArray[np.bool_] | None]:
-        """The samples that can be read, and which of those asked for they are; None: all."""
+        """Take the samples that can be read, and tell which of those asked for; None: all."""
         readable = self.source.readable(indices)
         while True:
             try:

@@ -153,7 +153,7 @@ def tell(
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """The word of a split in a name, "" if there is none, and the field."""
+    """Return the word of a split in a name, "" if there is none, and the field."""
     *groups, base = name.split("/")
     for place, group in enumerate(groups):
         if split_of_word(group):

@@ -186,7 +186,7 @@ def unstage(shard_set: Path, stage_dir: Path, *, kept: bool = False) -> None:
 def _copy_all(
     shard_set: Path, folder: Path, shards: list[ShardEntry], name: Path
 ) -> tuple[list[ShardEntry], int]:
-    """The shards of which there are copies now, and how many were made."""
+    """Return the shards of which there are copies now, and how many were made."""
     seen = _seen(folder)
     right = {}
     there, copied = [], 0

@@ -260,7 +260,7 @@ def _sha256(array: NDArray[Any]) -> str:
 
 
 def _digest(datasets: Mapping[str, _Dataset]) -> str:
-    """Of everything in a shard: it stands at the file's beginning, and tells it from others."""
+    """Return the digest of all in a shard: it stands at its start, and tells it from others."""
     parts = [f"{n} {a.dtype.str} {a.shape} {digest}\n" for n, (a, _, digest) in datasets.items()]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 

@@ -120,7 +120,7 @@ def _build_wheel(chain: Toolchain, folder: Path, log: Log) -> Path:
 
 
 def _fetch(work: Path, environment: dict[str, str], log: Log) -> Path:
-    """The unpacked source distribution, its hash checked by pip."""
+    """Download and unpack the source distribution, its hash checked by pip."""
     requirement = work / "requirement.txt"
     requirement.write_text(f"horovod=={VERSION} --hash=sha256:{SDIST_SHA256}\n")
     pip(

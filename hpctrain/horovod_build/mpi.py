@@ -173,7 +173,7 @@ def _what_else(seen: Seen) -> str:
 
 
 def _last(output: str) -> str:
-    """The line of an output that tells most."""
+    """Return the line of an output that tells most."""
     lines = [line.strip() for line in output.splitlines() if line.strip(" -=\t")]
     telling = [line for line in lines if re.search(r"[Ee]rror\b.*:|cannot|not found", line)]
     return (telling or lines or ["no output"])[-1][:300]

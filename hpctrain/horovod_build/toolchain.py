@@ -246,7 +246,7 @@ def _nvidia_wheels() -> list[Path]:
 
 
 def _nccl_wheel() -> str | None:
-    """The nvidia-nccl wheel's folder, or None."""
+    """Return the nvidia-nccl wheel's folder, or None."""
     return next((str(f / "nccl") for f in _nvidia_wheels() if (f / "nccl").exists()), None)
 
 

@@ -176,7 +176,7 @@ class _Some(Source):
 
     @property
     def digest(self) -> str:
-        """That of all samples."""
+        """The digest of all samples."""
         return self._source.digest
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:

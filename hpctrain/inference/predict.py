@@ -100,5 +100,5 @@ class _Predictions:
 
 
 def _array(tensor: torch.Tensor) -> Any:
-    """As HDF5 has it, which knows no bfloat16."""
+    """Return a tensor as an array that HDF5 has a type for: it knows no bfloat16."""
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

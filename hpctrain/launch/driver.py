@@ -347,7 +347,7 @@ class Driver:
             self._form(ready)
 
     def _form(self, ranks: list[Rank]) -> None:
-        """A new world."""
+        """Form a new world of the ranks that have come."""
         if (store := self._store()) is None:
             return
         where, self._end_store = store

@@ -245,7 +245,7 @@ def _series(run: Run, look: int, kind: str, value: str | Value, x: str = "step")
 def _plot(
     runs: Sequence[Run], kind: str, value: str | Value, title: str, y_label: str = "", **about: Any
 ) -> list[Plot]:
-    """Of runs that have it; none where none has, or nothing but zeros."""
+    """Plot a key over steps, of runs that have it; no plot where none has, or nothing but zeros."""
     series = [s for look, run in enumerate(runs) for s in _series(run, look, kind, value)]
     if not isinstance(value, str) and not any(y for each in series for y in each.y):
         return []

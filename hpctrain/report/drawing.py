@@ -137,7 +137,7 @@ def _own_ids(root: ElementTree.Element, prefix: str) -> None:
 
 
 def _save(figure: Figure, file: Any, style: Any = None) -> None:
-    """As SVG in a style, or as PNG without."""
+    """Save a figure as SVG in a style, or as PNG without."""
     import matplotlib
 
     with matplotlib.rc_context({**STYLE, **(style or {})}), warnings.catch_warnings():

@@ -22,6 +22,7 @@ STRATEGIES = Registry(
         "ps": "hpctrain.strategies.parameter_server:ParameterServer",
         "sharded": "hpctrain.strategies.sharded:Sharded",
         "averaging": "hpctrain.strategies.averaging:Averaging",
+        "mesh": "hpctrain.strategies.mesh:Mesh",
     },
 )
 

@@ -209,7 +209,7 @@ class _Fragment:
 
     @property
     def weight(self) -> float:
-        """Of this rank in the mean: its samples, or 1 where no rank has taken a step."""
+        """The weight of this rank in the mean: its samples, or 1 where no rank has taken a step."""
         return self.samples if self.steps else 1.0
 
     def count(self, samples: float, rates: dict[nn.Parameter, float]) -> None:
@@ -488,7 +488,7 @@ class AveragingOptimizer(DistributedOptimizer):
         return found
 
     def _summed(self, fragment: _Fragment) -> list[torch.Tensor]:
-        """The sums over ranks, for a look that changes nothing."""
+        """Return the sums over ranks, for a look that changes nothing."""
         wires = fragment.wires()
         for wire in wires:
             self._comm.all_reduce(wire)
@@ -689,5 +689,5 @@ def divided(parameters: Sequence[nn.Parameter], count: int) -> list[list[nn.Para
 
 
 def _means(sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The weighted means of sums that have the sum of weights at their end."""
+    """Return the weighted means of sums that have the sum of weights at their end."""
     return [flat[:-1] / flat[-1].clamp(min=torch.finfo(flat.dtype).tiny) for flat in sums]

@@ -14,10 +14,13 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hpctrain.config import ElasticConfig, Section
+from hpctrain.config import ElasticConfig, RunConfig, Section
+from hpctrain.data.batch import Batch
 from hpctrain.elastic.choose import Choice
 from hpctrain.elastic.membership import Meeting, Membership, Progress
 from hpctrain.errors import Error
+from hpctrain.mesh.passes import Computed, Passes
+from hpctrain.world.agreement import check_tensors
 from hpctrain.world.world import World
 
 
@@ -123,6 +126,44 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r})"
+
+    def forward_backward(
+        self, passes: Passes, model: nn.Module, batch: Batch, factor: float
+    ) -> list[Computed]:
+        """Compute a pass's gradients, and add them to those of the passes before.
+
+        Args:
+            passes: Gives the loss.
+            model: What is trained.
+            batch: This rank's samples; maybe none.
+            factor: What the loss is multiplied by.
+
+        Returns:
+            Means over samples of this rank's, to be recorded.
+        """
+        loss, means = passes.loss(model, batch, training=True)
+        (loss * factor).backward()
+        return [Computed(means, batch.samples, passes.weight(batch))] if batch.samples else []
+
+    def evaluate(self, passes: Passes, model: nn.Module, batch: Batch) -> list[Computed]:
+        """Compute means over a batch, without gradients.
+
+        Args:
+            passes: Gives the loss.
+            model: In evaluation mode: the one that is trained, or its average.
+            batch: This rank's samples; maybe none.
+        """
+        means = passes.loss(model, batch, training=False)[1]
+        return [Computed(means, batch.samples, passes.weight(batch))] if batch.samples else []
+
+    def gradients(self, model: nn.Module) -> list[torch.Tensor]:
+        """Return the gradients that this rank knows, after :meth:`synchronize`.
+
+        Args:
+            model: What is trained.
+        """
+        parameters = (p for p in model.parameters() if p.requires_grad)
+        return [p.grad for p in parameters if p.grad is not None]
 
     def synchronize(self) -> None:
         """Make the gradients the world's average; called by ``step()``, or before by the user."""
@@ -279,6 +320,17 @@ class Strategy(ABC):
         self.config: Any = config if config is not None else self.Config()
         self.timeout_seconds = timeout_seconds
 
+    def prepare(self, config: RunConfig, task: Any) -> None:  # noqa: B027 - most have nothing to do
+        """Learn what is to be trained, and refuse what cannot be; called before a model is made.
+
+        Args:
+            config: Of the run.
+            task: The user's side.
+
+        Raises:
+            Error: The first thing that this strategy cannot do.
+        """
+
     @abstractmethod
     def wrap(
         self,
@@ -294,6 +346,30 @@ class Strategy(ABC):
             optimizer: Of its parameters.
             clip_norm: Largest 2-norm of the gradient that parameters are updated by, or None.
         """
+
+    @property
+    def joint_passes(self) -> bool:
+        """Whether ranks with different samples exchange within forward and backward passes.
+
+        Then each comes to each of them, with no samples if need be.
+        """
+        return False
+
+    @property
+    def replicates(self) -> bool:
+        """Whether every rank has the whole model; else ``world_parameters()`` gives rank 0 all."""
+        return True
+
+    def check_parameters(self, model: nn.Module) -> None:
+        """Refuse ranks that say that they always agree, and do not; every rank calls this.
+
+        Args:
+            model: What is trained.
+
+        Raises:
+            Error: The first parameter that differs, and whose it is.
+        """
+        check_tensors(self.world.comm, model.named_parameters())
 
     @property
     def recovery(self) -> Recovery | None:

@@ -53,7 +53,7 @@ class _Bucket:
     wire: Flat | None = None
 
     def view(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The parameter's part of the flat."""
+        """Return the parameter's part of the flat."""
         if self.flat is None:
             first = self.parameters[0]
             size = sum(p.numel() for p in self.parameters)
@@ -233,7 +233,7 @@ class AveragedGradients:
         )
 
     def _abandon(self) -> None:
-        """The pass before failed in its midst, and the caller went on."""
+        """Abandon the pass before: it failed in its midst, and the caller went on."""
         for bucket in self._buckets:
             if bucket.exchange is not None:
                 self._finish(bucket)
@@ -351,7 +351,7 @@ class AveragedGradients:
                 self._start(bucket)
 
     def _agree(self, in_step: bool) -> tuple[int, int, bool]:
-        """Exchange headers.
+        """Exchange headers with the other ranks.
 
         Returns:
             How many ranks there are, how many are in step(), and whether any lacks a gradient.

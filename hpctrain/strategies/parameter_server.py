@@ -183,7 +183,7 @@ class _Sums:
 
     @property
     def rank(self) -> int:
-        """This worker."""
+        """This worker among those that live."""
         return self._comm.rank
 
     @property
@@ -226,7 +226,7 @@ class _Sums:
         return False
 
     def wait(self, handle: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Do it."""
+        """Do the sum, and return the tensor."""
         return handle()
 
 

@@ -345,7 +345,7 @@ class ShardedOptimizer(HorovodOptimizer):
             place += 1
 
     def _packed_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups, with its parameters by number."""
+        """Return the optimizer's groups, with its parameters by number."""
         packed, start = [], 0
         for group, members in zip(self.inner.param_groups, self._groups, strict=True):
             options = {name: value for name, value in group.items() if name != "params"}
@@ -401,8 +401,12 @@ class Sharded(HorovodEngine):
         return ShardedOptimizer(model, optimizer, self._comm, self.config.bucket_bytes, clip_norm)
 
 
-def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+def check_elementwise(optimizer: torch.optim.Optimizer, strategy: str = "sharded") -> None:
     """Refuse an optimizer that may need whole tensors, such as for their norms.
+
+    Args:
+        optimizer: The user's.
+        strategy: That divides tensors.
 
     Raises:
         Error: It is not one of :data:`ELEMENTWISE`.
@@ -410,8 +414,8 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) not in ELEMENTWISE:
         names = ", ".join(each.__name__ for each in ELEMENTWISE)
         raise Error(
-            f"strategy 'sharded' cannot cut the state of {type(optimizer).__name__}: it may need "
-            "whole tensors.",
+            f"strategy '{strategy}' cannot cut the state of {type(optimizer).__name__}: it may "
+            "need whole tensors.",
             hint=f"use {names}; or --strategy horovod.",
         )
 

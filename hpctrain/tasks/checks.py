@@ -65,6 +65,8 @@ _OWN = (
     "defaults",
     "monitor", "mode", "gathers", "world",
 )  # fmt: skip
+_OF_A_MESH = ("stages", "blocks", "parallelize")
+"""Of tasks whose models are divided; a task may use the names for what it likes."""
 
 
 def check_defined(task: Task) -> None:
@@ -351,7 +353,7 @@ def warnings_of(task: Task) -> list[str]:
     kind = type(task)
     for each in kind.__mro__[: kind.__mro__.index(Task)]:
         for name in vars(each):
-            if name.startswith("_") or name in _OWN or hasattr(Task, name):
+            if name.startswith("_") or name in (*_OWN, *_OF_A_MESH) or hasattr(Task, name):
                 continue
             if name.startswith("on_") and callable(getattr(each, name)):
                 said.append(f"{kind.__name__}.{name}() is called by nothing: there are no hooks.")

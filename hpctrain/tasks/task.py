@@ -37,6 +37,7 @@ TASKS = Registry(
         "digits": "hpctrain.tasks.digits:Digits",
         "cifar10": "hpctrain.tasks.cifar10:Cifar10",
         "charlm": "hpctrain.tasks.charlm:CharLM",
+        "gpt": "hpctrain.tasks.gpt:Gpt",
         "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
     },
 )
@@ -46,6 +47,9 @@ Loss = torch.Tensor | tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]
 
 class Task:
     """What to train. Subclass it and write ``model`` and ``loss``; the rest has defaults.
+
+    With strategy ``mesh`` it may say how its model is divided, by ``stages(model)``,
+    ``blocks(model)`` and ``parallelize(model)``: docs/mesh.md.
 
     Make the subclass a dataclass to give it knobs of its own: its fields are set by
     ``--set options.name=value`` or the table ``[options]`` of a TOML file.

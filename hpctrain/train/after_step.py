@@ -6,6 +6,7 @@ from typing import Any
 
 from hpctrain.config import RunConfig
 from hpctrain.elastic.membership import Regroup
+from hpctrain.mesh.passes import Computed
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
 from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.checkpointing import Checkpointing
@@ -13,7 +14,6 @@ from hpctrain.train.evaluation import Evaluation, check_agreed
 from hpctrain.train.extent import Extent
 from hpctrain.train.interruption import Interruption
 from hpctrain.train.membership_log import MembershipLog
-from hpctrain.train.metrics import Computed
 from hpctrain.train.model_setup import UnusedParameters
 from hpctrain.train.nonfinite import Health
 from hpctrain.train.recorder import Recorder, Silent
@@ -84,7 +84,7 @@ class AfterStep:
     def begin(self) -> None:
         """Training begins: nothing is due after the steps until now."""
         self.attended = self._state.counters.step
-        self._leads = self._world.rank == 0
+        self._leads = self._world.leads
         if self.attended == 0:
             self._unused = UnusedParameters(self._state.model)
 

@@ -233,7 +233,7 @@ class Callbacks:
             self._guarded(name, event, self.run)
 
     def _is_told(self, name: str) -> bool:
-        return self._callbacks[name].ranks == "all" or self.run.world.rank == 0
+        return self._callbacks[name].ranks == "all" or self.run.world.leads
 
     def _guarded(self, name: str, method: str, argument: Any) -> None:
         try:

@@ -70,7 +70,7 @@ class Checkpointing:
             because the one that had is lost.
         """
         folder = self._store.folder.parent
-        launch = launches(folder) if self._world.rank == 0 else 0
+        launch = launches(folder) if self._world.leads else 0
         mine = {"snapshot": snapshot, "prepared": prepared, "launch": launch}
         told = broadcast_tree(self._world.comm, mine)
         if not told["prepared"]:
@@ -113,7 +113,7 @@ class Checkpointing:
         self.agree()
         if self._health.unfit:
             return
-        if not self._strategy.agreement.in_step and self._world.rank != 0:
+        if not self._strategy.agreement.in_step and not self._world.leads:
             return
         self._save(optimizer, best=best)
         if not self._health.unfit:
@@ -123,7 +123,7 @@ class Checkpointing:
         snapshot = optimizer.snapshot()
         if self._strategy.agreement is Agreement.AT_ROUNDS:
             check_agreed(self._strategy, self._state, snapshot.parameters)
-        if self._world.rank != 0:
+        if not self._world.leads:
             return
         state = self._state.state_dict()
         if snapshot.parameters is not None:
@@ -153,7 +153,7 @@ class Checkpointing:
         of averages is the average of means.
         """
         agreement, comm = self._strategy.agreement, self._world.comm
-        if self._world.size == 1 or not agreement.in_step:
+        if comm.size == 1 or not agreement.in_step:
             return
         ema = self._state.ema
         modules = [m for m in (self._state.model, ema) if m is not None]
@@ -162,7 +162,7 @@ class Checkpointing:
             for parameter in ema.parameters():
                 if parameter.is_floating_point() or parameter.is_complex():
                     comm.all_reduce(parameter.data)
-                    parameter.data /= self._world.size
+                    parameter.data /= comm.size
 
     def newest(self, say: Callable[[Any], None] = lambda damage: None) -> Any | None:
         """Return the newest good checkpoint of this run, if there is one.

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 
 from hpctrain.config import RunConfig
+from hpctrain.data.batch import Batch
 from hpctrain.data.loader import Loader
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy, having
-from hpctrain.tasks.checks import checked_weight, no_means
+from hpctrain.tasks.checks import no_means
 from hpctrain.tasks.task import Task
 from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.model_setup import evaluating
@@ -18,7 +19,7 @@ from hpctrain.train.recorder import Recorder
 from hpctrain.train.run_metrics import RunMetrics
 from hpctrain.train.set_metrics import SetMetrics
 from hpctrain.train.state import TrainState
-from hpctrain.train.step import TrainStep
+from hpctrain.train.step import TrainStep, jointly
 from hpctrain.world.agreement import check_tensors
 from hpctrain.world.world import Alone, Even
 
@@ -62,7 +63,13 @@ class Evaluation:
     def takes_part(self) -> bool:
         """Whether this rank validates: all do together, or where nobody waits, rank 0 alone."""
         together = self._strategy.agreement.in_step
-        return self._loader is not None and (together or self._strategy.world.rank == 0)
+        return self._loader is not None and (together or self._strategy.world.leads)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        parts = self._config.train.accumulate
+        if self._strategy.joint_passes:
+            return jointly(batch, parts)
+        return list(batch.split(parts, empty=self._task.gathers))
 
     def validate(
         self,
@@ -83,29 +90,30 @@ class Evaluation:
         model = self._state.model if self._state.ema is None else self._state.ema
         parameters = agreed_parameters(self._strategy, optimizer, self._state)
         with evaluating(model), torch.no_grad(), having(parameters):
-            metrics = self._measure(model, recorder)
+            metrics = self._measure(optimizer, model, recorder)
             improved = self._judge(metrics, recorder)
             self._callbacks.tell("on_validation", model)
         if self._state.counters.stopped_early and not self._strategy.agreement.in_step:
             self._strategy.world.comm.stop()
         return improved
 
-    def _measure(self, model: torch.nn.Module, recorder: Recorder) -> dict[str, float]:
+    def _measure(
+        self, optimizer: DistributedOptimizer, model: torch.nn.Module, recorder: Recorder
+    ) -> dict[str, float]:
         """The metrics of the whole set, by name, over all ranks that take part."""
         loader, meter = self._loader, self._metrics.validation
         assert loader is not None
         world, counters = self._strategy.world, self._state.counters
         in_step = self._strategy.agreement.in_step
         comm = world.comm if in_step else Alone()
-        loader.world.comm = Even(world.comm) if in_step else Alone()
+        loader.world.comm = Even(comm, world.rank, world.size) if in_step else Alone()
         loader.epoch = loader.cursor = 0
         meter.clear()
         self._of_set.reset()
         for batch in loader:
-            for part in batch.split(self._config.train.accumulate, empty=self._task.gathers):
-                means = self._step.loss(model, part, training=False)[1]
-                if part.samples:
-                    meter.add(means, checked_weight(self._task, part))
+            for part in self._parts(batch):
+                for computed in optimizer.evaluate(self._step, model, part):
+                    meter.add(computed.means, computed.weight)
                 self._of_set.add(model, part)
             self._of_set.gather(comm)
         known = self._metrics.names
@@ -173,15 +181,14 @@ def check_agreed(
     Raises:
         Error: The first parameter that differs.
     """
+    if strategy.agreement is Agreement.ALWAYS:
+        strategy.check_parameters(state.model)
+        return
     named = state.model.named_parameters()
     given = parameters or {}
-    values = [(name, given.get(parameter, parameter)) for name, parameter in named]
-    if strategy.agreement is Agreement.ALWAYS:
-        check_tensors(strategy.world.comm, values)
-    else:
-        check_tensors(
-            strategy.world.comm,
-            values,
-            hint=f"world_parameters() and finish() of strategy '{strategy.name}' must give every "
-            "rank the same bits.",
-        )
+    check_tensors(
+        strategy.world.comm,
+        [(name, given.get(parameter, parameter)) for name, parameter in named],
+        hint=f"world_parameters() and finish() of strategy '{strategy.name}' must give every "
+        "rank the same bits.",
+    )

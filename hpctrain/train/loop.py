@@ -42,6 +42,7 @@ from hpctrain.train.parts import make_parts
 from hpctrain.train.recorder import Recorder
 from hpctrain.train.sample_trace import begin_trace
 from hpctrain.train.setup import join_world, set_up
+from hpctrain.train.state import parameters_sha256
 
 
 class Trainer:
@@ -86,6 +87,12 @@ class Trainer:
     def interrupted(self) -> bool:
         """Whether the run was asked to stop, and did before its end."""
         return self._parts.extent.interrupted
+
+    def parameters_sha256(self) -> str:
+        """Return a hash of the parameters, on rank 0; every rank calls this after the last step."""
+        assert self.optimizer is not None
+        values = None if self.strategy.replicates else self.optimizer.world_parameters()
+        return parameters_sha256(self.state.model, values) if self.world.leads else ""
 
     def restore(self, snapshot: Any | None, *, prepared: bool = True) -> bool:
         """Take over rank 0's snapshot, if it has one; what other ranks pass is ignored.

@@ -86,7 +86,7 @@ class MembershipLog:
                 "step_ms": step_ms,
             }
             self._untold.append(_Note(now, counters.step, values))
-        if self._world.rank == 0:
+        if self._world.leads:
             for each in self._untold:
                 recorder.write("event", each.step, each.values, each.values["reason"])
             self._untold.clear()
@@ -95,5 +95,5 @@ class MembershipLog:
 
     def told(self) -> None:
         """All ranks have come to another step, so rank 0 has told what it knew."""
-        if self._world.rank != 0:
+        if not self._world.leads:
             self._untold.clear()

@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import torch
 
 from hpctrain.world.broadcast import gather_json
 from hpctrain.world.world import Communicator
-
-
-class Computed(NamedTuple):
-    """What a pass has computed.
-
-    Attributes:
-        means: By name, the loss among them.
-        samples: Of this rank, in the pass.
-        weight: What the means count for: the samples, or as the task says.
-    """
-
-    means: dict[str, Any]
-    samples: int
-    weight: float
 
 
 class Meter:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hpctrain.errors import Error
-from hpctrain.train.metrics import Computed
+from hpctrain.mesh.passes import Computed
 from hpctrain.train.state import Counters
 from hpctrain.world.broadcast import gather_numbers
 from hpctrain.world.world import Communicator

@@ -153,7 +153,7 @@ class OnRankZero:
         self._made: Recorder | None = None
 
     def _recorder(self) -> Recorder:
-        if self._world.rank != 0:
+        if not self._world.leads:
             return Silent()
         if self._made is None:
             self._made = self._make()

@@ -6,8 +6,9 @@ import time
 from typing import Any, NamedTuple
 
 from hpctrain.data.loader import Loader
+from hpctrain.mesh.passes import Computed
 from hpctrain.strategies.base import DistributedOptimizer, Strategy
-from hpctrain.train.metrics import Computed, Meter, total
+from hpctrain.train.metrics import Meter, total
 from hpctrain.train.recorder import Recorder
 from hpctrain.train.state import TrainState
 from hpctrain.train.step_timer import PARTS, StepTimer
@@ -79,7 +80,7 @@ class RunMetrics:
 
     def remember(self) -> None:
         """Have the world keep what a rank has to know that joins later."""
-        if self._world.rank == 0:
+        if self._world.leads:
             self._world.comm.remember({**self.start, "metrics": self.names})
 
     def log(self, optimizer: DistributedOptimizer, recorder: Recorder, epochs: float) -> None:
@@ -130,7 +131,7 @@ class RunMetrics:
         values["samples_per_second"] = sums["samples"] / seconds
         # Means over ranks: how long a step stood still for its batch.
         values["input_wait_ms"] = 1e3 * waited / sums["steps"]
-        values["input_wait_share"] = waited / self._world.size / seconds
+        values["input_wait_share"] = waited / self._world.comm.size / seconds
         self._lost += int(sums["lost_samples"])
         if self._lost:
             values["lost_samples"] = self._lost

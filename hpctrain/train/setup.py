@@ -25,6 +25,7 @@ from hpctrain.tasks.checks import (
 )
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, TaskTransform
+from hpctrain.train.block_setup import set_up_blocks
 from hpctrain.train.model_setup import averaged, prepared
 from hpctrain.train.state import TrainState
 from hpctrain.train.sync_batchnorm import has_batchnorm, synchronize_batchnorm
@@ -65,15 +66,17 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
         torch.use_deterministic_algorithms(True)
     check_defined(task)
     _check_together(config, task, strategy)
+    strategy.prepare(config, task)
     world = strategy.world
     set_start_seeds(config.seed)
     read = Read(config)
     splits = splits_of(task, read)
     validation = _validation(config, task, splits)
     set_start_seeds(config.seed)
-    model = prepared(model_of(task, world.size), world.device, config.train.dtype)
+    model = prepared(model_of(task, world.comm.size), world.device, config.train.dtype)
     if config.train.sync_batchnorm:
         synchronize_batchnorm(model, world)
+    set_up_blocks(config.train, model, task)
     optimizer = optimizer_of(task, model, read)
     scale = peak_scale(config.optimizer, config.train.batch_size)
     loader = Loader(

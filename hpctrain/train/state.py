@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -146,11 +147,19 @@ class TrainState:
             ) from error
 
 
-def parameters_sha256(model: nn.Module) -> str:
-    """A hash of the names, types, shapes and bytes of all parameters, in the model's order."""
+def parameters_sha256(
+    model: nn.Module, values: Mapping[nn.Parameter, torch.Tensor] | None = None
+) -> str:
+    """A hash of the names, types, shapes and bytes of all parameters, in the model's order.
+
+    Args:
+        model: Whose they are.
+        values: What they are, where the model does not have it.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach().cpu().resolve_conj().contiguous()
+        value = (values or {}).get(parameter, parameter)
+        tensor = value.detach().cpu().resolve_conj().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

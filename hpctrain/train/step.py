@@ -12,13 +12,13 @@ from torch import nn
 from hpctrain.config import RunConfig
 from hpctrain.data.batch import Batch
 from hpctrain.errors import Error
+from hpctrain.mesh.passes import Computed
 from hpctrain.optim.schedule import factor
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
 from hpctrain.tasks.checks import checked_loss, checked_weight, weighs
 from hpctrain.tasks.seeds import set_seeds
 from hpctrain.tasks.task import Task
 from hpctrain.train import loss_scale
-from hpctrain.train.metrics import Computed
 from hpctrain.train.nonfinite import HINT, all_finite
 from hpctrain.train.sample_trace import SampleTrace
 from hpctrain.train.state import TrainState
@@ -55,8 +55,30 @@ def applied(
         device: This rank's.
         dtype: ``float32``, ``float64``, ``bf16`` or ``fp16``.
     """
-    with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
+    with arithmetic(device, dtype):
         return method(model, batch.to(device, DTYPES[dtype]))
+
+
+def arithmetic(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Within this, layers compute in a run's arithmetic.
+
+    Args:
+        device: This rank's.
+        dtype: ``float32``, ``float64``, ``bf16`` or ``fp16``.
+    """
+    return torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST)
+
+
+def jointly(batch: Batch, parts: int) -> list[Batch]:
+    """Nearly equal parts of a rank's samples, as many on every rank.
+
+    None is empty unless this rank has no samples.
+
+    Args:
+        batch: This rank's part of a global batch.
+        parts: How many there are, unless a rank has fewer samples.
+    """
+    return list(batch.split(max(1, min(parts, batch.least)), empty=True))
 
 
 class TrainStep:
@@ -131,26 +153,30 @@ class TrainStep:
 
     def _forward_backward(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
         parts, counters = self._parts(batch), self._state.counters
-        weights = self._weights(optimizer, batch, parts)
-        for number, (part, (weight, share)) in enumerate(zip(parts, weights, strict=True), start=1):
+        scale = counters.loss_scale if self._scales else 1.0
+        factors = self._factors(optimizer, batch, parts)
+        for number, (part, share) in enumerate(zip(parts, factors, strict=True), start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
-                loss, means = self.loss(self._state.model, part, training=True)
-                (loss * (share * counters.loss_scale if self._scales else share)).backward()
-            if part.samples:
-                self.computed.append(Computed(means, part.samples, weight))
+                self.computed += optimizer.forward_backward(
+                    self, self._state.model, part, share * scale
+                )
 
-    def _weights(
+    def weight(self, batch: Batch) -> float:
+        """Return what a batch counts for: its samples, or as the task says."""
+        return checked_weight(self._task, batch) if self._weighs else float(batch.samples)
+
+    def _factors(
         self, optimizer: DistributedOptimizer, batch: Batch, parts: list[Batch]
-    ) -> list[tuple[float, float]]:
-        """Return of each pass what it counts for, and what its loss is multiplied by.
+    ) -> list[float]:
+        """Return what each pass' loss is multiplied by.
 
         The average over ranks of what the passes then add up to is the gradient of the mean over
         the global batch. Tells the optimizer what this rank's passes count for together.
         """
         optimizer.weight, optimizer.samples = batch.weight, batch.samples
         if not self._weighs:
-            return [(float(part.samples), part.weight) for part in parts]
-        weights = [checked_weight(self._task, part) for part in parts]
+            return [part.weight for part in parts]
+        weights = [self.weight(part) for part in parts]
         mine = sum(weights)
         whole, rest = mine, batch.weight  # where ranks step by themselves
         if self._strategy.agreement is Agreement.ALWAYS:
@@ -160,7 +186,7 @@ class TrainStep:
             whole, rest = total.item(), float(comm.size)
             optimizer.weight = mine * rest / whole if whole else 0.0
         optimizer.samples = mine
-        return [(weight, weight / whole * rest if whole else 0.0) for weight in weights]
+        return [weight / whole * rest if whole else 0.0 for weight in weights]
 
     def count(self, batch: Batch) -> None:
         """Count a step in, after all ranks have taken it."""
@@ -198,9 +224,15 @@ class TrainStep:
         loss, means = checked_loss(self._task, result, training=training)
         return loss, {"loss": loss.detach(), **means}
 
+    def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """Within this, layers compute in the run's arithmetic."""
+        return arithmetic(self._strategy.world.device, self._config.train.dtype)
+
     def _parts(self, batch: Batch) -> list[Batch]:
         """This rank's samples of a batch, pass by pass; it may have none."""
         passes = self._passes()
+        if self._strategy.joint_passes:
+            return jointly(batch, passes)
         if self._config.train.sync_batchnorm or self._task.gathers:  # all come to every exchange
             return list(batch.split(passes, empty=True))
         least = self._state.loader.least_part
@@ -232,18 +264,15 @@ class TrainStep:
         counters = self._state.counters
         if self._scales:
             if finite:
-                loss_scale.unscale(self._gradients(), counters.loss_scale)
+                loss_scale.unscale(optimizer.gradients(self._state.model), counters.loss_scale)
             loss_scale.adjust(counters, finite=finite)
         return finite
 
     def _gradients_are_finite(self, optimizer: DistributedOptimizer) -> bool:
         """Whether the world's gradient is: the same on every rank; waits for the device."""
         optimizer.synchronize()
-        return optimizer.on_all_ranks(all_finite(self._gradients()))
-
-    def _gradients(self) -> list[torch.Tensor]:
-        parameters = self._state.model.parameters()
-        return [p.grad for p in parameters if p.requires_grad and p.grad is not None]
+        gradients = optimizer.gradients(self._state.model)
+        return optimizer.on_all_ranks(all_finite(gradients))
 
     def _leave_out(self, optimizer: DistributedOptimizer) -> None:
         """Let a step change nothing.

@@ -133,7 +133,7 @@ def _first_other(digests: Sequence[list[float]]) -> int | None:
 
 
 def _alike(digests: Sequence[list[float]], rank: int, *, same: bool = True) -> list[int]:
-    """The ranks whose digest is (not) that of a rank."""
+    """Return the ranks whose digest is (not) that of a rank."""
     return [r for r, digest in enumerate(digests) if (digest == digests[rank]) is same]
 
 
@@ -165,7 +165,7 @@ def _sums(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The strided tensors that a tensor consists of."""
+    """Return the strided tensors that a tensor consists of."""
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce()
         return [tensor.indices(), tensor.values()]

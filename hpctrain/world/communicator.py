@@ -198,10 +198,13 @@ class Even:
 
     Args:
         comm: Whose ranks and collectives they are.
+        rank: Of those that share the samples.
+        size: How many those are.
     """
 
-    def __init__(self, comm: Communicator) -> None:
+    def __init__(self, comm: Communicator, rank: int, size: int) -> None:
         self._comm = comm
+        self._part = equal_part(rank, size)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._comm, name)
@@ -213,4 +216,4 @@ class Even:
             epoch: Makes no difference.
             batch: Makes no difference.
         """
-        return equal_part(self._comm.rank, self._comm.size)
+        return self._part

@@ -107,7 +107,7 @@ def detect(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def _number(environment: Mapping[str, str], names: str) -> int | None:
-    """The first of some variables that is a number."""
+    """Return the first of some variables that is a number."""
     values = (environment.get(name, "") for name in names.split())
     return next((int(value) for value in values if value.isdigit()), None)
 

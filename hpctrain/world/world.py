@@ -118,6 +118,8 @@ class World:
     Attributes:
         launch: What the launcher said at the start.
         comm: The engine under the world; a strategy replaces it when it connects.
+        replica: Where several ranks train one replica of the model together, and read the same
+            samples: which one this rank is part of, and how many there are. None: each is one.
         no_gathers: Why ranks do not wait for each other in :meth:`all_gather`, and what to do;
             None: they do.
 
@@ -132,17 +134,23 @@ class World:
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
         self.no_gathers: tuple[str, str] | None = None
+        self.replica: tuple[int, int] | None = None
         self.comm: Communicator = Alone() if launch.size == 1 else Unconnected(launch)
 
     @property
     def rank(self) -> int:
-        """This process, 0 to ``size - 1``."""
-        return self.comm.rank
+        """This process, 0 to ``size - 1``; of a mesh, the replica it is part of."""
+        return self.comm.rank if self.replica is None else self.replica[0]
 
     @property
     def size(self) -> int:
-        """How many processes take part."""
-        return self.comm.size
+        """How many processes take part, each with samples of its own; of a mesh, replicas."""
+        return self.comm.size if self.replica is None else self.replica[1]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process acts for all: says, writes, decides."""
+        return self.comm.rank == 0
 
     @property
     def local_rank(self) -> int:
@@ -158,7 +166,7 @@ class World:
         """Run an action on rank 0 while the others wait; if that rank is lost, on the next one."""
         done = torch.zeros(1)
         while not done:
-            if first := self.rank == 0:
+            if first := self.leads:
                 action()
             done.fill_(first)
             self.comm.all_reduce(done)
@@ -259,7 +267,7 @@ def init() -> World:
     world = World(launch)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    logs.follow(lambda: (world.rank, world.size))
+    logs.follow(lambda: (world.comm.rank, world.comm.size))
     uncaught.install(launch, lambda reason, code: world.comm.abort(reason, code))
     return world
 

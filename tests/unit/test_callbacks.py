@@ -139,7 +139,7 @@ def test_a_failure_names_callback_event_step_and_rank(tmp_path, capfd, event):
 def test_what_is_done_again_is_told_once():
     class View:
         step, model = 4, None
-        world = type("W", (), {"rank": 1})()
+        world = type("W", (), {"rank": 1, "leads": property(lambda self: self.rank == 0)})()
         reason = ""
 
     diary, everywhere, view = Diary(), Everywhere(), View()

@@ -138,7 +138,7 @@ def _kind_of_file(source: Path, options: ImportOptions) -> str:
 
 
 def _kind_of_content(source: Path) -> str:
-    """Of a file whose name does not tell."""
+    """Tell the kind of a file whose name does not."""
     with reading(source), source.open("rb") as file:
         head = file.read(HEAD_BYTES)
     for magic, kind in _MAGIC.items():

@@ -113,7 +113,7 @@ class Arrays(Importer):
         )
 
     def _chosen(self, arrays: dict[str, Array]) -> dict[str, Array]:
-        """Those asked for."""
+        """Return the arrays that were asked for."""
         missing = [name for name in self.options.fields if name not in arrays]
         if missing or not arrays:
             what = f"no array {missing[0]}" if missing else "no arrays"

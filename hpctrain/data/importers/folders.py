@@ -71,7 +71,7 @@ def places(
 def _split_level(
     folders: Sequence[Folders], where: str, classes: Classes | None, told: bool
 ) -> int | None:
-    """The level whose folders' names are words of splits; None: there is none."""
+    """Find the level whose folders' names are words of splits; None: there is none."""
     if not told:
         return None
     for level in range(max(map(len, folders), default=0)):

@@ -100,7 +100,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _checked(data: bytes, where: str) -> bytes:
-    """The same, if it begins as an image does."""
+    """Return the bytes of an image's file, if it begins as an image does."""
     try:
         open_image(data)
     except Exception as error:  # see decode

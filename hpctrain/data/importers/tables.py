@@ -116,7 +116,7 @@ class Tables(Importer):
         )
 
     def _look(self, found: Found) -> tuple[Any, list[int], int, dict[str, int]]:
-        """The schema of all files, rows of each, bytes of all, and how much columns lack."""
+        """Return the schema of all files, rows of each, bytes of all, and how much columns lack."""
         schemas = [self._schema(file) for file in self._files]
         names = self._common_names(schemas)
         texts = [file for file in self._files if _is_delimited(file)]
@@ -204,7 +204,7 @@ class Tables(Importer):
         return delimited.dialect(file, self.options)
 
     def _schema(self, file: Path) -> Any:
-        """Of one file; the types of delimited text are not known yet."""
+        """Return the schema of one file; the types of delimited text are not known yet."""
         if _is_parquet(file):
             with _parquet(file) as table:
                 return table.schema_arrow
@@ -218,7 +218,7 @@ class Tables(Importer):
         return _unified(schemas, file) if schemas else pa.schema([])
 
     def _common_names(self, schemas: list[Any]) -> list[str]:
-        """The columns to take, which all files must have."""
+        """Return the columns to take, which all files must have."""
         for file, schema in zip(self._files, schemas, strict=True):
             twice = [name for name, count in Counter(schema.names).items() if count > 1]
             if twice:
@@ -240,7 +240,7 @@ class Tables(Importer):
         ]
 
     def _common(self, schemas: list[Any], names: list[str]) -> Any:
-        """The schema of all files that say their types; those of JSON may be widened."""
+        """Return the schema of all files that say their types; those of JSON may be widened."""
         chosen = [pa.schema([schema.field(name) for name in names]) for schema in schemas]
         for file, schema in zip(self._files, chosen, strict=True):
             for name in names if _is_parquet(file) or _is_arrow(file) else ():

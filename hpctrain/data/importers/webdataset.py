@@ -60,7 +60,7 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _field(extension: str, images: int) -> str:
-    """Of a member, where so many of its sample's are images."""
+    """Return the field's name of a member, where so many of its sample's members are images."""
     if extension in SUFFIXES and images == 1:
         return "image"
     return "label" if extension == "cls" else extension.replace(".", "_")
@@ -178,7 +178,7 @@ class WebDataset(Importer):
     def _samples(
         self, details: dict[str, Any], items: Items
     ) -> Iterator[dict[str, tuple[str, bytes]]]:
-        """Of each sample, field -> what to call it in an error, and its bytes."""
+        """Yield for each sample, field -> what to call it in an error, and its bytes."""
         keys = [key for tar in details["keys"] for key in tar]
         places = details["places"]
         tars = [self.path / name for name in details["tars"]]

@@ -140,7 +140,7 @@ def _record(destination: Path, shard: Shard) -> Path:
 
 
 def _entry(destination: Path, shard: Shard) -> ShardEntry | None:
-    """The index's entry for a shard that is finished; None if it is not."""
+    """Return the index's entry for a shard that is finished; None if it is not."""
     try:
         entry = ShardEntry(**json.loads(_record(destination, shard).read_bytes()))
         finished = (destination / shard.name).stat().st_size == entry.bytes

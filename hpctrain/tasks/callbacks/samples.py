@@ -55,7 +55,7 @@ class Samples(Callback):
             run: The run.
         """
         shown = self.show(run, *run.predictions(self.count))
-        if run.world.rank != 0:
+        if not run.world.leads:
             return
         folder = run.folder / "samples"
         folder.mkdir(exist_ok=True)
