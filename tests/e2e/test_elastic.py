@@ -81,12 +81,18 @@ def test_losses(hpctrain, plan, left):
 def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain, compression):
     """With compression, what the lost one had not sent yet is lost, and said to be."""
     more = ("--set", "elastic.workers=2", "--set", f"horovod.compression={compression}")
+    (hpctrain.folder / "diary.py").write_text(DIARY)
+    more += ("--callback", "diary:Diary", "--callback", "time-budget,minutes=1000")
     result, _ = trained(hpctrain, 2, "kill:rank=0@step=20", *more, *slow_until("joined", at=30))
     assert sizes(result) == [2, 1, 2]
     lines = (hpctrain.folder / "run" / "metrics.jsonl").read_text().splitlines()
     exchanges = [r for r in map(json.loads, lines) if r["kind"] == "exchange"]
     lost = [r.get("residuals_lost", 0) for r in exchanges]
     assert lost[0] == 0 and lost[-1] == (compression != "none")
+    told = [list(map(int, path.read_text().split())) for path in hpctrain.folder.glob("told-*")]
+    whole = list(range(1, EPOCHS * 23 + 1))
+    assert len(told) == 3 and whole in told
+    assert all(steps == whole[steps[0] - 1 : steps[-1]] for steps in told)
 
 
 def test_ranks_keep_their_part_of_a_batch(hpctrain):
