@@ -116,7 +116,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
         state,
         validation,
         peaks,
-        [*warnings_of(task), *read.unread(task)],
+        [*warnings_of(task), *read.unread(task), *_unread_schedule(config, task, state)],
     )
 
 
@@ -194,6 +194,17 @@ def _to_freeze(config: RunConfig, model: nn.Module) -> list[nn.Parameter]:
             hint='say what is: train.freeze = ["backbone.*"].',
         )
     return list(matching(model, train.freeze, "train.freeze").values())
+
+
+def _unread_schedule(config: RunConfig, task: Task, state: TrainState) -> list[str]:
+    """Say that the task's own scheduler counts, where another was named for this run."""
+    name = config.schedule.name
+    kind = type(state.schedule.scheduler).__name__ if state.schedule is not None else name
+    if kind == name or "name" not in config.schedule.model_fields_set:
+        return []
+    if task.defaults.get("schedule.name") == name or ":" in name:
+        return []
+    return [f"schedule.name = {name} changes nothing: schedule() of this task gives a {kind}."]
 
 
 def _scheduling(

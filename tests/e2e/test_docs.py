@@ -40,7 +40,7 @@ def test_tutorial(hpctrain):
         for block in blocks(tutorial, "console")
         for line in block.strip().splitlines()
     ]
-    assert len(commands) == 9
+    assert len(commands) == 14
     for command in commands:
         if command[0] == "mpirun":
             command[:3] = hpctrain.prefix(int(command[2]))

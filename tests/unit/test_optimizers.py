@@ -162,7 +162,9 @@ def test_a_scheduler_of_the_task(tmp_path):
             ]
             return lr_scheduler.SequentialLR(optimizer, parts, [2])
 
-    _, rates = trained(tmp_path, task=Mine(), train={"steps": 4})
+    run, rates = trained(tmp_path, task=Mine(), train={"steps": 4}, schedule={"name": "linear"})
+    said = "schedule.name = linear changes nothing: schedule() of this task gives a SequentialLR."
+    assert said in run.warnings
     assert rates[0] == {"lr": 0.05, "lr_1": 0.1}  # of every group
     assert rates[3] == pytest.approx({"lr": 0.05, "lr_1": 0.1})
     assert rates[2] == pytest.approx({"lr": 0.1, "lr_1": 0.2})
