@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hpctrain.optim.lamb import Lamb as Lamb
     from hpctrain.strategies import strategy as strategy
     from hpctrain.strategies.base import Strategy as Strategy
+    from hpctrain.tables.table import Table as Table
     from hpctrain.tasks.task import Task as Task
     from hpctrain.train.loop import Trainer as Trainer
     from hpctrain.trained_model import load as load
@@ -34,6 +35,7 @@ _PLACES = {
     "ShardSet": "hpctrain.data.shards",
     "Source": "hpctrain.data.source",
     "Strategy": "hpctrain.strategies.base",
+    "Table": "hpctrain.tables.table",
     "Task": "hpctrain.tasks.task",
     "Trainer": "hpctrain.train.loop",
     "World": "hpctrain.world.world",

@@ -36,6 +36,7 @@ TASKS = Registry(
         "digits": "hpctrain.tasks.digits:Digits",
         "cifar10": "hpctrain.tasks.cifar10:Cifar10",
         "charlm": "hpctrain.tasks.charlm:CharLM",
+        "dlrm": "hpctrain.tasks.dlrm:Dlrm",
         "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
     },
 )

@@ -13,7 +13,8 @@ from hpctrain.data.loader import Loader
 from hpctrain.data.source import Source
 from hpctrain.errors import Error
 from hpctrain.optim.schedule import peak_scale
-from hpctrain.strategies.base import Agreement, Strategy
+from hpctrain.strategies.base import Agreement, Strategy, no_tables
+from hpctrain.tables.table import tables_of
 from hpctrain.tasks.checks import (
     Read,
     check_defined,
@@ -71,6 +72,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     validation = _validation(config, task, splits)
     set_start_seeds(config.seed)
     model = prepared(model_of(task, world.size), world.device, config.train.dtype)
+    _check_tables(config, model, strategy)
     if config.train.sync_batchnorm:
         synchronize_batchnorm(model, world)
     optimizer = optimizer_of(task, model, read)
@@ -134,6 +136,18 @@ def _check_together(config: RunConfig, strategy: Strategy) -> None:
             f"train.sync_batchnorm {refused}.",
             hint="use --strategy horovod.",
         )
+
+
+def _check_tables(config: RunConfig, model: nn.Module, strategy: Strategy) -> None:
+    for table in tables_of(model):
+        if not strategy.holds_tables:
+            raise no_tables(f"strategy '{strategy.name}'", table.spec.name)
+        if config.train.ema_decay is not None:
+            raise Error(
+                f"train.ema_decay is not for models with embedding tables, such as "
+                f"'{table.spec.name}': there is no average of rows.",
+                hint="leave it unset.",
+            )
 
 
 def _validation(config: RunConfig, task: Task, splits: Mapping[str, Source]) -> Loader | None:

@@ -100,6 +100,7 @@ class TrainStep:
         multiplier = self._multiplier(batch)
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
+        optimizer.rate_factor = multiplier
         optimizer.zero_grad()
         optimizer.weight, optimizer.samples = batch.weight, batch.samples
         self.computed = []

@@ -20,6 +20,7 @@ from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.partition.layout import DTYPES, Layout
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import STARTING_SECONDS, Link
+from hpctrain.ps.tables.client import TableClient
 from hpctrain.ps.update_rules import Rule
 
 FIRST_WORDS_SECONDS = 1.0
@@ -63,6 +64,7 @@ class Client:
         place: Among the workers; this worker's number unless it is set.
         clock: Steps pushed.
         exchange: Of gradients and weights.
+        tables: Of the model's embedding tables.
         norm: Of the last aggregated gradient before clipping, if the servers clip.
         leads: How often this worker was so many clocks ahead of the slowest.
         stopped: Whether training is to end early.
@@ -100,6 +102,7 @@ class Client:
         self._questions = CoordinatorClient(servers)
         self._fetching = SnapshotFetch(servers)
         self._commands: deque[Callable[[], None]] = deque()
+        self.tables = TableClient(servers, config, self._do, self._await)
         self._settled = threading.Event()
         self._settled.set()
         self.awaited = False
@@ -364,7 +367,11 @@ class Client:
     def busy(self) -> bool:
         """Whether an exchange, a question or a snapshot is under way."""
         return bool(
-            self._commands or self.exchange.busy or self._questions.busy or self._fetching.busy
+            self._commands
+            or self.exchange.busy
+            or self._questions.busy
+            or self._fetching.busy
+            or self.tables.busy
         )
 
     def poll(self) -> bool:
@@ -402,6 +409,7 @@ class Client:
         self._settled.set()
         self._questions.fail()
         self._fetching.fail()
+        self.tables.fail()
 
     def _keep_house(self) -> None:
         """Send heartbeats, and give up servers that have been silent for too long."""
@@ -456,6 +464,8 @@ class Client:
             return self.exchange.buffers(message)
         if isinstance(message, messages.Part):
             return self._fetching.buffers(message)
+        if isinstance(message, messages.Rows):
+            return self.tables.buffers(link, message)
         return []
 
     def payload(
@@ -486,6 +496,8 @@ class Client:
                 self._questions.answered(message)
             case messages.Part():
                 self._fetching.part(link.peer, message)
+            case messages.Rows() | messages.RowsPushed() | messages.RowsKept():
+                self.tables.message(link, message)
             case messages.Heartbeat():
                 self.stopped |= message.stop
             case messages.Lost():
@@ -533,6 +545,11 @@ class Client:
             )
         if self.left:
             return
+        if self.tables.opened:
+            raise PeerLost(
+                f"worker {self.me}: server {peer} is lost, and with it rows of tables: {reason}.",
+                hint="its own log says more; `--resume auto` goes on from the last checkpoint.",
+            )
         for link in self.servers.values():
             link.send(messages.Lost(peer, reason))
         self.exchange.lose(peer)

@@ -11,6 +11,7 @@ import msgspec
 
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.partition.layout import Flat
+from hpctrain.tables.spec import TableSpec
 
 AGAIN = "again"
 """The answer to a broadcast whose root is lost: when that is known everywhere, ask anew."""
@@ -321,6 +322,100 @@ class Abort(Message):
         return Error(self.reason, hint=self.hint)
 
 
+class OpenTables(Message):
+    """A worker tells a server which embedding tables there are, before anything else of them."""
+
+    tables: list[TableSpec]
+
+
+class PullRows(Message):
+    """Rows of a table are wanted; payload: their ids.
+
+    Attributes:
+        number: Of the worker's requests.
+        table: Its place among the tables.
+        count: How many rows.
+    """
+
+    number: int
+    table: int
+    count: int
+
+
+class Rows(Message):
+    """The answer to PullRows; payload: the rows.
+
+    Attributes:
+        number: Of the request.
+        version: Updates that the server's rows had had.
+    """
+
+    number: int
+    version: int
+
+
+class PushRows(Message):
+    """A step's gradients of a server's rows; payloads for each table: ids, gradients, sights.
+
+    Attributes:
+        clock: Steps the worker pushed before this one.
+        read: Updates that the rows had had which the gradients were computed with.
+        weight: What the loss was multiplied by.
+        lr_factor: On the learning rates of the tables' optimizers.
+        tables: The tables with any rows.
+        counts: How many rows each has.
+    """
+
+    clock: int
+    read: int
+    weight: float
+    lr_factor: float
+    tables: list[int]
+    counts: list[int]
+
+
+class RowsPushed(Message):
+    """The answer to PushRows: the worker may go on.
+
+    Attributes:
+        clock: Steps the worker has pushed.
+        version: Updates that the server's rows have had.
+        statistics: What the server's rows are, by name, table by table.
+    """
+
+    clock: int
+    version: int
+    statistics: list[dict[str, int]]
+
+
+class KeepRows(Message):
+    """A server is to write its rows into a folder, or to read them from there.
+
+    Attributes:
+        number: Of the worker's requests.
+        folder: Which.
+        files: How many servers wrote what is to be read; None: write.
+    """
+
+    number: int
+    folder: str
+    files: int | None
+
+
+class RowsKept(Message):
+    """The answer to KeepRows.
+
+    Attributes:
+        number: Of the request.
+        failure: Why it was not done, or None.
+        hint: What to do about that.
+    """
+
+    number: int
+    failure: str | None = None
+    hint: str | None = None
+
+
 class Long(Message):
     """A message too long for a header follows as a payload of so many bytes."""
 
@@ -330,7 +425,8 @@ class Long(Message):
 Known = (
     Open | Push | Put | Pull | Weights | Norms | Replicate | Copy | Replicated | Freeze | Frozen
     | Cut | Kept | Fetch | Part | Ask | Answer | Decided | Heartbeat | Lost | Joined | Rest | Leave
-    | Evicted | Abort | Long | NewWorker | Over | Join
+    | Evicted | Abort | Long | NewWorker | Over | Join | OpenTables | PullRows | Rows | PushRows
+    | RowsPushed | KeepRows | RowsKept
 )  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,1 @@
+"""Embedding tables on servers: a worker's end, and a server's."""
