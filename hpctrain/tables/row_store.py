@@ -193,9 +193,9 @@ class RowStore:
     def _sweep(self, arena: Arena, count: int) -> None:
         if not arena.used:
             return
-        start = self._cursors[id(arena)] % arena.used
-        slots = np.arange(start, min(start + max(SWEEP, count), arena.used))
-        self._cursors[id(arena)] = start + len(slots)
+        start = self._cursors[id(arena)]
+        slots = (start + np.arange(min(max(SWEEP, count), arena.used))) % arena.used
+        self._cursors[id(arena)] = int(slots[-1]) + 1
         # A slot that is free again has the id and the time of what it held; another may have it.
         ids = arena.read("id", slots).numpy()
         mine = (arena.find(ids) == slots) & self._due(arena, slots, self.version)
