@@ -274,7 +274,7 @@ class PsOptimizer(DistributedOptimizer):
         self._slices_of, self._parts_of = self._find_slices()
         self._client = self._open(clip_norm)
         if self.tables:
-            self._client.tables.open([table.spec for table in self.tables])
+            self._client.open_tables([table.spec for table in self.tables])
         for number, table in enumerate(self.tables):
             table.attach(functools.partial(self._client.tables.pull, number))
         self._told = 0 if ends.recruit is None else len(self._client.lost)
@@ -842,7 +842,7 @@ def _check_tables(config: PsConfig) -> None:
         Error: It was asked for.
     """
     refused = {
-        "ps.replicas": config.replicas > 0,
+        f"ps.replicas={config.replicas}": config.replicas > 1,
         "ps.workers": config.workers is not None,
         "ps.record_order": config.record_order is not None,
         "ps.replay": config.replay is not None,
@@ -852,8 +852,8 @@ def _check_tables(config: PsConfig) -> None:
         if wanted:
             raise Error(
                 f"{name} is not for models with embedding tables.",
-                hint="leave it out: rows of tables have no copies, no recorded order and no late "
-                "workers, and wait for every worker's push or for none.",
+                hint="leave it out: rows of tables have one copy at most, no recorded order and no "
+                "late workers, and wait for every worker's push or for none.",
             )
 
 

@@ -114,17 +114,16 @@ class Interaction(nn.Module):
         )
         pairs = fields * (fields + 1) // 2
         self.top = nn.Sequential(nn.Linear(dim + pairs, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, 1))
-        self.register_buffer("offsets", torch.arange(fields) << _FIELD_BITS, persistent=False)
-        self.register_buffer(
-            "pairs", torch.tril_indices(fields + 1, fields + 1, offset=-1), persistent=False
-        )
+        self.fields = fields
 
     def forward(self, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """From ``[n, numbers]`` and ``[n, fields]`` to scores, ``[n]``."""
         low = self.bottom(dense)
-        vectors = torch.cat([low[:, None], self.table(ids + self.offsets)], dim=1)
+        offsets = torch.arange(self.fields, device=ids.device) << _FIELD_BITS
+        vectors = torch.cat([low[:, None], self.table(ids + offsets)], dim=1)
         products = vectors @ vectors.transpose(1, 2)
-        crossed = products[:, self.pairs[0], self.pairs[1]]  # type: ignore[index]
+        one, other = torch.tril_indices(self.fields + 1, self.fields + 1, -1, device=ids.device)
+        crossed = products[:, one, other]
         out: torch.Tensor = self.top(torch.cat([low, crossed], dim=1))[:, 0]
         return out
 
@@ -152,8 +151,8 @@ def _uniform(purpose: int, *shape: int) -> NDArray[np.float64]:
     """Numbers in [0, 1), the same everywhere."""
     count = int(np.prod(shape))
     words = mix(np.arange(count, dtype=np.uint64) ^ np.uint64(key(purpose)))
-    values: NDArray[np.float64] = ((words >> np.uint64(11)) * 2.0**-53).reshape(shape)
-    return values
+    values: Any = (words >> np.uint64(11)) * 2.0**-53
+    return np.asarray(values, np.float64).reshape(shape)
 
 
 def _drawn(samples: int, numbers: int, fields: int, ids: int) -> dict[str, NDArray[Any]]:

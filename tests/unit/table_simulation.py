@@ -28,16 +28,30 @@ class Simulation:
         self.clients = {}
         for w in range(workers):
             client = Client(w, {s: links[w, s][0] for s in numbers}, self.config)
-            client.tables.open(specs)
+            client.open_tables(specs)
             self.clients[w] = client
         self.specs = specs
-        self.links = links
+        self.links, self.between = links, between
         self.random = random.Random(seed)
         self.dead = set()
+        self.moves, self.fault = 0, None
         self.history = []  # (worker, clock, slowest clock) when a worker begins a step
+
+    def kill_after(self, moves, number):
+        """Lose a server when so many clients and servers have moved on."""
+        self.fault = (moves, number)
+
+    def fall(self):
+        """Lose the server that is due to be lost, if it lives."""
+        if self.fault is not None:
+            self.kill(self.fault[1])
+            self.fault = None
 
     def move(self):
         """One client or server, whichever."""
+        self.moves += 1
+        if self.fault is not None and self.moves >= self.fault[0]:
+            self.fall()
         actors = [*self.clients.items(), *self.servers.items()]
         _, actor = self.random.choice([each for each in actors if each[0] not in self.dead])
         actor.poll()
@@ -74,25 +88,28 @@ class Simulation:
             weights: Of a worker's loss.
         """
         done = dict.fromkeys(self.clients, 0)
+        computed = {}  # by worker that has read, and is yet to push
         left = set(self.clients)
         while left := {w for w in left if done[w] < steps and w not in self.dead}:
-            ready = [w for w in left if self.settled(w)]
+            ready = [w for w in left if w in computed or self.settled(w)]
             if not ready:
                 self.move()
                 continue
             worker = self.random.choice(ready)
-            self.clients[worker].tables.settle()
-            slowest = min(
-                s.tables._schedule.slowest for s in self.servers.values() if s.tables.opened
-            ) if all(s.tables.opened for s in self.servers.values()) else 0  # fmt: skip
-            self.history.append((worker, done[worker], slowest))
-            self._step(worker, batch(worker, done[worker]), gradient, weights(worker))
-            done[worker] += 1
+            if worker in computed:
+                self.clients[worker].tables.push(weights(worker), 1.0, computed.pop(worker))
+                done[worker] += 1
+            else:
+                self.clients[worker].tables.settle()
+                slowest = min((group.schedule.slowest for group in self.owned()), default=0)
+                self.history.append((worker, done[worker], slowest))
+                batches = batch(worker, done[worker])
+                computed[worker] = self._compute(worker, batches, gradient, weights(worker))
             for _ in range(self.random.randrange(20)):
                 self.move()
         self.until(lambda: all(self.settled(w) for w in self.clients if w not in self.dead))
 
-    def _step(self, worker, batches, gradient, weight):
+    def _compute(self, worker, batches, gradient, weight):
         touched = []
         for table, ids in enumerate(batches):
             distinct, inverse, counts = torch.unique(ids, return_inverse=True, return_counts=True)
@@ -100,11 +117,19 @@ class Simulation:
             each = gradient(table, ids, rows[inverse]) * weight
             total = torch.zeros_like(rows).index_add_(0, inverse, each)
             touched.append(Touched(distinct, total, counts))
-        self.clients[worker].tables.push(weight, 1.0, touched)
+        return touched
 
     def keep(self, worker, folder, files=None):
         client = self.clients[worker]
         return self.waiting(client, lambda: client.tables.keep(folder, files))
+
+    def owned(self):
+        """The groups of rows, where they belong to."""
+        return [
+            group
+            for number, server in self.servers.items() if number not in self.dead
+            for group in server.tables.groups.values() if group.schedule is not None
+        ]  # fmt: skip
 
     def rows(self, table, ids):
         """The servers' rows."""
@@ -112,7 +137,7 @@ class Simulation:
 
     def kill(self, number):
         self.dead.add(number)
-        for pair, ends in self.links.items():
+        for pair, ends in [*self.links.items(), *self.between.items()]:
             if number in pair:
                 for end in ends:
                     end.failed = "killed"

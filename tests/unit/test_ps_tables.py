@@ -69,7 +69,7 @@ topologies = {
 }
 
 
-@settings(max_examples=25, phases=PHASES)
+@settings(max_examples=12, phases=PHASES)
 @given(**topologies, rule=st.sampled_from(RULES), admit=st.integers(1, 3),
        evict=st.sampled_from([(None, None), (1, None), (2, 5)]))  # fmt: skip
 def test_sync_is_one_process_with_the_whole_batch(workers, servers, seed, rule, admit, evict):
@@ -81,14 +81,14 @@ def test_sync_is_one_process_with_the_whole_batch(workers, servers, seed, rule, 
     for table, store in enumerate(single(specs, workers, batch)):
         found = simulation.rows(table, IDS)
         assert (found - store.read(IDS)).norm() <= 1e-12 * (1 + store.read(IDS).norm())
-        ours = [s.tables.stores[table] for s in simulation.servers.values()]
+        ours = [group.stores[table] for group in simulation.owned()]
         for part in ("rows", "candidates"):
             assert sum(len(s.listed(getattr(s, part))) for s in ours) == len(
                 store.listed(getattr(store, part))
             )
 
 
-@settings(max_examples=15, phases=PHASES)
+@settings(max_examples=8, phases=PHASES)
 @given(**topologies, bound=st.integers(0, 2))
 def test_staleness_is_bounded_and_no_push_is_lost(workers, servers, seed, bound):
     simulation = Simulation(
@@ -109,15 +109,13 @@ def test_staleness_is_bounded_and_no_push_is_lost(workers, servers, seed, bound)
 
 def test_without_a_bound_workers_run_ahead_and_old_gradients_count_less():
     ahead, least = 0, 1.0
-    for seed in range(10):
-        simulation = Simulation([spec()], 3, 1, {"consistency": "async"}, seed)
-        batch = batches(seed, 3)
-        simulation.run(
-            STEPS, lambda w, t, b=batch: b(w, t)[:1], lambda table, ids, rows: torch.ones_like(rows)
-        )
+    for seed in range(3):
+        simulation = Simulation([spec(), spec("b")], 4, 1, {"consistency": "async"}, seed)
+        batch = batches(seed, 4)
+        simulation.run(STEPS, batch, lambda table, ids, rows: torch.ones_like(rows))
         ahead = max(ahead, *(clock - slowest for _, clock, slowest in simulation.history))
         moved = (simulation.rows(0, IDS) - simulation.specs[0].start_values(IDS.numpy())).abs()
-        least = min(least, float(moved.sum()) / (0.1 * 3 * 6 * 3 * STEPS))
+        least = min(least, float(moved.sum()) / (0.1 * 3 * 6 * 4 * STEPS))
     assert ahead >= 2
     assert 0 < least < 0.99  # rates are divided by delays
 
@@ -139,7 +137,7 @@ def test_a_lost_worker_is_not_waited_for():
     simulation.run(2, batches(1, 3), gradient)
     simulation.kill(2)
     simulation.run(3, batches(2, 3), gradient)
-    assert all(s.tables._version >= 5 for s in simulation.servers.values())
+    assert all(group.version >= 5 for group in simulation.owned())
 
 
 def test_a_lost_server_ends_the_run_in_a_line():
@@ -150,7 +148,37 @@ def test_a_lost_server_ends_the_run_in_a_line():
         simulation.until(lambda: False)
 
 
-@settings(max_examples=10, phases=PHASES)
+@settings(max_examples=16, phases=PHASES)
+@given(workers=st.integers(1, 3), servers=st.integers(2, 3), seed=st.integers(0, 10**6),
+       consistency=st.sampled_from(["sync", "async", "ssp:1"]), tick=st.integers(0, 600),
+       lost=st.integers(0, 2))  # fmt: skip
+def test_a_lost_servers_rows_come_back_from_their_copy(
+    workers, servers, seed, consistency, tick, lost
+):
+    config = {"consistency": consistency, "replicas": 1, "lr_by_delay": False}
+    specs = [spec("a", 3, Adam(lr=0.05), admit_after=2), spec("b", 2, Sgd(lr=0.1))]
+    batch = batches(seed, workers)
+    simulation = Simulation(specs, workers, servers, config, seed)
+    simulation.kill_after(tick, 100 + lost % servers)
+    # In async the sum of SGD's updates tells whether a push is missing, or there twice.
+    constant = lambda table, ids, rows: torch.ones_like(rows)  # noqa: E731
+    simulation.run(STEPS, batch, gradient if consistency == "sync" else constant)
+    simulation.fall()
+    if consistency == "sync":
+        whole = Simulation(specs, workers, servers, {"consistency": "sync"}, seed + 1)
+        whole.run(STEPS, batch, gradient)
+        for table in range(2):  # the very bits of a run that lost nothing
+            assert torch.equal(simulation.rows(table, IDS), whole.rows(table, IDS))
+    else:
+        all_ids = torch.cat([batch(w, t)[1] for w in range(workers) for t in range(STEPS)])
+        counts = (all_ids[None, :] == IDS[:, None]).sum(1)[:, None].double()
+        expected = specs[1].start_values(IDS.numpy()) - 0.1 * counts
+        assert (simulation.rows(1, IDS) - expected).abs().max() < 1e-12
+    clocks = {clock for group in simulation.owned() for clock in group.schedule.applied.values()}
+    assert clocks == {STEPS}
+
+
+@settings(max_examples=5, phases=PHASES)
 @given(workers=st.integers(1, 2), before=st.integers(1, 3), after=st.integers(1, 3),
        rule=st.sampled_from(RULES), seed=st.integers(0, 10**6))  # fmt: skip
 def test_a_checkpoint_is_read_by_any_number_of_servers(
@@ -198,17 +226,16 @@ def test_pushes_wait_while_rows_are_written(tmp_path):
     """What is written is of one moment, though workers go on."""
     simulation = Simulation([spec()], 1, 1, {"consistency": "async"})
     simulation.run(1, lambda w, t: batches(0, 1)(w, t)[:1], gradient)
-    server, client = simulation.servers[100].tables, simulation.clients[0].tables
+    group, client = simulation.servers[100].tables.groups[100], simulation.clients[0].tables
     before = simulation.rows(0, IDS)
-    server._job = iter([None])
-    client.push(
-        1.0, 1.0, [Touched(IDS, torch.ones(12, 3, dtype=torch.float64), torch.ones_like(IDS))]
-    )
-    for _ in range(3):
-        simulation.clients[0].poll()
-        server_link = simulation.servers[100].peers.workers[0]
-        server_link.poll(simulation.servers[100])
-    assert torch.equal(server.stores[0].read(IDS), before)
-    server._asked = (99, 0)
+    group._job = iter([None] * 3)
+    group._asked = (99, 0)
+    group.poll = lambda: True  # the disk is slow
+    ones = torch.ones(12, 3, dtype=torch.float64)
+    client.push(1.0, 1.0, [Touched(IDS, ones, torch.ones_like(IDS))])
+    for _ in range(100):
+        simulation.move()
+    assert torch.equal(group.stores[0].read(IDS), before)
+    del group.poll
     simulation.until(lambda: simulation.settled(0))
-    assert not torch.equal(server.stores[0].read(IDS), before)
+    assert not torch.equal(group.stores[0].read(IDS), before)

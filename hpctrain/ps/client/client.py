@@ -22,6 +22,7 @@ from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import STARTING_SECONDS, Link
 from hpctrain.ps.tables.client import TableClient
 from hpctrain.ps.update_rules import Rule
+from hpctrain.tables.spec import TableSpec
 
 FIRST_WORDS_SECONDS = 1.0
 """Where another rank has failed, that one speaks before this one does."""
@@ -165,6 +166,14 @@ class Client:
         self._settled.clear()
         self._do(lambda: self._start(join))
         return Future(self)
+
+    def open_tables(self, specs: Sequence[TableSpec]) -> None:
+        """Say which embedding tables there are besides.
+
+        Args:
+            specs: The same on every worker.
+        """
+        self.tables.open(specs, self._initial_servers)
 
     def begin_late(self, servers: Sequence[int], lost: Sequence[int]) -> None:
         """Say which servers there were at the beginning, and which have been lost since.
@@ -545,14 +554,10 @@ class Client:
             )
         if self.left:
             return
-        if self.tables.opened:
-            raise PeerLost(
-                f"worker {self.me}: server {peer} is lost, and with it rows of tables: {reason}.",
-                hint="its own log says more; `--resume auto` goes on from the last checkpoint.",
-            )
         for link in self.servers.values():
             link.send(messages.Lost(peer, reason))
         self.exchange.lose(peer)
+        self.tables.lose(peer, reason)
         if peer == coordinator:
             self._questions.ask_again()
         self._fetching.count()

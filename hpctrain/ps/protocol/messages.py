@@ -333,11 +333,13 @@ class PullRows(Message):
 
     Attributes:
         number: Of the worker's requests.
+        group: Whose rows.
         table: Its place among the tables.
         count: How many rows.
     """
 
     number: int
+    group: int
     table: int
     count: int
 
@@ -347,57 +349,90 @@ class Rows(Message):
 
     Attributes:
         number: Of the request.
-        version: Updates that the server's rows had had.
+        group: Whose rows.
+        version: Updates that the group had had.
     """
 
     number: int
+    group: int
     version: int
 
 
 class PushRows(Message):
-    """A step's gradients of a server's rows; payloads for each table: ids, gradients, sights.
+    """A step's gradients of a group's rows; payloads for each table: ids, gradients, sights.
 
     Attributes:
+        group: Whose rows.
         clock: Steps the worker pushed before this one.
         read: Updates that the rows had had which the gradients were computed with.
         weight: What the loss was multiplied by.
         lr_factor: On the learning rates of the tables' optimizers.
         tables: The tables with any rows.
-        counts: How many rows each has.
+        sizes: Bytes of each payload.
     """
 
+    group: int
     clock: int
     read: int
     weight: float
     lr_factor: float
     tables: list[int]
-    counts: list[int]
+    sizes: list[int]
 
 
 class RowsPushed(Message):
     """The answer to PushRows: the worker may go on.
 
     Attributes:
-        clock: Steps the worker has pushed.
-        version: Updates that the server's rows have had.
-        statistics: What the server's rows are, by name, table by table.
+        group: Whose rows.
+        version: Updates that the group has had.
+        statistics: What its rows are, by name, table by table.
     """
 
-    clock: int
+    group: int
     version: int
     statistics: list[dict[str, int]]
 
 
+class CopyRows(Message):
+    """An update for the copy of a group; payloads as in PushRows: the gradients as applied.
+
+    Attributes:
+        group: Whose rows.
+        version: Updates before this one.
+        lr_factor: On the learning rates of the tables' optimizers.
+        pushes: Worker and clock of each push in it.
+        tables: The tables with any rows.
+        sizes: Bytes of each payload.
+    """
+
+    group: int
+    version: int
+    lr_factor: float
+    pushes: list[tuple[int, int]]
+    tables: list[int]
+    sizes: list[int]
+
+
+class RowsCopied(Message):
+    """A copy has made the group's update of that version."""
+
+    group: int
+    version: int
+
+
 class KeepRows(Message):
-    """A server is to write its rows into a folder, or to read them from there.
+    """A server is to write a group's rows into a folder, or to read them from there.
 
     Attributes:
         number: Of the worker's requests.
+        group: Whose rows.
         folder: Which.
-        files: How many servers wrote what is to be read; None: write.
+        files: How many groups' rows are there to be read; None: write.
     """
 
     number: int
+    group: int
     folder: str
     files: int | None
 
@@ -407,11 +442,13 @@ class RowsKept(Message):
 
     Attributes:
         number: Of the request.
+        group: Whose rows.
         failure: Why it was not done, or None.
         hint: What to do about that.
     """
 
     number: int
+    group: int
     failure: str | None = None
     hint: str | None = None
 
@@ -426,7 +463,7 @@ Known = (
     Open | Push | Put | Pull | Weights | Norms | Replicate | Copy | Replicated | Freeze | Frozen
     | Cut | Kept | Fetch | Part | Ask | Answer | Decided | Heartbeat | Lost | Joined | Rest | Leave
     | Evicted | Abort | Long | NewWorker | Over | Join | OpenTables | PullRows | Rows | PushRows
-    | RowsPushed | KeepRows | RowsKept
+    | RowsPushed | CopyRows | RowsCopied | KeepRows | RowsKept
 )  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode

@@ -211,7 +211,7 @@ class Server:
             self._copies[message.slice].append(buffer)
         elif isinstance(message, messages.Put) and message.slices[number] in self.held:
             self.held[message.slices[number]].put[link.peer] = buffer
-        elif isinstance(message, messages.PullRows | messages.PushRows):
+        elif isinstance(message, messages.PullRows | messages.PushRows | messages.CopyRows):
             self.tables.payload(link, buffer)
 
     def message(self, link: Link, message: messages.Message) -> None:
@@ -281,6 +281,8 @@ class Server:
                 messages.OpenTables()
                 | messages.PullRows()
                 | messages.PushRows()
+                | messages.CopyRows()
+                | messages.RowsCopied()
                 | messages.KeepRows()
             ):
                 self.coordinator.postpone(link.peer)
@@ -448,8 +450,7 @@ class Server:
         del self.peers.servers[peer]
         self.peers.lost_servers.append(peer)
         self.peers.tell(messages.Lost(peer, reason))
-        if self.tables.opened:
-            self.abort(f"server {peer} is lost, and with it rows of tables: {reason}")
+        self.tables.lose(peer, reason)
         if self._opened:
             self._inherit(peer)
         self._snapshots.server_lost()

@@ -5,29 +5,38 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from hpctrain.config import PsConfig
-from hpctrain.errors import Error
+from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import Link
 from hpctrain.ps.tables.placement import RowPlacement
 from hpctrain.tables.spec import TableSpec
 from hpctrain.tables.table import Touched
 
+Answer = messages.Rows | messages.RowsPushed | messages.RowsKept
+
 
 class _Request:
-    """What several servers were asked for."""
+    """What servers were asked for, until all have answered.
+
+    Attributes:
+        event: Set then.
+        questions: By group and server, what was asked and is not answered yet.
+        rows: By group, where its rows go.
+        trains: Whether what is read is trained with.
+        failure: Why a server could not do it.
+    """
 
     def __init__(self) -> None:
         self.event = threading.Event()
-        self.rows: dict[int, torch.Tensor] = {}  # by server, where its rows go
-        self.sent: list[torch.Tensor] = []  # must stay until it is answered
-        self.waits: set[int] = set()
+        self.questions: dict[tuple[int, int], tuple[messages.Message, list[torch.Tensor]]] = {}
+        self.rows: dict[int, torch.Tensor] = {}
         self.trains = torch.is_grad_enabled()
         self.failure: Error | None = None
 
@@ -43,7 +52,7 @@ class TableClient:
 
     Attributes:
         opened: Whether the model has tables.
-        statistics: By server, what its rows are, table by table.
+        statistics: By group, what its rows are, table by table.
     """
 
     def __init__(
@@ -61,7 +70,7 @@ class TableClient:
         self._wait = wait
         self._specs: list[TableSpec] = []
         self._clock = 0
-        self._versions: dict[int, int] = {}  # of servers' rows, as they were last heard of
+        self._versions: dict[int, int] = {}  # of groups, as they were last heard of
         self._reads: dict[int, int] = {}  # the oldest of this step's pulls
         self._numbers = itertools.count(1)
         self._requests: dict[int, _Request] = {}
@@ -71,23 +80,30 @@ class TableClient:
     @property
     def busy(self) -> bool:
         """Whether an answer is waited for."""
-        return bool(self._requests or self._pushed)
+        return bool(self._requests or (self._pushed and self._pushed.questions))
 
     # For the caller's thread.
 
-    def open(self, specs: Sequence[TableSpec]) -> None:
+    def open(self, specs: Sequence[TableSpec], servers: Sequence[int]) -> None:
         """Tell the servers which tables there are.
 
         Args:
             specs: The same on every worker.
+            servers: All that there were at the beginning.
         """
         self._specs = list(specs)
-        self._all = sorted(self._servers)
-        self._placement = RowPlacement(self._all, self._config.placement)
-        self._versions = dict.fromkeys(self._all, 0)
-        self.opened = True
+        self._placement = RowPlacement(servers, self._config.placement, self._config.replicas)
+        self._versions = dict.fromkeys(servers, 0)
         message = messages.OpenTables(self._specs)
-        self._do(lambda: self._tell(message))
+
+        def tell() -> None:
+            self.opened = True
+            for server in set(servers) - self._servers.keys():
+                self._moved(server, "it was lost before tables were opened")
+            for link in self._servers.values():
+                link.send(message)
+
+        self._do(tell)
 
     def pull(self, table: int, ids: torch.Tensor) -> torch.Tensor:
         """Return rows, ``[n, dim]``.
@@ -102,20 +118,13 @@ class TableClient:
         spec, request, number = self._specs[table], _Request(), next(self._numbers)
         out = torch.empty(len(ids), spec.dim, dtype=spec.torch_dtype)
         parts = self._divided(spec, ids)
-        asked = {}
-        for server, where in parts.items():
-            asked[server] = ids[where]
-            request.rows[server] = torch.empty(len(where), spec.dim, dtype=spec.torch_dtype)
-
-        def send() -> None:
-            for server, some in asked.items():
-                message = messages.PullRows(number, table, len(some))
-                self._servers[server].send(message, [some])
-
-        if parts:
-            self._ask(number, request, set(parts), send)
-        for server, where in parts.items():
-            out[where] = request.rows[server]
+        asked: dict[int, tuple[messages.Message, list[torch.Tensor]]] = {}
+        for group, where in parts.items():
+            asked[group] = (messages.PullRows(number, group, table, len(where)), [ids[where]])
+            request.rows[group] = torch.empty(len(where), spec.dim, dtype=spec.torch_dtype)
+        self._ask(number, request, asked)
+        for group, where in parts.items():
+            out[where] = request.rows[group]
         return out
 
     def push(self, weight: float, lr_factor: float, touched: Sequence[Touched]) -> None:
@@ -126,31 +135,25 @@ class TableClient:
             lr_factor: On the learning rates of the tables' optimizers.
             touched: Of each table, rows or none.
         """
-        parts: dict[int, tuple[list[int], list[int], list[torch.Tensor]]] = {
-            server: ([], [], []) for server in self._all
+        parts: dict[int, tuple[list[int], list[torch.Tensor]]] = {
+            group: ([], []) for group in self._placement.groups
         }
         for table, (spec, given) in enumerate(zip(self._specs, touched, strict=True)):
-            for server, where in self._divided(spec, given.ids).items():
-                tables, counts, payloads = parts[server]
+            for group, where in self._divided(spec, given.ids).items():
+                tables, payloads = parts[group]
                 tables.append(table)
-                counts.append(len(where))
                 payloads += [part[where].contiguous() for part in given]
-        request = self._pushed = _Request()
-        request.waits = set(self._all)
         reads, self._reads = self._versions | self._reads, {}
-        clock = self._clock
+        asked: dict[int, tuple[messages.Message, list[torch.Tensor]]] = {}
+        for group, (tables, payloads) in parts.items():
+            message = messages.PushRows(
+                group, self._clock, reads[group], weight, lr_factor, tables,
+                [payload.nbytes for payload in payloads],
+            )  # fmt: skip
+            asked[group] = (message, payloads)
+        request = self._pushed = _Request()
         self._clock += 1
-
-        def send() -> None:
-            if self._failed:
-                request.event.set()
-                return
-            for server, (tables, counts, payloads) in parts.items():
-                request.sent += payloads
-                message = messages.PushRows(clock, reads[server], weight, lr_factor, tables, counts)
-                self._servers[server].send(message, payloads)
-
-        self._do(send)
+        self._do(lambda: self._send(request, asked))
 
     def settle(self) -> None:
         """Wait until servers let this worker begin its next step.
@@ -171,54 +174,74 @@ class TableClient:
         return {name: dict(counts) for name, counts in sums.items()}
 
     def keep(self, folder: Path, files: int | None = None) -> int:
-        """Have each server write its rows into a folder, or read them from there.
+        """Have servers write their rows into a folder, or read them from there.
 
         Args:
             folder: Which; all servers see it.
-            files: How many servers wrote what is to be read; None: write.
+            files: How many files are to be read; None: write.
 
         Returns:
-            How many servers there are.
+            How many files there are.
 
         Raises:
             Error: A server could not.
             PeerLost: The servers are gone, or went on without this worker.
         """
         request, number = _Request(), next(self._numbers)
-        message = messages.KeepRows(number, str(folder.resolve()), files)
-        self._ask(number, request, set(self._all), lambda: self._tell(message))
+        where = str(folder.resolve())
+        asked: dict[int, tuple[messages.Message, list[torch.Tensor]]] = {
+            group: (messages.KeepRows(number, group, where, files), [])
+            for group in self._placement.groups
+        }
+        self._ask(number, request, asked, copies=files is not None)
         if request.failure is not None:
             raise request.failure
-        return len(self._all)
+        return len(self._placement.groups)
 
     def _ask(
-        self, number: int, request: _Request, servers: set[int], send: Callable[[], None]
+        self,
+        number: int,
+        request: _Request,
+        asked: dict[int, tuple[messages.Message, list[torch.Tensor]]],
+        *,
+        copies: bool = False,
     ) -> None:
-        request.waits = servers
+        """Ask about groups, and wait for all answers."""
 
         def start() -> None:
-            if self._failed:
-                request.event.set()
-                return
             self._requests[number] = request
-            send()
+            self._send(request, asked, copies=copies)
+            if request.event.is_set():
+                del self._requests[number]
 
-        self._do(start)
-        self._wait(request.event)
+        if asked:
+            self._do(start)
+            self._wait(request.event)
 
     def _divided(self, spec: TableSpec, ids: torch.Tensor) -> dict[int, torch.Tensor]:
-        """By server, the places of its rows."""
-        owners = self._placement.owners(spec, ids.numpy())
+        """By group, the places of its rows."""
+        groups = self._placement.groups_of(spec, ids.numpy())
         return {
-            server: torch.from_numpy(np.flatnonzero(owners == server))
-            for server in np.unique(owners).tolist()
+            group: torch.from_numpy(np.flatnonzero(groups == group))
+            for group in np.unique(groups).tolist()
         }
 
     # For the polling thread.
 
-    def _tell(self, message: messages.Message) -> None:
-        for link in self._servers.values():
-            link.send(message)
+    def _send(
+        self,
+        request: _Request,
+        asked: dict[int, tuple[messages.Message, list[torch.Tensor]]],
+        *,
+        copies: bool = False,
+    ) -> None:
+        if self._failed:
+            request.event.set()
+            return
+        for group, (message, payloads) in asked.items():
+            for server in self._placement.holders[group][: 1 + copies]:
+                request.questions[group, server] = (message, payloads)
+                self._servers[server].send(message, payloads)
 
     def buffers(self, link: Link, message: messages.Rows) -> list[torch.Tensor]:
         """Return memory for rows that come.
@@ -227,39 +250,85 @@ class TableClient:
             link: Where they come from.
             message: What is announced.
         """
-        return [self._requests[message.number].rows[link.peer]]
+        return [self._requests[message.number].rows[message.group]]
 
-    def message(
-        self, link: Link, message: messages.Rows | messages.RowsPushed | messages.RowsKept
-    ) -> None:
+    def message(self, link: Link, message: Answer) -> None:
         """Take in an answer.
 
         Args:
             link: Where it comes from.
             message: What has come.
         """
-        server = link.peer
+        group = message.group
         if isinstance(message, messages.RowsPushed):
-            self._versions[server] = message.version
-            self.statistics[server] = message.statistics
+            self._versions[group] = message.version
+            self.statistics[group] = message.statistics
             assert self._pushed is not None
-            request = self._pushed
-        else:
-            request = self._requests[message.number]
-            if isinstance(message, messages.Rows) and request.trains:
-                known = self._reads.get(server, message.version)
-                self._reads[server] = min(known, message.version)
-            elif isinstance(message, messages.RowsKept) and message.failure is not None:
-                request.failure = Error(message.failure, hint=message.hint or "")
-        request.waits.discard(server)
-        if not request.waits:
-            if not isinstance(message, messages.RowsPushed):
-                del self._requests[message.number]
+            self._answered(self._pushed, group, link.peer)
+            return
+        request = self._requests[message.number]
+        if isinstance(message, messages.Rows):
+            if request.trains:
+                known = self._reads.get(group, message.version)
+                self._reads[group] = min(known, message.version)
+        elif message.failure is not None:
+            request.failure = Error(message.failure, hint=message.hint or "")
+        self._answered(request, group, link.peer)
+        if not request.questions:
+            del self._requests[message.number]
+
+    @staticmethod
+    def _answered(request: _Request, group: int, server: int) -> None:
+        request.questions.pop((group, server), None)
+        if not request.questions:
+            request.event.set()
+
+    def lose(self, server: int, reason: str) -> None:
+        """Go on without a server: ask those that have its groups now.
+
+        Args:
+            server: The one that is lost.
+            reason: How that was noticed.
+
+        Raises:
+            PeerLost: Nobody has them.
+        """
+        if not self.opened:
+            return
+        self._moved(server, reason)
+        for number, request in list(self._requests.items()):
+            self._ask_again(request, server)
+            if not request.questions:
+                del self._requests[number]
+        if self._pushed is not None:
+            self._ask_again(self._pushed, server)
+
+    def _moved(self, server: int, reason: str) -> None:
+        for group in self._placement.lose(server):
+            if not self._placement.holders[group]:
+                raise PeerLost(
+                    f"server {server} is lost, and with it the only copy of rows of tables: "
+                    f"{reason}.",
+                    hint="ps.replicas=1 survives the first loss; now, go on from a checkpoint.",
+                )
+
+    def _ask_again(self, request: _Request, lost: int) -> None:
+        for (group, server), question in list(request.questions.items()):
+            if server != lost:
+                continue
+            del request.questions[group, server]
+            heir = self._placement.holders[group][0]
+            if (group, heir) not in request.questions:
+                request.questions[group, heir] = question
+                self._servers[heir].send(*question)
+        if not request.questions:
             request.event.set()
 
     def fail(self) -> None:
         """Wake whoever waits: there will be no answers."""
         self._failed = True
-        waiting = [*self._requests.values(), *([self._pushed] if self._pushed else [])]
+        waiting: Iterable[_Request] = [
+            *self._requests.values(), *([self._pushed] if self._pushed else [])
+        ]  # fmt: skip
         for request in waiting:
             request.event.set()
