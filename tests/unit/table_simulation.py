@@ -34,7 +34,7 @@ class Simulation:
         self.links, self.between = links, between
         self.random = random.Random(seed)
         self.dead = set()
-        self.moves, self.fault = 0, None
+        self.moves, self.fault, self.slow = 0, None, None
         self.history = []  # (worker, clock, slowest clock) when a worker begins a step
 
     def kill_after(self, moves, number):
@@ -53,7 +53,9 @@ class Simulation:
         if self.fault is not None and self.moves >= self.fault[0]:
             self.fall()
         actors = [*self.clients.items(), *self.servers.items()]
-        _, actor = self.random.choice([each for each in actors if each[0] not in self.dead])
+        number, actor = self.random.choice([each for each in actors if each[0] not in self.dead])
+        if number == self.slow and self.random.random() < 0.9:
+            return
         actor.poll()
         if isinstance(actor, Client) and actor._error is not None:
             raise actor._error
@@ -141,3 +143,4 @@ class Simulation:
             if number in pair:
                 for end in ends:
                     end.failed = "killed"
+                    end._queue.clear()

@@ -160,6 +160,7 @@ def test_a_lost_servers_rows_come_back_from_their_copy(
     batch = batches(seed, workers)
     simulation = Simulation(specs, workers, servers, config, seed)
     simulation.kill_after(tick, 100 + lost % servers)
+    simulation.slow = 100 + (lost + 1) % servers  # which has the copy
     # In async the sum of SGD's updates tells whether a push is missing, or there twice.
     constant = lambda table, ids, rows: torch.ones_like(rows)  # noqa: E731
     simulation.run(STEPS, batch, gradient if consistency == "sync" else constant)
