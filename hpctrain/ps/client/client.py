@@ -16,11 +16,11 @@ from hpctrain.ps.client.coordinator_client import CoordinatorClient
 from hpctrain.ps.client.exchange import Exchange, Step
 from hpctrain.ps.client.init_message import InitMessage
 from hpctrain.ps.client.snapshot_fetch import ServerSnapshot, SnapshotFetch
+from hpctrain.ps.client.table_client import TableClient
 from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.partition.layout import DTYPES, Layout
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import STARTING_SECONDS, Link
-from hpctrain.ps.tables.client import TableClient
 from hpctrain.ps.update_rules import Rule
 from hpctrain.tables.spec import TableSpec
 

@@ -23,8 +23,8 @@ from hpctrain.ps.server.replicas import Replicas
 from hpctrain.ps.server.replies import Replies
 from hpctrain.ps.server.scheduler import Scheduler
 from hpctrain.ps.server.store import Store
+from hpctrain.ps.server.table_server import TableServer
 from hpctrain.ps.server.updates import Updates
-from hpctrain.ps.tables.server import TableServer
 
 HOUSEKEEPING_SECONDS = 0.02
 

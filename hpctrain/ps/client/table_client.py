@@ -13,9 +13,9 @@ import torch
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error, PeerLost
+from hpctrain.ps.partition.row_placement import RowPlacement
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import Link
-from hpctrain.ps.tables.placement import RowPlacement
 from hpctrain.tables.spec import TableSpec
 from hpctrain.tables.table import Touched
 

@@ -13,9 +13,9 @@ from hpctrain.config import PsConfig
 from hpctrain.errors import Error
 from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.consistency.base import Apply, Schedule
+from hpctrain.ps.partition.row_placement import RowPlacement
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.server.peers import Peers
-from hpctrain.ps.tables.placement import RowPlacement
 from hpctrain.tables import files
 from hpctrain.tables.row_store import RowStore
 from hpctrain.tables.spec import TableSpec

@@ -9,11 +9,11 @@ import torch
 
 from hpctrain.config import PsConfig
 from hpctrain.errors import PeerLost
+from hpctrain.ps.partition.row_placement import RowPlacement
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import Link
 from hpctrain.ps.server.peers import Peers
-from hpctrain.ps.tables.group import RowGroup
-from hpctrain.ps.tables.placement import RowPlacement
+from hpctrain.ps.server.row_group import RowGroup
 from hpctrain.tables.spec import TableSpec
 from hpctrain.tables.table import Touched
 

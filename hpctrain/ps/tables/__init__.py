@@ -1,1 +1,0 @@
-"""Embedding tables on servers: a worker's end, and a server's."""
