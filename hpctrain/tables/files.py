@@ -59,11 +59,10 @@ def write(folder: Path, number: int, stores: Mapping[str, RowStore]) -> Iterator
         OSError: It could not be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    listed = {
-        (name, part): store.listed(_arena(store, part))
-        for name, store in stores.items()
-        for part in _PARTS
-    }
+    listed: dict[tuple[str, str], Ids] = {}
+    for name, store in stores.items():
+        for part in _PARTS:
+            listed[name, part] = yield from store.listing(_arena(store, part))
     entries, sources = [], []
     for (name, part), slots in listed.items():
         arena = _arena(stores[name], part)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Generator
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from hpctrain.tables.arena import Arena, Column
 from hpctrain.tables.index import Ids
-from hpctrain.tables.spec import TableSpec
+from hpctrain.tables.spec import SHARDS, TableSpec
 
 SWEEP = 1024
 """Slots that each update looks at, for rows to forget."""
+
+_LISTED = 2**16  # slots that a turn of a listing looks at
 
 _INTEGER = Column(torch.int64)
 
@@ -214,10 +219,34 @@ class RowStore:
         Args:
             arena: ``rows`` or ``candidates``.
         """
-        slots = np.arange(arena.used)
-        ids = arena.read("id", slots).numpy()
-        there = arena.find(ids) == slots
-        there &= ~self._due(arena, slots, self.version + 1)
-        slots, ids = slots[there], ids[there]
-        found: Ids = slots[np.lexsort((ids, self.spec.shards(ids)))]
+        turns = self.listing(arena)
+        while True:
+            try:
+                next(turns)
+            except StopIteration as end:
+                found: Ids = end.value
+                return found
+
+    def listing(self, arena: Arena) -> Generator[None, None, Ids]:
+        """Do what ``listed`` does, a part a turn.
+
+        Args:
+            arena: ``rows`` or ``candidates``.
+        """
+        kept = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))]
+        for start in range(0, arena.used, _LISTED):
+            slots = np.arange(start, min(start + _LISTED, arena.used))
+            ids = arena.read("id", slots).numpy()
+            there = arena.find(ids) == slots
+            there &= ~self._due(arena, slots, self.version + 1)
+            parts = self.spec.shards(ids[there]).astype(np.uint8)
+            kept.append((slots[there], ids[there], parts))
+            yield
+        slots, ids, parts = (np.concatenate(each) for each in zip(*kept, strict=True))
+        order = np.argsort(parts, kind="stable")
+        ends = np.cumsum(np.bincount(parts, minlength=SHARDS))
+        for start, end in itertools.pairwise([0, *ends.tolist()]):
+            order[start:end] = order[start:end][np.argsort(ids[order[start:end]])]
+            yield
+        found: Ids = slots[order]
         return found

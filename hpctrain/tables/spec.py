@@ -16,7 +16,10 @@ from hpctrain.tables.rules import AnyRule
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SHARDS = 256
-"""A table is cut into so many parts, by a hash of the row's id: what is placed on servers."""
+"""A table is cut into so many parts, by a hash of the row's id: what is placed on servers.
+
+No more than a byte tells apart, by which rows are sorted.
+"""
 
 _SHARD, _START = range(2)  # what a key is for
 _STEP = 0x9E3779B97F4A7C15

@@ -231,17 +231,17 @@ class RowGroup:
         mine: np.ndarray = self._placement.groups_of(spec, ids) == self.number
         return mine
 
-    def poll(self) -> bool:
-        """Write or read on for a moment; return whether something happened."""
+    def poll(self) -> int | None:
+        """Write or read on for a moment; return the worker that waits for it, if any."""
         if self._job is None:
-            return False
+            return None
         deadline = time.monotonic() + TURN_SECONDS
         failure: str | None = None
         hint = ""
         try:
             for _ in self._job:
                 if time.monotonic() > deadline:
-                    return True
+                    return self._asked[0]
         except OSError as error:
             failure = f"server {self._peers.me} cannot write rows of tables: {error}"
         except Error as error:
@@ -253,4 +253,4 @@ class RowGroup:
             self._peers.workers[worker].send(answer)
         if self.schedule is not None:
             self._run()
-        return True
+        return worker

@@ -148,7 +148,9 @@ class Server:
                 if link.failed is not None:
                     self._lose(peer, link.failed)
         self._replies.send_all()
-        moved |= self.tables.poll()
+        for worker in self.tables.poll():
+            self.coordinator.postpone(worker)
+            moved = True
         now = time.monotonic()
         if now - self._housekept > HOUSEKEEPING_SECONDS:
             self._housekept = now

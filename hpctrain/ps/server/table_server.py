@@ -164,9 +164,7 @@ class TableServer:
         for group in self.groups.values():
             group.answer_delayed()
 
-    def poll(self) -> bool:
-        """Write or read rows on for a moment; return whether something happened."""
-        moved = False
-        for group in self.groups.values():
-            moved |= group.poll()
-        return moved
+    def poll(self) -> list[int]:
+        """Write or read rows on for a moment; return the workers that wait for that."""
+        found = [group.poll() for group in self.groups.values()]
+        return [worker for worker in found if worker is not None]
