@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,12 +17,23 @@ _MOVED = 4  # places of the smaller table that are moved for each id that is add
 _FREE, _GONE = 0, -1  # else a slot, plus 1
 
 
+def _zeros(count: int) -> Ids:
+    """So many zeros, in small pages that come as they are touched.
+
+    Ids go to places all over: of huge pages the first call would have the system fill them all.
+    """
+    memory = mmap.mmap(-1, 8 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.int64)
+
+
 class _Places:
     """Open addressing with linear probing; at most half of the places are used."""
 
     def __init__(self, capacity: int) -> None:
-        self.keys = np.zeros(capacity, np.int64)  # calloc: pages come as they are touched
-        self.slots = np.zeros(capacity, np.int64)
+        self.keys, self.slots = _zeros(capacity), _zeros(capacity)
         self.taken = 0
 
     @property
