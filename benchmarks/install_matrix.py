@@ -210,10 +210,11 @@ def interpreter(version: str) -> str:
 
 
 def copy(place: Path) -> None:
-    """What a cell is installed from, and, where no `hpctrain` lies beside them, the tests."""
+    """What a cell is installed from; tests and examples, where no `hpctrain` lies beside them."""
     ignore = shutil.ignore_patterns(*NOT_COPIED)
     shutil.copytree(ROOT, place / "source", symlinks=True, ignore=ignore)
-    shutil.copytree(ROOT / "tests", place / "work" / "tests", ignore=ignore)
+    for folder in ("tests", "examples"):
+        shutil.copytree(ROOT / folder, place / "work" / folder, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", place / "work")
 
 

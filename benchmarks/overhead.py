@@ -34,6 +34,7 @@ from hpctrain.checkpoint.store import CheckpointStore
 from hpctrain.config import DataConfig, OptimizerConfig, read_environment, resolve
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.process import cores
+from hpctrain.train.loggers import loggers_of
 from hpctrain.train.loop import Trainer
 from hpctrain.train.recorder import RunRecorder, Silent
 
@@ -160,7 +161,8 @@ def measure(arguments: Arguments) -> Report | None:
         store = CheckpointStore(folder, keep=1)
         trainer = Trainer(config, Overhead(arguments.model), how, store)
         trainer.restore(None)
-        recorder = Silent() if world.rank else RunRecorder(folder, trainer.steps, tensorboard=True)
+        loggers = loggers_of([], tensorboard=True)
+        recorder = Silent() if world.rank else RunRecorder(folder, trainer.steps, loggers)
         alternating = Alternating(recorder, arguments.model, block)
         trainer.run(alternating)
     pairs = alternating.seconds[1:]  # the first warms up

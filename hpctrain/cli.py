@@ -64,6 +64,17 @@ def cli() -> None:
 @click.option(
     "--trace-samples", is_flag=True, default=None, help="Write which samples each step consumed."
 )
+@click.option(
+    "--callback",
+    "callbacks",
+    multiple=True,
+    metavar="NAME",
+    help="Do more at a run's events: statistics, summary, samples, time-budget,minutes=50, or "
+    "package.mod:Name. Repeatable.",
+)
+@click.option(
+    "--profile", is_flag=True, default=None, help="Trace a few steps by torch's profiler."
+)
 @click.option("--record-order", metavar="DIR", help="With ps: record the order of pushes.")
 @click.option("--replay", metavar="DIR", help="With ps: repeat a recorded run bit for bit.")
 @click.option(
@@ -78,7 +89,7 @@ def cli() -> None:
     "--on-bad-shard", metavar="stop|skip", help="skip: go on without unreadable shards' samples."
 )
 @click.option("--seed", metavar="N", help="Start values, sample order, augmentation.")
-@click.option("--dtype", metavar="TYPE", help="float32, float64, or bf16 (autocast).")
+@click.option("--dtype", metavar="TYPE", help="float32, float64, or bf16 or fp16 (autocast).")
 @click.option("--world-size", metavar="N", help="Ranks there must be; any other world is refused.")
 @click.option(
     "--resume", metavar="auto|PATH", help="Newest good checkpoint of --out, if any; or a path."
@@ -130,6 +141,8 @@ _FLAG_KEYS = {
     "replicas": "ps.replicas",
     "elastic": "elastic.mode",
     "trace_samples": "log.trace_samples",
+    "profile": "log.profile",
+    "callbacks": "train.callbacks",
     "record_order": "ps.record_order",
     "replay": "ps.replay",
 }
@@ -146,9 +159,13 @@ def _layers(
         "record_order", "replay", "elastic",
     )  # fmt: skip
     for flag, value in flags.items():
-        if value is not None:
+        if value is not None and value != ():
+            key = _FLAG_KEYS.get(flag, flag)
+            if isinstance(value, tuple):
+                put(given, key, list(value))
+                continue
             plain = flag in texts or not isinstance(value, str)
-            put(given, _FLAG_KEYS.get(flag, flag), value if plain else value_of(value))
+            put(given, key, value if plain else value_of(value))
     return [
         *([(config_path, read_toml(Path(config_path)))] if config_path else []),
         ("environment", read_environment()),

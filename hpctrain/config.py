@@ -106,11 +106,27 @@ class TrainConfig(Section):
     accumulate: int = Field(
         1, ge=1, description="Passes in which each rank takes its part of a batch (saves memory)."
     )
-    dtype: Literal["float32", "float64", "bf16"] = Field(
+    dtype: Literal["float32", "float64", "bf16", "fp16"] = Field(
         "float32",
         description="Arithmetic. `float64` makes float32 parameters, buffers and samples float64 "
-        "(complex64: complex128); `bf16` keeps float32 and computes under autocast. What the "
-        "task makes of other types stays.",
+        "(complex64: complex128); `bf16` and `fp16` keep float32 and compute under autocast, "
+        "`fp16` with losses scaled up. What the task makes of other types stays.",
+    )
+    loss_scale: float = Field(
+        65536.0,
+        ge=1,
+        description="With `fp16`, what losses are multiplied by at first. A gradient that is not "
+        "finite halves it, and its step is left out; 2,000 good steps double it.",
+    )
+    recompute: Literal["none", "blocks"] = Field(
+        "none",
+        description="`blocks`: of each block only the input is kept for the backward pass, which "
+        "computes the rest once more (activation checkpointing). Blocks are what the task's "
+        "`blocks(model)` gives, or the parts of the outermost nn.Sequential and ModuleList.",
+    )
+    compile: str = Field(
+        "none",
+        description="Compiler of torch by which blocks are compiled, such as `inductor`.",
     )
     clip_norm: float | None = Field(
         None, gt=0, description="Largest 2-norm of the whole gradient; larger ones are scaled down."
@@ -134,6 +150,12 @@ class TrainConfig(Section):
         False,
         description="With horovod: BatchNorm takes its statistics of the global batch instead of "
         "each rank's part of it.",
+    )
+    callbacks: list[str] = Field(
+        [],
+        description="What is done besides at a run's events: ready ones (statistics, summary, "
+        "profiler, time-budget, samples) or `package.module:Class`, each with options: "
+        "`time-budget,minutes=50`.",
     )
     deterministic: bool = Field(
         False, description="Refuse kernels whose result depends on timing (matters on GPUs)."
@@ -195,10 +217,20 @@ class InterruptConfig(Section):
 
 
 class LogConfig(Section):
-    """What the recorder writes."""
+    """What is recorded of a run, and who takes it."""
 
     every_steps: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl.")
-    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    tensorboard: bool = Field(
+        True, description="Write TensorBoard event files, as if `loggers` named tensorboard."
+    )
+    loggers: list[str] = Field(
+        [],
+        description="What takes the records besides metrics.jsonl: csv, tensorboard, wandb, mlflow "
+        "or `package.module:Class`, each with options: `wandb,project=mine`.",
+    )
+    profile: bool = Field(
+        False, description="Trace a few steps by torch's profiler, on every rank."
+    )
     trace_samples: bool = Field(
         False,
         description="Write which samples each step consumed; `hpctrain trace RUN` checks that "

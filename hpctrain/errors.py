@@ -7,11 +7,13 @@ from collections.abc import Iterable
 
 
 class Error(Exception):
-    """Something that the caller can put right.
+    """An error that the caller can put right.
 
-    Args:
-        message: What failed, and which file, rank or host it was.
-        hint: What to do about it; printed after ``HINT:``.
+    The command prints it in one line, without a traceback, and exits with ``exit_code``.
+
+    Example:
+        >>> print(Error("no shard set at shards/.", hint="give --data."))
+        no shard set at shards/. HINT: give --data.
     """
 
     exit_code = 2
@@ -28,9 +30,14 @@ class Error(Exception):
 
 
 class PeerLost(Error):  # noqa: N818 - an event of distributed life, not a mistake
-    """A rank that this one depends on died, hung, or left.
+    """The error of a rank whose peer died, hung, or left.
 
     Raised out of ``optimizer.step()`` and of the world's collectives, whatever engine noticed it.
+
+    Example:
+        >>> raise PeerLost("rank 2 on n7 is lost.", hint="see its own log.")
+        Traceback (most recent call last):
+        hpctrain.errors.PeerLost: rank 2 on n7 is lost. HINT: see its own log.
     """
 
     exit_code = 1
@@ -43,12 +50,16 @@ class Dismissed(Error):  # noqa: N818 - nothing went wrong
 
 
 def nearest(name: str, names: Iterable[str], listing: str = "") -> str:
-    """A hint that offers the name closest to a misspelt one, or says which there are.
+    """Return a hint that offers the name closest to a misspelt one, or lists the valid ones.
 
     Args:
         name: As it was given.
         names: The valid ones.
         listing: What shows them, where they are too many for a line.
+
+    Example:
+        >>> nearest("horovd", ["single", "horovod"])
+        "did you mean 'horovod'?"
     """
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write and read files that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
+    """Return a file's SHA-256 checksum, in hexadecimal."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):
@@ -58,7 +58,7 @@ def sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """``HPCTRAIN_CACHE``, or the user's cache folder as the XDG specification has it."""
+    """Return ``HPCTRAIN_CACHE``, or the user's cache folder as the XDG specification has it."""
     own = os.environ.get("HPCTRAIN_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(own) if own else Path(base) / "hpctrain"
@@ -131,7 +131,7 @@ def read_json(path: Path | str, most_bytes: int = JSON_BYTES) -> Any:
 
 
 def json_lines(path: Path | str) -> Iterator[dict[str, Any]]:
-    """Give the objects of a file with one in a line; other lines, such as one cut off, are skipped.
+    """Yield the objects of a JSON Lines file; other lines, such as one cut off, are skipped.
 
     Raises:
         OSError: It cannot be read, or is not a regular file.

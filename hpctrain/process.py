@@ -1,4 +1,4 @@
-"""Starting other programs: bounded in time, never through a shell, none left behind."""
+"""Start other programs: bounded in time, never through a shell, none left behind."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ abort: Callable[[int], None] | None = None
 
 
 def search_path() -> str:
-    """PATH with this interpreter's own folder first, so that an unactivated venv works too."""
+    """Return PATH with this interpreter's folder first, so that an inactive venv works too."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def which(program: str) -> Path | None:
-    """Where a program is, by :func:`search_path`."""
+    """Return where a program is, by :func:`search_path`; None: nowhere."""
     found = shutil.which(program, path=search_path())
     return Path(found) if found else None
 
@@ -112,7 +112,7 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
 
 
 def mpirun(ranks: int) -> list[str]:
-    """The ``mpirun`` prefix that starts so many ranks on this host, more than cores if need be.
+    """Return the ``mpirun`` prefix that starts ranks on this host, more than cores if need be.
 
     Raises:
         Error: There is no ``mpirun``.
@@ -131,7 +131,12 @@ def mpirun(ranks: int) -> list[str]:
 
 @contextlib.contextmanager
 def ended_after(seconds: float, error: Error) -> Iterator[None]:
-    """End this process with an error if what nothing can interrupt takes longer than that."""
+    """End this process with an error if what nothing can interrupt takes longer than that.
+
+    Args:
+        seconds: How long the body of the ``with`` may take.
+        error: What to print then; its exit code is the process's.
+    """
 
     def give_up() -> None:
         print(f"hpctrain: error: {error}", file=sys.stderr, flush=True)
@@ -147,19 +152,22 @@ def ended_after(seconds: float, error: Error) -> Iterator[None]:
 
 
 def loaded(name: str) -> ctypes.CDLL | None:
-    """A shared library that this process has loaded, wherever it came from; None: it has not."""
+    """Return a shared library that this process has loaded, wherever from; None: it has not."""
     for path in loaded_files(re.compile(re.escape(name))):
         return ctypes.CDLL(path)
     return None
 
 
 def loaded_files(name: re.Pattern[str]) -> list[str]:
-    """Paths of what this process has mapped whose file names begin so, each once."""
+    """List what this process has mapped whose file names match at their beginning.
+
+    Each path is given once, in order.
+    """
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split(maxsplit=5)[5] for line in lines if line.count(" /")}
     return sorted(path for path in paths if name.match(Path(path).name))
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
+    """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""Named classes that users choose from, and add to: one idiom for strategies, tasks and the like.
+"""Registries of named classes that users choose from and add to: strategies, tasks, importers.
 
 A name is one of hpctrain's own, or of a package that is installed and declares it as an entry point
 (https://packaging.python.org/en/latest/specifications/entry-points/). Without either,
@@ -7,6 +7,7 @@ A name is one of hpctrain's own, or of a package that is installed and declares 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ class Registry:
         Fraction(1, 2)
         >>> modes.get("decimal:Decimal")("0.5")
         Decimal('0.5')
+        >>> modes.make("ratio")
+        Fraction(0, 1)
     """
 
     def __init__(self, kind: str, group: str, builtin: Mapping[str, str]) -> None:
@@ -78,6 +81,55 @@ class Registry:
                 hint=f"{nearest(name, self.names())} One of your own is package.module:Class.",
             )
         return self._import(name, place)
+
+    def make(self, spec: str) -> Any:
+        """Return an object of a class, with options: ``NAME`` or ``NAME,option=value,...``.
+
+        Options are the fields of a dataclass; values are converted to the fields' types.
+
+        Args:
+            spec: A name, or ``package.module:Class``, and options.
+
+        Raises:
+            Error: There is no such class or option, or a value is not what the option takes.
+        """
+        name, *settings = spec.split(",")
+        kind = self.get(name.strip())
+        given: dict[str, str] = {}
+        for setting in settings:
+            option, equals, value = setting.partition("=")
+            if not equals:
+                raise Error(
+                    f"{self.kind} '{spec}': '{setting}' is not option=value.",
+                    hint=f"write {name},option=value.",
+                )
+            given[option.strip()] = value.strip()
+        fields = (
+            [field.name for field in dataclasses.fields(kind) if field.init]
+            if (dataclasses.is_dataclass(kind))
+            else []
+        )
+        for option in given:
+            if option not in fields:
+                hint = nearest(option, fields) if fields else "it has none."
+                raise Error(f"{self.kind} '{name}' has no option '{option}'.", hint=hint)
+        if not fields:
+            return kind()
+        return self._with_options(name, kind, given)
+
+    def _with_options(self, name: str, kind: Any, given: dict[str, str]) -> Any:
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(kind).validate_python(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(map(str, first["loc"])) or "options"
+            value = "" if first["type"] == "missing" else f" = {first['input']!r}"
+            raise Error(
+                f"{self.kind} '{name}': {option}{value}: {first['msg']}.",
+                hint=f"write {name},{option}=VALUE.",
+            ) from error
 
     def _import(self, name: str, place: str) -> Any:
         module, _, attribute = place.partition(":")

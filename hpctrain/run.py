@@ -4,7 +4,7 @@ What a run folder holds::
 
     config.toml       the configuration as resolved
     metrics.jsonl     one line a record
-    tensorboard/      the same for TensorBoard
+    tensorboard/      the same for TensorBoard; other loggers and callbacks have files of their own
     checkpoints/      the newest few, and `best`
     result.json       written last, and only at success: its being there is the proof
     interrupted.json  instead of it, where the run was asked to stop before its end
@@ -14,10 +14,11 @@ What a run folder holds::
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -46,20 +47,23 @@ from hpctrain.tasks.task import Task, load_task, make_task
 from hpctrain.train import compiler, gc_control
 from hpctrain.train.fingerprint import of_start, of_training
 from hpctrain.train.interruption import Interruption
+from hpctrain.train.loggers import loggers_of
+from hpctrain.train.loggers.jsonl import plain
 from hpctrain.train.loop import Trainer
-from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder, plain
+from hpctrain.train.recorder import OnRankZero, Recorder, RunRecorder
 from hpctrain.train.recovery import outlive
 from hpctrain.train.state import TrainState, parameters_sha256
 from hpctrain.world.agreement import compare
 from hpctrain.world.broadcast import broadcast_json
 from hpctrain.world.failure_record import FOLDER
+from hpctrain.world.launcher import detect
 from hpctrain.world.world import World, init
 
 CHECKPOINTS = "checkpoints"
 
 
 def configure(layers: list[tuple[str, Layer]]) -> RunConfig:
-    """The configuration that layers give, over the defaults of the task they choose.
+    """Resolve a run's configuration: the layers given, over the defaults of the task they choose.
 
     Raises:
         Error: The task cannot be loaded, or a key or value is wrong.
@@ -81,7 +85,7 @@ def _last(layers: list[tuple[str, Layer]], key: str) -> Any:
 
 
 def _kind(strategy: str, layers: list[tuple[str, Layer]]) -> type[RunConfig]:
-    """Of the configuration: with the section of the strategy's knobs."""
+    """Return the configuration's class: with the section of the strategy's knobs."""
     kind = RunConfig
     if strategy != "auto" and strategy not in RunConfig.model_fields:
         chosen = strategy_class(strategy)
@@ -174,11 +178,12 @@ class _Run:
         self._trainer: Trainer | None = None
         self._recorder: Recorder | None = None
         self._interruption: Interruption | None = None
+        self._loggers = loggers_of(config.log.loggers, tensorboard=config.log.tensorboard)
         self._out = Path()
         self._lock: IO[str] | None = None
 
     def work(self) -> int:
-        """The exit code."""
+        """Do the run, and return the exit code."""
         how = self._how
         joins = how.joined is not None
         if how.joined is not None:
@@ -262,7 +267,9 @@ class _Run:
         if self._recorder is None or self._interruption is None:
             self._recorder = OnRankZero(
                 self._world,
-                lambda: RunRecorder(out, trainer.steps, tensorboard=config.log.tensorboard),
+                lambda: RunRecorder(
+                    out, trainer.steps, self._loggers, config.model_dump(mode="json")
+                ),
             )
             alone = self._how.newcomers and self._how.recovery is None
             every = config.log.every_steps if alone else None
@@ -440,3 +447,57 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def fit(
+    task: type[Task] | str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+) -> Path:
+    """Train a task from a notebook or a script; `hpctrain train` in a function.
+
+    In a script that a launcher starts, every rank calls it.
+
+    >>> import hpctrain, tempfile
+    >>> from hpctrain.tasks.digits import Digits
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     run = hpctrain.fit(Digits, {"train.steps": 3}, out=folder + "/run")
+    ...     model = hpctrain.load(run)
+    hpctrain.tasks.digits:Digits: single on 1 rank, cpu, step 0 of 3, in ...
+
+    Args:
+        task: The class, which may be defined in a notebook's cell, or what `hpctrain train` takes.
+        settings: Keys of `hpctrain config`, such as ``{"train.epochs": 3}``.
+        out: The run folder; None: a new one in ``runs/``.
+        resume: Whether to go on from the newest good checkpoint in ``out``.
+
+    Returns:
+        The run folder, which :func:`hpctrain.load` reads.
+
+    Raises:
+        Error: A setting is wrong, or what the task gives; the class is defined within a function;
+            several ranks were not told which folder.
+    """
+    if out is None and detect().size > 1:
+        raise Error("several ranks train into one folder.", hint="fit(..., out=DIR).")
+    if isinstance(task, type):
+        if "<locals>" in task.__qualname__:
+            raise Error(
+                f"task {task.__name__} is defined within a function.",
+                hint="define it at the top of a module or of a notebook's cell.",
+            )
+        task = f"{task.__module__}:{task.__qualname__}"
+    given: Layer = {"task": task, "out": str(out or new_folder(task))}
+    if resume:
+        given["resume"] = "auto"
+    for name, value in (settings or {}).items():
+        put(given, name, value)
+    config = configure([("fit()", given)])
+    try:
+        run(config, print)
+    finally:
+        gc.unfreeze()  # what a run leaves behind is not the whole process's, as it is otherwise
+    assert config.out is not None
+    return config.out

@@ -102,7 +102,12 @@ def claim(folder: Path) -> IO[str] | None:
 
 
 def unwritable(path: Path, error: OSError) -> Error:
-    """What to say where a run folder, or a file of it, cannot be written."""
+    """Return the error to raise where a run folder, or a file of it, cannot be written.
+
+    Args:
+        path: The folder or file.
+        error: What the system says of it; its ``errno`` chooses the hint.
+    """
     hints = {
         errno.ENOTDIR: "it is within a file; choose another --out.",
         errno.EEXIST: "it is a file; choose another --out.",

@@ -40,6 +40,9 @@ END_SECONDS = 240.0
 def pytest_configure(config):
     config.addinivalue_line("markers", "mpi: runs inside a world of several ranks")
     config.addinivalue_line("markers", "slow: takes seconds; left out by `make test-fast`")
+    config.addinivalue_line(
+        "markers", "long: a longer form of what others cover; left to `make test-long`"
+    )
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if LAUNCH.rank > 0 and reporter is not None:
         # One report is enough; what goes wrong on another rank is printed by tests/mpi/conftest.py.

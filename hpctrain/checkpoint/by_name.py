@@ -40,7 +40,7 @@ def state_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Have an optimizer go on from a state by name; of groups, only settings are taken over.
+    """Load an optimizer's state that is kept by name; of groups, only settings are taken over.
 
     Args:
         model: Whose parameters they are.
@@ -77,7 +77,7 @@ def load_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """Of the optimizer's parameters, by their numbers."""
+    """Return the names of the optimizer's parameters, by their numbers."""
     named = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(parameters):

@@ -1,4 +1,4 @@
-"""Checkpoints in pieces: written by many processes, read by any other division of the tensors.
+"""Sharded checkpoints: written in pieces by many processes, read by any other division.
 
 Each process writes one file of what it owns (safetensors): whole tensors, boxes of larger ones, or
 ranges of flattened ones. An index in JSON says, for each tensor, its shape and type, and which box
@@ -101,7 +101,7 @@ class Part(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one process writes, copied, so that training may go on.
+    """A rank's piece of a checkpoint, copied, so that training may go on while it is written.
 
     Attributes:
         parts: Of its file.
@@ -128,6 +128,10 @@ def boxes_of_range(
 
     Returns:
         Offsets and sizes of each box, in the order of their elements.
+
+    Example:
+        >>> boxes_of_range((3, 4), 2, 11)  # the end of a row, a whole row, the start of one
+        [((0, 2), (1, 2)), ((1, 0), (1, 4)), ((2, 0), (1, 3))]
     """
     if start >= stop:
         return []
@@ -374,7 +378,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def digest_of(head: dict[str, Any]) -> str:
-    """The SHA-256 of what a file of JSON says, but for that itself."""
+    """Return the SHA-256 of what a file of JSON says, but for that digest itself."""
     return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
 
 
@@ -417,7 +421,7 @@ class Checkpoint:
         folder: Of the checkpoint; of any version.
 
     Attributes:
-        folder: The same.
+        folder: Of the checkpoint.
         rest: The state but for its tensors, as ``state_tree`` has it.
 
     Raises:
@@ -665,7 +669,7 @@ def _slices(spans: Sequence[tuple[int, int]], offsets: Sequence[int]) -> tuple[s
 
 
 def _usable(into: Any, path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a tree that can be read into, by their paths; of those in one memory, one."""
+    """Return the tensors of a tree that can be read into, by path; of those in one memory, one."""
     found, taken = {}, set()
     for name, tensor in state_tree.split(into, path)[0].items():
         plain = not (tensor.is_conj() or tensor.is_neg())
@@ -701,7 +705,7 @@ def _index_of(head: dict[str, Any]) -> _Index:
 
 
 def _old_index(folder: Path, head: dict[str, Any]) -> _Index:
-    """The index of a checkpoint of one file, which is checked as a whole.
+    """Make the index of a checkpoint of one file, which is checked as a whole.
 
     Raises:
         ValueError: It is damaged.

@@ -45,6 +45,10 @@ def split(tree: Any, name: str = "") -> tuple[dict[str, torch.Tensor], Any]:
 
     Raises:
         Error: A leaf is neither a tensor nor a plain value.
+
+    Example:
+        >>> split({"weight": torch.ones(2), "step": 7})
+        ({'weight': tensor([1., 1.])}, {'weight': {'$tensor': 'weight'}, 'step': 7})
     """
     tensors: dict[str, torch.Tensor] = {}
     return tensors, _split(tree, name, tensors)
@@ -151,7 +155,7 @@ def join(tensors: dict[str, torch.Tensor], tree: Any) -> Any:
 
 
 def names(tree: Any) -> list[str]:
-    """The tensors that a tree names, as ``split`` made it."""
+    """List the tensors that a tree names, as ``split`` made it."""
     if isinstance(tree, list):
         return [name for value in tree for name in names(value)]
     if not isinstance(tree, dict):

@@ -47,6 +47,14 @@ def save(folder: Path, state: Any) -> None:
 
     Raises:
         OSError: It could not be written; nothing that was there is lost.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(Path(folder, "checkpoint"), {"weight": torch.ones(2), "step": 7})
+        ...     load_verified(Path(folder, "checkpoint"))
+        {'weight': tensor([1., 1.]), 'step': 7}
     """
     _write(folder, copy_piece(state, Memory()))
 
@@ -86,6 +94,17 @@ class CheckpointStore:
     Args:
         folder: Holds ``step-NNNNNNNN`` folders and the link ``best``.
         keep: How many of the newest to keep.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = CheckpointStore(Path(folder), keep=2)
+        ...     for step in (10, 20, 30):
+        ...         store.save(step, {"weight": torch.full((2,), float(step))}, best=step == 10)
+        ...     store.wait()
+        ...     store.steps(), store.best().name, store.newest(print)
+        ([10, 20, 30], 'step-00000010', {'weight': tensor([30., 30.])})
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -97,12 +116,12 @@ class CheckpointStore:
         self._saved_step = -1
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, ascending."""
+        """List the steps of the checkpoints that are there, ascending."""
         names = [path.name for path in self.folder.glob("step-*")] if self.folder.is_dir() else []
         return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name)))
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """Return the folder of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"
 
     def has(self, step: int) -> bool:
@@ -202,7 +221,7 @@ class CheckpointStore:
         self._writer.start()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is on disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
             Error: It could not be written.
@@ -221,7 +240,7 @@ class CheckpointStore:
             ) from failure
 
     def newest(self, complain: Callable[[str], None], into: Any = None) -> Any | None:
-        """The newest checkpoint that is good, or None where there are none at all.
+        """Read the newest checkpoint that is whole; None: there are none at all.
 
         Args:
             complain: Told of each one that is passed over.
@@ -249,7 +268,7 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
 
     def best(self) -> Path | None:
-        """The best checkpoint's folder, or None."""
+        """Return the best checkpoint's folder, or None."""
         link = self.folder / BEST
         return link.resolve() if link.exists() else None
 

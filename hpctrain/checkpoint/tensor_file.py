@@ -96,7 +96,12 @@ def layout(entries: Sequence[Entry]) -> Layout:
 
 
 def size_of(dtype: torch.dtype, shape: Iterable[int]) -> int:
-    """The bytes of a tensor."""
+    """Return the size of a tensor in bytes.
+
+    Args:
+        dtype: Its type.
+        shape: Its dimensions; none for a scalar.
+    """
     size = dtype.itemsize
     for each in shape:
         size *= each
@@ -104,7 +109,7 @@ def size_of(dtype: torch.dtype, shape: Iterable[int]) -> int:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU."""
     data: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(data)
 
@@ -117,7 +122,7 @@ class Memory:
         self._pinned = False
 
     def take(self, size: int, *, pinned: bool) -> torch.Tensor:
-        """So many bytes at least, from a page's begin to a page's end; what was there may remain.
+        """Return at least so many bytes, from page start to page end; old contents may remain.
 
         Args:
             size: Wanted.
@@ -146,7 +151,7 @@ def _allocate(size: int, pinned: bool) -> torch.Tensor:
 
 
 def digests_of(data: memoryview) -> list[str]:
-    """Checksums of a tensor's bytes, one a block."""
+    """Return checksums of a tensor's bytes, one for each block."""
     return [
         xxhash.xxh3_128_hexdigest(data[start : start + BLOCK])
         for start in range(0, len(data), BLOCK)
@@ -218,7 +223,12 @@ def _write(descriptor: int, data: memoryview, start: int) -> None:
 
 
 def read_into(descriptor: int, out: memoryview, start: int) -> None:
-    """Fill memory from a place in a file.
+    """Read from a place in a file until memory is full.
+
+    Args:
+        descriptor: Of the open file.
+        out: The memory to fill.
+        start: Where to begin in the file, in bytes.
 
     Raises:
         OSError: It cannot be read.
@@ -232,7 +242,11 @@ def read_into(descriptor: int, out: memoryview, start: int) -> None:
 
 
 def check(data: memoryview, digest: str) -> None:
-    """Compare a block with its checksum.
+    """Verify a block of data by its checksum.
+
+    Args:
+        data: The block.
+        digest: Its checksum, as :func:`digests_of` gave it.
 
     Raises:
         ValueError: They differ.

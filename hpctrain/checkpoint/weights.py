@@ -1,4 +1,4 @@
-"""A model's weights out of a run or a checkpoint: those that its reported metric is of."""
+"""Read a model's weights out of a run or a checkpoint: those that its reported metric is of."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Weights(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """In words, for those who are told."""
+        """In words, what the weights are, for those who are told."""
         return "averaged weights (train.ema_decay)" if self.averaged else "weights"
 
 

@@ -1,4 +1,4 @@
-"""What may travel instead of a dense gradient: fewer bits, fewer values, or a few rows.
+"""Codecs: what may travel instead of a dense gradient: fewer bits, fewer values, or a few rows.
 
 Encoded bytes are in the order of the machine's own words, little-endian wherever torch runs. A byte
 tensor given to anything here starts at a multiple of 8 in its storage, and so do the parts inside.
@@ -38,10 +38,15 @@ class Codec(ABC):
 
     @abstractmethod
     def capacity(self, elements: int, itemsize: int) -> int:
-        """The bytes of so many encoded elements, which are of so many bytes each themselves."""
+        """Return the most bytes that an encoded slice takes.
+
+        Args:
+            elements: How many the slice has.
+            itemsize: Bytes of each before it is encoded.
+        """
 
     def encode(self, gradient: Tensor, out: Tensor) -> int:
-        """Encode a gradient.
+        """Encode a gradient, and return how many bytes it takes.
 
         Args:
             gradient: Shape (n,), float32 or float64, contiguous.
@@ -144,7 +149,7 @@ class _Int8(Codec):
 
 
 def _blocks(dense: Tensor, encoded: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The whole blocks, then the one that is not: values, scales and codes, by rows."""
+    """Yield the whole blocks, then the one that is not: values, scales and codes, by rows."""
     elements = dense.numel()
     blocks = -(-elements // _BLOCK)
     scales = encoded[: 4 * blocks].view(torch.float32)
@@ -210,7 +215,7 @@ class _TopK(Codec):
 
 
 def _largest(magnitude: Tensor, count: int) -> Tensor:
-    """The ascending indices of the ``count`` largest; NaN is larger than any number.
+    """Return the ascending indices of the ``count`` largest; NaN is larger than any number.
 
     Selecting among everything is slow. So a sample says which values can be left out (Lin et al.,
     "Deep Gradient Compression", ICLR 2018), with a margin of four standard deviations. Where that
@@ -233,7 +238,7 @@ def _largest(magnitude: Tensor, count: int) -> Tensor:
 
 
 class ErrorFeedback:
-    """Sends with each gradient of a slice what the encoding of the ones before it left out.
+    """Error feedback: sends with a slice's gradient what the encodings of earlier ones left out.
 
     Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; that it converges like
     plain SGD was shown by Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient
@@ -256,6 +261,13 @@ class ErrorFeedback:
         """Encode a gradient and the residual, as :meth:`Codec.encode` does; keep the new residual.
 
         A gradient that is not finite is sent, so that it is seen, and not kept.
+
+        Args:
+            gradient: Shape (n,), of the residual's type.
+            out: Bytes, at least as many as the codec's ``capacity`` says.
+
+        Returns:
+            How many of them hold the encoded gradient.
         """
         size = self.codec.encode(self.residual.add_(gradient), out)
         sent = torch.empty_like(self.residual)
@@ -265,7 +277,7 @@ class ErrorFeedback:
 
 
 def make_codec(spec: str) -> Codec | None:
-    """The codec of that name, or None for ``none``.
+    """Return the codec of that name, or None for ``none``.
 
     Args:
         spec: ``none``, ``fp16``, ``bf16``, ``int8``, or ``topk:`` and the fraction of the values
@@ -273,6 +285,15 @@ def make_codec(spec: str) -> Codec | None:
 
     Raises:
         Error: There is none of that name.
+
+    Example:
+        >>> codec = make_codec("topk:0.25")
+        >>> data = torch.empty(codec.capacity(4, 4), dtype=torch.uint8)
+        >>> size = codec.encode(torch.tensor([0.1, -4.0, 0.2, 0.3]), data)
+        >>> out = torch.empty(4)
+        >>> codec.decode(data[:size], out)
+        >>> size, out
+        (8, tensor([ 0., -4.,  0.,  0.]))
     """
     name, _, text = spec.partition(":")
     if name == "topk":
@@ -298,7 +319,13 @@ def make_codec(spec: str) -> Codec | None:
 
 
 def rows_capacity(count: int, width: int, itemsize: int) -> int:
-    """The bytes that so many rows take."""
+    """Return how many bytes rows of a matrix take.
+
+    Args:
+        count: How many rows.
+        width: Values of a row.
+        itemsize: Bytes of a value.
+    """
     return count * (_ROW_BYTES + width * itemsize)
 
 
@@ -321,13 +348,19 @@ def encode_rows(rows: Tensor, values: Tensor, out: Tensor) -> int:
 
 
 def sum_rows(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The sum of matrices that are given by some of their rows; values are added in this order.
+    """Sum matrices that are given by some of their rows; values are added in this order.
 
     Args:
         parts: Of each matrix its rows, each once, and what is in them.
 
     Returns:
         The rows that any of them has, ascending, and the sums.
+
+    Example:
+        >>> one, ten = torch.tensor([[1.0], [1.0]]), torch.tensor([[10.0]])
+        >>> sum_rows([(torch.tensor([0, 2]), one), (torch.tensor([2]), ten)])
+        (tensor([0, 2]), tensor([[ 1.],
+                [11.]]))
     """
     rows, places = torch.cat([rows for rows, _ in parts]).unique(return_inverse=True)
     total = parts[0][1].new_zeros(len(rows), parts[0][1].shape[1])
@@ -339,7 +372,7 @@ def sum_rows(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def decode_rows(
     data: Tensor, width: int, dtype: torch.dtype, *, height: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The rows and the values that :func:`encode_rows` was given, as views of its bytes.
+    """Return the rows and the values that :func:`encode_rows` was given, as views of its bytes.
 
     Args:
         data: The bytes of encoded rows, and no more.

@@ -1,4 +1,4 @@
-"""What a way to compress the all-reduce has to do, and what it may ask of the world.
+"""The interface of gradient compression for the all-reduce, and the collectives it may use.
 
 An exchange is a generator: it begins a collective, yields what to wait for, and is sent what came
 of it. So one that takes several collectives, the later ones of the results of the earlier, reads as
@@ -25,7 +25,7 @@ _ROW = struct.Struct("<qq")  # steps, digest
 
 
 class Collectives(Protocol):
-    """What gradients are exchanged by. Those that are under way at a time have different names."""
+    """The collectives by which gradients are exchanged; those under way have different names."""
 
     @property
     def rank(self) -> int:
@@ -36,16 +36,36 @@ class Collectives(Protocol):
         """How many processes take part."""
 
     def start_sum(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to sum a contiguous tensor over ranks, in place; return what to wait for."""
+        """Begin to sum a contiguous tensor over ranks, in place; return what to wait for.
+
+        Args:
+            tensor: Of the same shape and type on every rank.
+            name: The same on every rank, and of no other collective under way.
+        """
 
     def start_average(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to average a contiguous tensor over ranks, in place; return what to wait for."""
+        """Begin to average a contiguous tensor over ranks, in place; return what to wait for.
+
+        Args:
+            tensor: Of the same shape and type on every rank.
+            name: The same on every rank, and of no other collective under way.
+        """
 
     def start_gather(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to collect all ranks' rows, in the order of ranks; return what to wait for."""
+        """Begin to collect all ranks' rows, in the order of ranks; return what to wait for.
+
+        Args:
+            tensor: This rank's rows, how many may differ from rank to rank.
+            name: The same on every rank, and of no other collective under way.
+        """
 
     def start_all_to_all(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to give each rank its part of equal parts; return what to wait for."""
+        """Begin to give each rank its part of equal parts; return what to wait for.
+
+        Args:
+            tensor: Its first dimension is a multiple of the ranks.
+            name: The same on every rank, and of no other collective under way.
+        """
 
     def ready(self, handle: Any) -> bool:
         """Whether waiting for it would take no time."""
@@ -86,7 +106,7 @@ class Flat(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What may be said of a compressor besides its name.
+    """The options of a compressor besides its name and argument.
 
     Attributes:
         feedback: Whether what was left out is sent later (error feedback).
@@ -104,7 +124,7 @@ class Options(NamedTuple):
 
 
 class Compressor(ABC):
-    """A way to average gradients over ranks with fewer bytes.
+    """A way to average gradients over ranks by an all-reduce with fewer bytes.
 
     Residuals change when a step ends (:meth:`commit`): one that is given up takes back what its
     exchanges made of them.
@@ -138,12 +158,21 @@ class Compressor(ABC):
     def make(cls, argument: str, options: Options) -> Compressor:
         """Make one of what follows the colon of its name.
 
+        Args:
+            argument: What follows the colon; empty where there is none.
+            options: The configuration's.
+
         Raises:
             Error: That says nothing to it.
         """
 
     def average(self, flat: Flat, world: Collectives) -> Exchange:
-        """Replace a flat by its mean over ranks, as far as that is sent; every rank calls this."""
+        """Replace a flat by its mean over ranks, as far as that is sent; every rank calls this.
+
+        Args:
+            flat: Its ``values`` are replaced.
+            world: The ranks that take part.
+        """
         if not flat.values.numel():
             return
         self.dense_bytes += 2 * (world.size - 1) * flat.values.nbytes
@@ -197,23 +226,28 @@ class Compressor(ABC):
         self.steps, self._met = newest, len(rows)
 
     def commit(self) -> None:
-        """A step has ended: what its exchanges made of the residuals counts."""
+        """Take over what a step's exchanges made of the residuals: the step has ended."""
         for memory in self.memories.values():
             memory.commit()
         self.steps += 1
 
     def rollback(self) -> None:
-        """A step was given up: the residuals are what they were before."""
+        """Roll back: the step was given up, and the residuals are what they were before."""
         for memory in self.memories.values():
             memory.rollback()
 
     def left_out(self, flat: Flat, piece: Piece) -> None:
-        """The mean of a piece is not used: its residual is what it was before the step."""
+        """Restore the residual of a piece whose mean is not used.
+
+        Args:
+            flat: That was exchanged.
+            piece: Of it, the parameter that is left out.
+        """
         for memory in self.memories.values():
             memory.restore(flat.name, piece.start, piece.stop)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank has to go on from: plain values, and tensors by parameter."""
+        """Return what this rank has to go on from: plain values, and tensors by parameter."""
         kept = {what: memory.state_dict() for what, memory in self.memories.items()}
         return {"name": self.name, "steps": self.steps, "kept": kept, "shared": self._shared()}
 

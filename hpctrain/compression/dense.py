@@ -1,4 +1,4 @@
-"""No compression: the all-reduce as it is."""
+"""No compression: gradients are all-reduced as they are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ class Dense(Compressor):
 
     @classmethod
     def make(cls, argument: str, options: Options) -> Dense:
-        """Make one; nothing follows the name."""
+        """Make one; nothing follows the name.
+
+        Args:
+            argument: Must be empty.
+            options: Make no difference.
+        """
         if argument:
             raise Error(f"compression 'none:{argument}': nothing follows 'none'.", hint="use none.")
         return cls()

@@ -1,4 +1,4 @@
-"""Encodings that cannot be added up: every rank is given everybody's, and sums them by itself."""
+"""Gathered compression, for encodings that cannot be added up: each rank sums everybody's."""
 
 from __future__ import annotations
 
@@ -65,7 +65,13 @@ class Gathered(Compressor):
 
 
 def decoded(codec: Codec, data: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What others make of an encoding."""
+    """Return what the other ranks make of an encoding.
+
+    Args:
+        codec: By which it was encoded.
+        data: The encoding.
+        like: A tensor of the gradient's shape and type.
+    """
     out = torch.empty_like(like)
     codec.decode(data, out)
     return out

@@ -1,4 +1,4 @@
-"""Numbers of 16 bits on the wire, summed in 32."""
+"""Half precision on the wire (fp16, bf16): numbers of 16 bits, summed in 32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ class Half(Compressor):
 
     @classmethod
     def make(cls, argument: str, options: Options) -> Half:
-        """Make one; nothing follows the name."""
+        """Make one; nothing follows the name.
+
+        Args:
+            argument: Must be empty.
+            options: Make no difference.
+        """
         if argument:
             raise Error(
                 f"compression '{cls.name}:{argument}': nothing follows '{cls.name}'.",
@@ -47,7 +52,7 @@ class Half(Compressor):
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bits as a type that engines know: nothing is calculated with them on the way."""
+    """Return the same bits as a type that engines know; nobody calculates with them."""
     return tensor.view(torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""Eight bits a value."""
+"""Quantization to eight bits a value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ class Int8(Gathered):
 
     @classmethod
     def make(cls, argument: str, options: Options) -> Int8:
-        """Make one; nothing follows the name."""
+        """Make one; nothing follows the name.
+
+        Args:
+            argument: Must be empty.
+            options: Their ``feedback`` counts.
+        """
         if argument:
             raise Error(f"compression 'int8:{argument}': nothing follows 'int8'.", hint="use int8.")
         return cls(feedback=options.feedback)

@@ -1,4 +1,4 @@
-"""What a rank keeps of gradients from one step to the next, such as what it has not sent yet."""
+"""What a rank keeps of gradients from one step to the next: residuals, momentum."""
 
 from __future__ import annotations
 
@@ -74,23 +74,29 @@ class Memory:
         return name in self._next
 
     def restore(self, name: str, start: int, stop: int) -> None:
-        """Undo what the step has made of some elements of a flat."""
+        """Undo what the step has made of some elements of a flat.
+
+        Args:
+            name: Of the flat.
+            start: The first element.
+            stop: The element after the last.
+        """
         if name in self._next:
             self._next[name][start:stop] = self._kept[name][start:stop]
 
     def commit(self) -> None:
-        """A step has ended."""
+        """Take over what the step has made of each tensor: the step has ended."""
         for name, tensor in self._next.items():
             self._spare[name], self._kept[name] = self._kept[name], tensor
         self._next = {}
 
     def rollback(self) -> None:
-        """A step was given up."""
+        """Roll back to what was remembered before the step, which was given up."""
         self._spare |= self._next
         self._next = {}
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything: all tensors are zero again."""
         self.rollback()
         self._loaded = {}
         for tensor in self._kept.values():
@@ -105,7 +111,7 @@ class Memory:
         return state
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Remember these, and nothing else.
+        """Load what is to be remembered, and forget everything else.
 
         Args:
             state: By parameter; those that are in no flat are kept until they are.

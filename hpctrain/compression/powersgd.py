@@ -1,4 +1,4 @@
-"""Matrices of low rank in place of gradients."""
+"""PowerSGD: matrices of low rank in place of gradients (Vogels, Karimireddy and Jaggi, 2019)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ class PowerSgd(Compressor):
 
     @classmethod
     def make(cls, argument: str, options: Options) -> PowerSgd:
-        """Make one.
+        """Make a compressor of the rank that follows the name.
+
+        Args:
+            argument: The rank of the products, from 1.
+            options: Error feedback, warm-up, warm start, and the least rate.
 
         Raises:
             Error: The argument is no rank.
@@ -73,13 +77,13 @@ class PowerSgd(Compressor):
         return cls(int(argument), options)
 
     def commit(self) -> None:
-        """A step has ended."""
+        """Take over residuals and factors of the step, which has ended."""
         super().commit()
         self._factors |= self._next
         self._next = {}
 
     def rollback(self) -> None:
-        """A step was given up."""
+        """Roll back residuals and factors: the step was given up."""
         super().rollback()
         self._next = {}
 

@@ -1,4 +1,4 @@
-"""Compressors by name."""
+"""Compressors by name, and how to add one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest values alone."""
+"""Sparsification: of a gradient the largest values alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WARMUP_START = 0.25
 
 
 class TopK(Gathered):
-    """Of each flat the values that are largest without their sign, and where they are.
+    """Sends of each flat the values that are largest without their sign, and where they are.
 
     Aji and Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017. A warm-up
     begins with a fourth of the values, and sends fewer by the same factor in each step. Momentum
@@ -41,7 +41,11 @@ class TopK(Gathered):
 
     @classmethod
     def make(cls, argument: str, options: Options) -> TopK:
-        """Make one.
+        """Make a compressor of the fraction that follows the name.
+
+        Args:
+            argument: The fraction of values that is sent, above 0 and up to 1.
+            options: Error feedback, and momentum correction.
 
         Raises:
             Error: The argument is no fraction, or there is momentum without feedback.

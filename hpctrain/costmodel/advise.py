@@ -1,4 +1,4 @@
-"""Which strategy a cluster wants: the model's predictions for a task that was measured here."""
+"""Advise which strategy a cluster wants, by predictions for a task that was measured here."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Assumed = dict[str, Span]
 
 
 class Prediction(NamedTuple):
-    """Of a strategy on so many nodes.
+    """A step's prediction for a strategy on a number of nodes.
 
     Attributes:
         nodes: How many.
@@ -61,7 +61,7 @@ class Prediction(NamedTuple):
 
 
 def assumptions(measured: Measured, network: Network, given: str) -> Assumed:
-    """What is not measured, and how far it may be off; what was typed is taken as it is.
+    """Return what is not measured, and how far it may be off; what was typed is taken as it is.
 
     Args:
         measured: The task here.
@@ -85,7 +85,7 @@ def assumptions(measured: Measured, network: Network, given: str) -> Assumed:
 
 
 def read_fit(path: Path) -> dict[str, Assumed]:
-    """What ``python -m benchmarks.fit`` found, by strategy.
+    """Read what ``python -m benchmarks.fit`` found, by strategy.
 
     Raises:
         Error: The file is not one of its.
@@ -115,13 +115,13 @@ def _span(name: str, value: float, low: float, high: float) -> Span:
 
 
 def sweep(nodes: int) -> list[int]:
-    """1, 2, 4 and so on to so many."""
+    """Return the numbers of nodes to look at: 1, 2, 4 and so on, and the last one."""
     powers = [2**power for power in range(nodes.bit_length()) if 2**power < nodes]
     return [*powers, nodes]
 
 
 class Adviser:
-    """Predicts steps of a task.
+    """Predicts steps of a task on a cluster.
 
     Args:
         measured: The task here.
@@ -150,7 +150,11 @@ class Adviser:
         self.speedup = speedup
 
     def predict(self, nodes: int, strategy: StrategyCost) -> Prediction:
-        """A strategy on so many nodes.
+        """Predict the step of a strategy on a number of nodes.
+
+        Args:
+            nodes: How many.
+            strategy: What to predict.
 
         Raises:
             Error: It needs more ranks.
@@ -189,13 +193,24 @@ class Adviser:
     def named(
         self, nodes: int, specs: Sequence[str], codec: Callable[[str], Compression]
     ) -> list[Prediction]:
-        """Strategies as they are typed, those that so many nodes have ranks for."""
+        """Predict strategies as they are typed, those that so many nodes have ranks for.
+
+        Args:
+            nodes: How many.
+            specs: Strategies, such as ``ps:4+ssp:3+int8``.
+            codec: Measures what a codec does to gradients, by its name.
+        """
         strategies = [strategy_of(spec, codec) for spec in specs]
         ranks = nodes * self.ranks_per_node
         return [self.predict(nodes, each) for each in strategies if each.fits(ranks)]
 
     def usual(self, nodes: int, codec: Callable[[str], Compression]) -> list[Prediction]:
-        """What hpctrain has for so many nodes, with the best number of servers."""
+        """Predict what hpctrain has for so many nodes, with the best number of servers.
+
+        Args:
+            nodes: How many.
+            codec: Measures what a codec does to gradients, by its name.
+        """
         ranks = nodes * self.ranks_per_node
         if ranks == 1:
             return self.named(nodes, ["single"], codec)
@@ -214,7 +229,7 @@ class Adviser:
         return max(predictions, key=lambda each: each.step.samples_per_second)
 
     def verdict(self, predictions: Sequence[Prediction]) -> str:
-        """Which of those for as many nodes is best, and why."""
+        """Say which prediction of those for as many nodes is best, and why."""
         exact = [each for each in predictions if each.strategy.exact] or list(predictions)
         best = self._fastest(exact)
         others = [each for each in exact if each is not best]
@@ -245,7 +260,7 @@ def _count(number: int, what: str) -> str:
 
 
 def percent(share: float) -> str:
-    """Two digits, more or less."""
+    """Return a share in per cent, of two digits more or less."""
     return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
 
 
@@ -260,7 +275,7 @@ def _reason(best: Prediction) -> str:
 
 
 def row_of(prediction: Prediction) -> dict[str, Any]:
-    """For JSON: independent variables first."""
+    """Return a prediction as a row for JSON, independent variables first."""
     ends: dict[str, float] = {}
     for name in ("step_seconds", "samples_per_second", "efficiency"):
         # Not in order: where computing takes longer, less of the exchange shows.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def command(config_of: Callable[[dict[str, Any]], Any]) -> click.Command:
-    """The command.
+    """Make the command `hpctrain advise`.
 
     Args:
         config_of: The resolved configuration, by the parameters of `hpctrain train`.

@@ -1,4 +1,4 @@
-"""What an exchange costs, by the alpha-beta-gamma model: formulas to be checked with a pencil.
+"""The cost of collectives by the alpha-beta-gamma model: formulas to be checked with a pencil.
 
 A message of S bytes takes alpha + S beta; adding S bytes to S others takes S gamma (Hockney, "The
 communication challenge for MPP", 1994). n ranks, R on each of N nodes, so n = N R.
@@ -14,7 +14,7 @@ from hpctrain.costmodel.inputs import Machine, Network
 
 
 class Cost(NamedTuple):
-    """Of an exchange, in seconds; the parts add up.
+    """The cost of an exchange, in seconds; the parts add up.
 
     Attributes:
         latency: Of messages, whatever their size.
@@ -28,7 +28,7 @@ class Cost(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """The whole time of the exchange."""
         return self.latency + self.transfer + self.work
 
 
@@ -57,10 +57,17 @@ def ring(size: float, nodes: int, local: int, network: Network, machine: Machine
 
 
 def halving(size: float, nodes: int, local: int, network: Network, machine: Machine) -> Cost:
-    """Recursive halving, then recursive doubling, among the nodes; rings within them.
+    """Return the cost of recursive halving and doubling among the nodes, with rings within them.
 
     2 ceil(log2 N) alpha + 2(N-1)/N S beta + (N-1)/N S gamma (Thakur, Rabenseifner & Gropp,
     "Optimization of collective communication operations in MPICH", 2005).
+
+    Args:
+        size: S, bytes.
+        nodes: N.
+        local: R, the ranks of a node.
+        network: Alpha and beta.
+        machine: Gamma.
     """
     rounds = math.ceil(math.log2(nodes))
     share = (nodes - 1) / nodes
@@ -73,9 +80,16 @@ def halving(size: float, nodes: int, local: int, network: Network, machine: Mach
 
 
 def binomial(size: float, nodes: int, local: int, network: Network, machine: Machine) -> Cost:
-    """Reduction to one node and broadcast from it, by binomial trees; rings within nodes.
+    """Return the cost of reduction and broadcast by binomial trees among nodes, rings within them.
 
     2 ceil(log2 N) (alpha + S beta) + ceil(log2 N) S gamma (Thakur, Rabenseifner & Gropp, 2005).
+
+    Args:
+        size: S, bytes.
+        nodes: N.
+        local: R, the ranks of a node.
+        network: Alpha and beta.
+        machine: Gamma.
     """
     rounds = math.ceil(math.log2(nodes))
     among = Cost(
@@ -87,11 +101,18 @@ def binomial(size: float, nodes: int, local: int, network: Network, machine: Mac
 
 
 def hierarchical(size: float, nodes: int, local: int, network: Network, machine: Machine) -> Cost:
-    """Reduce-scatter within nodes, R rings side by side among them, all-gather within.
+    """Return the cost of R rings side by side among nodes, after a reduce-scatter within each.
 
     The R rings carry S/R each and share the link, so it carries 2(N-1)/N S, in 2(N-1) instead of
     2(n-1) steps (Jia et al., "Highly scalable deep learning training system with mixed-precision",
     arXiv:1807.11205; Horovod's hierarchical all-reduce).
+
+    Args:
+        size: S, bytes.
+        nodes: N.
+        local: R, the ranks of a node.
+        network: Alpha and beta.
+        machine: Gamma.
     """
     share = (nodes - 1) / nodes
     among = Cost(
@@ -123,20 +144,27 @@ ALGORITHMS: dict[str, Callable[[float, int, int, Network, Machine], Cost]] = {
 
 
 class Placement(NamedTuple):
-    """Workers and servers of each node."""
+    """How many workers and servers each node has."""
 
     workers: tuple[int, ...]
     servers: tuple[int, ...]
 
 
 def place(nodes: int, local: int, servers: int, colocated: bool) -> Placement:
-    """Servers spread evenly over the nodes: besides the workers, or instead of some of them."""
+    """Spread servers evenly over the nodes: besides the workers, or instead of some of them.
+
+    Args:
+        nodes: How many.
+        local: Ranks of a node.
+        servers: On all nodes.
+        colocated: Whether they are threads of workers, not ranks in place of them.
+    """
     served = tuple(servers // nodes + (index < servers % nodes) for index in range(nodes))
     return Placement(tuple(local - (0 if colocated else each) for each in served), served)
 
 
 def one_of(placement: Placement) -> Placement:
-    """The same servers with one worker, on a node with as few of them as there is."""
+    """Return the same servers with one worker, on a node with as few servers as there is."""
     nodes = [node for node, count in enumerate(placement.workers) if count]
     chosen = min(nodes, key=lambda node: placement.servers[node])
     workers = tuple(int(node == chosen) for node in range(len(placement.workers)))
@@ -146,7 +174,7 @@ def one_of(placement: Placement) -> Placement:
 def parameter_server(
     size: float, placement: Placement, network: Network, ratio: float = 1.0
 ) -> Cost:
-    """Every worker pushes its gradients and pulls all parameters; the worst link is the bound.
+    """Return the cost of pushing all gradients and pulling all parameters, bound by the worst link.
 
     With k servers of S/k bytes, n workers, all on nodes of their own and full duplex, a worker's
     link carries S each way and a server's n S/k: max(1, n/k) S beta (Li et al., "Scaling
@@ -175,7 +203,7 @@ def parameter_server(
 def parameter_server_tail(
     size: float, placement: Placement, network: Network, ratio: float = 1.0
 ) -> float:
-    """What is lost if answers only begin when all pushes have come: no link works both ways then.
+    """Return the time lost if answers begin only when all pushes have come.
 
     Args:
         size: S, bytes.
@@ -193,7 +221,7 @@ def parameter_server_tail(
 
 
 def _loads(size: float, placement: Placement, ratio: float) -> Iterator[_Load]:
-    """Of each node's link, bytes out and in: pushes of all workers; and answers to them."""
+    """Yield for each node's link the bytes out and in, of all pushes, and of answers to them."""
     workers, servers = sum(placement.workers), sum(placement.servers)
     for here, serving in zip(placement.workers, placement.servers, strict=True):
         away = here * (servers - serving) / servers * size

@@ -1,4 +1,4 @@
-"""The cost model's parameters from measurements, with intervals.
+"""Fit the cost model's parameters to measurements, with confidence intervals.
 
 A measurement is a line of a JSON list::
 
@@ -61,7 +61,7 @@ class Record(BaseModel):
 
     @cached_property
     def job(self) -> Job:
-        """What was run."""
+        """The job that was measured."""
         buckets = even_buckets(self.buckets) if isinstance(self.buckets, int) else self.buckets
         return Job(
             self.bytes, self.forward_seconds, self.backward_seconds, self.ranks,
@@ -70,7 +70,7 @@ class Record(BaseModel):
 
     @cached_property
     def known_strategy(self) -> StrategyCost:
-        """By its name; where a codec's time is not given, it is part of what is fitted."""
+        """The strategy that was measured; a codec's time that is not given is to be fitted."""
         numbers = (self.compression_ratio, self.encode_seconds_per_byte)
         return strategy_of(
             self.strategy,
@@ -84,12 +84,12 @@ class Record(BaseModel):
 
 
 class Parameter(NamedTuple):
-    """How a parameter is searched for.
+    """The first guess and the bounds with which a parameter is searched for.
 
     Attributes:
         start: First guess.
-        low: Of what is allowed.
-        high: The same.
+        low: The least value that is allowed.
+        high: The largest value that is allowed.
         inverse: Whether its inverse, a time, is what is searched for.
     """
 
@@ -120,7 +120,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Fit:
-    """What measurements say.
+    """The result of a fit: parameters, and how well measurements determine them.
 
     Attributes:
         known: Parameters that were given, and those that no measurement depends on.
@@ -142,11 +142,11 @@ class Fit:
 
     @property
     def values(self) -> dict[str, float]:
-        """All parameters."""
+        """All parameters, given or fitted, by name."""
         return {**self.known, **_values(self.names, self.solution)}
 
     def intervals(self) -> dict[str, Interval]:
-        """Of the parameters that were fitted."""
+        """Return the confidence intervals of the parameters that were fitted."""
         found = {}
         for index, name in enumerate(self.names):
             center, kind = float(self.solution[index]), PARAMETERS[name]
@@ -160,7 +160,7 @@ class Fit:
         return found
 
     def predict(self, record: Record) -> Interval:
-        """The time of a step like this one, ``seconds`` of which are not looked at."""
+        """Predict the time of a step like this one, whose own ``seconds`` are not looked at."""
 
         def logarithm(point: Vector) -> Vector:
             values = {**self.known, **_values(self.names, point)}
@@ -177,7 +177,7 @@ class Fit:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The measurements of a file: a list, or an object that has one under ``records``.
+    """Read the measurements of a file: a list, or an object that has one under ``records``.
 
     Raises:
         Error: It cannot be read, or a record is wrong.
@@ -204,7 +204,7 @@ def fit(
     known: dict[str, float] | None = None,
     confidence: float = 0.95,
 ) -> Fit:
-    """The parameters that measurements depend on, by robust least squares on relative errors.
+    """Fit the parameters that measurements depend on, by robust least squares on relative errors.
 
     Intervals come from the Jacobian at the solution and Student's t.
 
@@ -265,7 +265,7 @@ def held_out(
     known: dict[str, float] | None = None,
     by: Callable[[Record], Hashable] = lambda record: record.place,
 ) -> list[float]:
-    """Relative errors of predictions for each place, fitted to what was measured at all others.
+    """Cross-validate: return the relative errors for each place, fitted to all other places.
 
     Args:
         records: Measurements; the errors are in their order.
@@ -323,7 +323,7 @@ def _slopes(
     names: Sequence[str],
     over: float = 1e-7,
 ) -> Vector:
-    """By finite differences over a part of each parameter, within the bounds."""
+    """Differentiate by finite differences over a part of each parameter, within the bounds."""
     columns = []
     for index, name in enumerate(names):
         step = over * max(abs(point[index]), _start([name])[0])

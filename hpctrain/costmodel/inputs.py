@@ -1,4 +1,4 @@
-"""What the cost model is told: the network, the machine, and the job. All in bytes and seconds."""
+"""Inputs of the cost model: the network, the machine, and the job, in bytes and seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Buckets = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class Network:
-    """Alpha and beta, between nodes and within one.
+    """The network: alpha and beta, between nodes and within one.
 
     A node has one link, which carries ``bytes_per_second`` in each direction at a time. Within a
     node every rank can pass ``local_bytes_per_second`` on to another.
@@ -46,7 +46,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a byte costs on a rank.
+    """The costs of computing on a rank, for each byte.
 
     Attributes:
         reduce_seconds_per_byte: Gamma: adding a received byte to one of one's own.
@@ -67,19 +67,19 @@ class Machine:
 
     @property
     def served_update(self) -> float:
-        """For a byte of a server's parameters."""
+        """Seconds of an update for a byte of a server's parameters."""
         known = self.served_update_seconds_per_byte
         return self.update_seconds_per_byte if known is None else known
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on how many ranks.
+    """The training to predict, and its ranks.
 
     Attributes:
         parameter_bytes: Of the gradients of all parameters.
         forward_seconds: For a rank's batch, on a rank.
-        backward_seconds: The same.
+        backward_seconds: For a rank's batch, on a rank.
         ranks: All of them, with those that serve.
         ranks_per_node: How many share a node's link.
         samples: Of a rank's batch.
@@ -98,17 +98,17 @@ class Job:
 
     @property
     def nodes(self) -> int:
-        """How many there are; the last may have fewer ranks."""
+        """The number of nodes; the last may have fewer ranks."""
         return -(-self.ranks // self.ranks_per_node)
 
     @property
     def compute_seconds(self) -> float:
-        """Forward and backward."""
+        """Seconds of forward and backward."""
         return self.forward_seconds + self.backward_seconds
 
 
 def even_buckets(count: int) -> Buckets:
-    """Buckets of one size, ready at even intervals; the last at the end of backward."""
+    """Return buckets of one size, ready at even intervals; the last at the end of backward."""
     return tuple(((index + 1) / count, 1 / count) for index in range(count))
 
 
@@ -122,7 +122,7 @@ KEYS = ("latency", "share", "local", "local-latency")
 
 
 def network_of(text: str, default: Network) -> Network:
-    """A network as it is typed: ``25Gbit,latency=20us,share=0.9,local=10GB,local-latency=2us``.
+    """Parse a network as it is typed: ``25Gbit,latency=20us,share=0.9,local=10GB``.
 
     Args:
         text: The rate of a node's link first; ``bit`` and ``B`` (bytes) by their prefixes.

@@ -1,4 +1,4 @@
-"""A task measured here, in one process and a few seconds: what the cost model needs to know."""
+"""Measure a task here, in one process and a few seconds: what the cost model needs to know."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpctrain.errors import Error
 from hpctrain.optim.lamb import Lamb
 from hpctrain.process import cores
 from hpctrain.tasks.task import TaskTransform, load_task, make_task
-from hpctrain.train.step import DTYPES
+from hpctrain.train.step import DTYPES, applied
 from hpctrain.world.world import World, init
 
 WARM_UP, LEAST, MOST = 2, 5, 200
@@ -39,9 +39,9 @@ class Measured(NamedTuple):
         steps: How many were timed.
         parameter_bytes: Of the gradients.
         forward_seconds: Of a step.
-        backward_seconds: The same.
-        update_seconds: The same, by the optimizer.
-        flat_update_seconds: The same, had all parameters been one tensor, as servers have them.
+        backward_seconds: Of a step.
+        update_seconds: Of a step, by the optimizer.
+        flat_update_seconds: That, had all parameters been one tensor, as servers have them.
         low_seconds: Lower quartile of forward and backward together.
         high_seconds: The upper one.
         jitter: Standard deviation by mean, as the quartiles have it.
@@ -115,10 +115,7 @@ def measure(config: RunConfig, seconds: float, ranks_per_node: int) -> Measured:
             begun = time.perf_counter()
         optimizer.zero_grad()
         marks = [_now(world)]
-        with torch.autocast(
-            world.device.type, torch.bfloat16, enabled=config.train.dtype == "bf16"
-        ):
-            result = task.loss(model, batch.to(world.device, DTYPES[config.train.dtype]))
+        result = applied(task.loss, model, batch, world.device, config.train.dtype)
         loss = result[0] if isinstance(result, tuple) else result
         marks.append(_now(world))
         ready.begin()
@@ -160,7 +157,11 @@ def measure(config: RunConfig, seconds: float, ranks_per_node: int) -> Measured:
 
 
 def codec(name: str, parameter_bytes: float) -> Compression:
-    """What a codec of ``ps.compression`` does to so many bytes of gradients, on this CPU.
+    """Measure what a codec of ``ps.compression`` does to gradients, on this CPU.
+
+    Args:
+        name: Of the codec.
+        parameter_bytes: Of the gradients to try it on.
 
     Raises:
         Error: There is no such codec.
@@ -179,7 +180,7 @@ def codec(name: str, parameter_bytes: float) -> Compression:
 
 
 def _flat_update(optimizer: torch.optim.Optimizer, vector: torch.Tensor, world: World) -> float:
-    """Of one tensor as long as all parameters, by an optimizer of that kind."""
+    """Time the update of one tensor as long as all parameters, by an optimizer of that kind."""
     flat = torch.zeros_like(vector, requires_grad=True)
     flat.grad = torch.zeros_like(vector)
     momentum = optimizer.defaults.get("momentum", 0.0)
@@ -205,12 +206,12 @@ class _Ready:
             parameter.register_post_accumulate_grad_hook(self._note)
 
     def begin(self) -> None:
-        """Backward begins."""
+        """Take note that backward begins."""
         self._noted.clear()
         self._begun = time.perf_counter()
 
     def end(self) -> None:
-        """It has ended."""
+        """Take note that backward has ended."""
         self._ended = time.perf_counter()
 
     def _note(self, parameter: torch.Tensor) -> None:
@@ -218,7 +219,7 @@ class _Ready:
         self._noted.append((time.perf_counter() - self._begun, size))
 
     def buckets(self, bucket_bytes: int) -> Buckets:
-        """Of the last step: how far backward was when each was full, and its share of all bytes.
+        """Return how far the last backward was when each bucket was full, and each one's share.
 
         On a GPU backward is only launched from here, so there it is the order of launches.
         """

@@ -1,4 +1,4 @@
-"""What a training step takes: computing, waiting for others, and what of the exchange shows."""
+"""Predict a training step: computing, waiting for stragglers, and what of the exchange shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpctrain.errors import Error
 
 
 class Breakdown(NamedTuple):
-    """Of a mean step, in seconds.
+    """The parts of a mean step, in seconds.
 
     ``step_seconds`` is the sum of ``compute``, ``wait``, ``exposed`` and ``update``.
 
@@ -51,7 +51,13 @@ class Breakdown(NamedTuple):
 
 
 def predict(job: Job, strategy: StrategyCost, network: Network, machine: Machine) -> Breakdown:
-    """The mean step of a job.
+    """Predict the mean step of a job.
+
+    Args:
+        job: What is trained.
+        strategy: How replicas agree.
+        network: Alpha and beta.
+        machine: Gamma, and the update.
 
     Raises:
         Error: The strategy needs other ranks than there are.
@@ -97,7 +103,7 @@ def exchange(
     machine: Machine,
     alone: bool = False,
 ) -> Cost:
-    """Of so many bytes of gradients, from every worker to every other.
+    """Return the cost of exchanging gradients, from every worker to every other.
 
     Args:
         size: Bytes.
@@ -129,9 +135,15 @@ def exchange(
 
 
 def serving(job: Job, strategy: StrategyCost, machine: Machine, workers: int) -> float:
-    """A server's arithmetic in a step, in seconds: n gradients of S/k bytes, and the update.
+    """Return the seconds of a server's arithmetic in a step: n gradients of S/k bytes, the update.
 
     In async and ssp it updates for every push; else once, for their mean.
+
+    Args:
+        job: What is trained.
+        strategy: With its servers, k.
+        machine: Gamma, and the update.
+        workers: n.
     """
     updates = workers if strategy.ahead > 0 else 1
     each = machine.reduce_seconds_per_byte + strategy.compression.decode_seconds_per_byte
@@ -154,7 +166,7 @@ class Timeline(NamedTuple):
 
 
 def timeline(ready: Iterable[tuple[float, float]], backward: float) -> Timeline:
-    """Exchanges one after the other, none before its gradients are ready.
+    """Lay exchanges one after the other, none before its gradients are ready.
 
     Args:
         ready: Of each: when its gradients are, from the start of backward, and how long it takes.
@@ -170,17 +182,21 @@ def timeline(ready: Iterable[tuple[float, float]], backward: float) -> Timeline:
 
 
 def lengthened(line: Timeline, contention: float) -> float:
-    """By how much a step is longer for its exchange.
+    """Return by how many seconds a step is longer for its exchange.
 
     Beside an exchange, computing loses ``contention`` seconds for each of the exchange's: backward
     ends later. The exchange of the last bucket begins later by that only as far as it had not to
     wait for the one before anyway.
+
+    Args:
+        line: The exchanges beside backward.
+        contention: Seconds of computing that are lost for each second of exchange beside it.
     """
     return line.exposed + max(0.0, contention * line.hidden - line.slack)
 
 
 def queued(alone: float, busy: float, workers: int) -> float:
-    """A mean step where workers, each at its own pace, share servers' links.
+    """Return the mean step where workers, each at its own pace, share servers' links.
 
     A worker that finds others there takes longer; together they cannot take steps faster than the
     busiest link allows. In between is what mean value analysis of a closed queueing network says
@@ -207,7 +223,15 @@ def queued(alone: float, busy: float, workers: int) -> float:
 def overlapped(
     job: Job, strategy: StrategyCost, network: Network, machine: Machine, alone: bool = False
 ) -> tuple[Cost, float]:
-    """The exchange of all buckets, and by how much the step is longer for it."""
+    """Return the cost of exchanging all buckets, and by how many seconds the step is longer.
+
+    Args:
+        job: What is trained.
+        strategy: How replicas agree.
+        network: Alpha and beta.
+        machine: Gamma, and contention.
+        alone: Of ps: only one worker, while the others exchange nothing.
+    """
     total = Cost()
     ready = []
     for done, share in job.buckets:
@@ -221,10 +245,16 @@ def overlapped(
 
 
 def tail(job: Job, strategy: StrategyCost, network: Network, machine: Machine) -> float:
-    """How long answers still come when all pushes have, where pushes are answered together.
+    """Return how long answers still come when all pushes have, where pushes are answered together.
 
     A link works both ways at a time while some parameters are pushed and others come back. But what
     workers push last is answered when the last of them has pushed it, and nothing is left to push.
+
+    Args:
+        job: What is trained.
+        strategy: With its servers.
+        network: Alpha and beta.
+        machine: By how many bytes workers are apart.
     """
     local = min(job.ranks, job.ranks_per_node)
     placement = place(job.nodes, local, strategy.servers, strategy.colocated)
@@ -233,7 +263,7 @@ def tail(job: Job, strategy: StrategyCost, network: Network, machine: Machine) -
 
 
 def waiting(workers: int, strategy: StrategyCost) -> float:
-    """How long a step waits for the slowest, in standard deviations of a worker's time.
+    """Return how long a step waits for the straggler, in standard deviations of a worker's time.
 
     Times are taken as normal and independent. The slowest of n takes some Phi^-1((n - 3/8) / (n +
     1/4)) deviations more than the mean (Blom, "Statistical estimates and transformed
@@ -241,6 +271,10 @@ def waiting(workers: int, strategy: StrategyCost) -> float:
     the line. Where all meet only every m steps, the deviation of a mean of m counts, which is
     smaller by sqrt(m). Bounded staleness of s waits no longer than meeting every s + 1 steps would:
     an upper bound.
+
+    Args:
+        workers: n.
+        strategy: Its backups b, its staleness s, or its steps m between averagings.
     """
     if workers == 1 or math.isinf(strategy.ahead):
         return 0.0

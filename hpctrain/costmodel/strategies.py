@@ -13,13 +13,13 @@ from hpctrain.ps.consistency import parse
 
 @dataclass(frozen=True)
 class Compression:
-    """Of gradients.
+    """What compressing gradients saves and costs.
 
     Attributes:
         name: As ``ps.compression`` has it.
         ratio: Compressed bytes by plain ones.
         encode_seconds_per_byte: For a byte of the plain gradient.
-        decode_seconds_per_byte: The same.
+        decode_seconds_per_byte: For a byte of the plain gradient.
     """
 
     name: str = "none"
@@ -30,7 +30,7 @@ class Compression:
 
 @dataclass(frozen=True)
 class StrategyCost:
-    """How replicas agree.
+    """A strategy, as the cost model knows it.
 
     Attributes:
         kind: ``single``; ``horovod``: an all-reduce in each step; ``ps``; ``averaging``: an
@@ -69,12 +69,12 @@ class StrategyCost:
 
     @property
     def family(self) -> str:
-        """Those that exchange in the same way, whose software is to be fitted as one."""
+        """The strategies that exchange in the same way, whose software is to be fitted as one."""
         parts = [self.kind, self.algorithm] if self.algorithm != "ring" else [self.kind]
         return "+".join([*parts, *["colocated"] * self.colocated, *["async"] * (self.ahead > 0)])
 
     def workers(self, ranks: int) -> int:
-        """Of so many ranks, those that compute."""
+        """Return how many of the ranks compute."""
         return ranks - (self.servers if self.kind == "ps" and not self.colocated else 0)
 
     def fits(self, ranks: int) -> bool:
@@ -93,7 +93,7 @@ HINT = (
 
 
 def strategy_of(text: str, measured: Callable[[str], Compression]) -> StrategyCost:
-    """A strategy as it is typed; a plain number after ``ps:`` is of servers, ``ps`` has one.
+    """Parse a strategy as it is typed; a plain number after ``ps:`` is of servers, ``ps`` has one.
 
     Args:
         text: Parts joined by ``+``.

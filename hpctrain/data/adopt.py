@@ -1,4 +1,4 @@
-"""Taking existing HDF5 files as a shard set where they are: an index is written, nothing copied."""
+"""Adopt existing HDF5 files as a shard set where they are: an index is written, nothing copied."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def look(
     fields: tuple[str, ...] = (),
     names_tell_splits: bool = True,
 ) -> list[str]:
-    """The summary of HDF5 files: the lines that adopting them would begin with. Nothing is written.
+    """Return the summary of HDF5 files that adopting them would begin with; nothing is written.
 
     Args:
         sources: As of :func:`adopt`.
@@ -212,7 +212,7 @@ class _Adoption:
                 entry.shards.append(shard._replace(path=place))
 
     def _named(self, path: Path) -> tuple[Path, dict[str, str]]:
-        """The file that holds the data, and the datasets to look at: name -> place in it."""
+        """Return the file that holds the data, and the datasets to look at: name -> place in it."""
         if not self._only:
             with open_file(path) as file:
                 names, others = datasets(file)
@@ -282,7 +282,7 @@ class _Adoption:
         return told.splits
 
     def summary(self) -> list[str]:
-        """Its lines."""
+        """Return the lines of the summary."""
         for name, why in self._left_out.items():
             self._found.leave(f"dataset ({why})", name)
         if len(self._classes) <= MOST_COUNTED:

@@ -1,4 +1,4 @@
-"""A rank's part of a global batch."""
+"""A rank's part of a global batch, as tensors by field name."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hpctrain.errors import Error, nearest
 
 
 class NoField(Error, KeyError):  # noqa: N818 - a KeyError, which has the suffix
-    """A batch has no field of that name."""
+    """The error of asking a batch for a field that it has not."""
 
 
 class Batch(dict[str, torch.Tensor]):
-    """This rank's part of a global batch: field name -> tensor of shape (samples, ...).
+    """A rank's part of a global batch: field name -> tensor of shape (samples, ...).
 
     A ragged field ``x`` is two tensors: ``x``, the rows of all samples one after the other, and
     ``x.offsets``, of shape (samples + 1,); ``batch.rows("x")`` gives them sample by sample.
@@ -32,6 +32,16 @@ class Batch(dict[str, torch.Tensor]):
         stop: Position after its last; the cursor once the batch is done.
         positions: Of this rank's samples, shape (samples,), uint64.
         lost: How many of this rank's samples were left out because their shards cannot be read.
+
+    Example:
+        >>> import hpctrain
+        >>> batch = next(iter(hpctrain.Loader({"x": torch.arange(4)}, 4, shuffle=False, workers=0)))
+        >>> batch.samples, batch.weight
+        (4, 1.0)
+        >>> batch.replace(x=batch["x"] / 2)["x"]
+        tensor([0.0000, 0.5000, 1.0000, 1.5000])
+        >>> [part["x"].tolist() for part in batch.split(2)]  # micro-batches
+        [[0, 1], [2, 3]]
     """
 
     def __init__(
@@ -82,7 +92,7 @@ class Batch(dict[str, torch.Tensor]):
         return self.samples * self._world_size / self.global_samples
 
     def uniform(self, count: int) -> torch.Tensor:
-        """Random numbers in [0, 1) for augmentation, of shape (samples, count), float32.
+        """Return random numbers in [0, 1) for augmentation, of shape (samples, count), float32.
 
         They belong to the samples' positions in the epoch: the same at any world size, and again
         after a resume. Ask for all that a transform needs in one call.
@@ -90,28 +100,37 @@ class Batch(dict[str, torch.Tensor]):
         return torch.from_numpy(self._order.uniform(self.positions, count))
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Memory for a result, with anything in it.
+        """Return memory for a result, with any content.
 
         It is used again once nothing refers to it, which for large batches is several times as fast
         as memory from ``torch.empty``.
+
+        Args:
+            shape: Of the tensor, one number for each dimension.
+            dtype: Of the tensor.
         """
         return native(self._buffers.empty(shape, _numpy_dtype(dtype)))
 
     def rows(self, name: str) -> list[torch.Tensor]:
-        """A ragged field's samples, each of shape (rows, ...), without a copy."""
+        """Return a ragged field's samples, each of shape (rows, ...), without a copy."""
         sizes = self[name + OFFSETS].diff().tolist()
         return list(self[name].split(sizes)) if sizes else []
 
     def replace(self, **fields: torch.Tensor) -> Batch:
-        """The same batch with some fields changed or added."""
+        """Return the same batch with some fields changed or added."""
         return self._with({**self, **fields}, self.positions)
 
     def of_fields(self, fields: dict[str, torch.Tensor]) -> Batch:
-        """The same samples with these fields alone."""
+        """Return the same samples with these fields alone."""
         return self._with(fields, self.positions)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """The same batch on a device, floating-point fields in another type where one is given."""
+        """Return the same batch on a device; floating-point fields in another type if one is given.
+
+        Args:
+            device: Where the tensors are to be; the copy need not have ended on return.
+            dtype: Of floating-point fields; None: as they are.
+        """
         moved = {
             name: tensor.to(
                 device, dtype if tensor.is_floating_point() else None, non_blocking=True
@@ -121,7 +140,7 @@ class Batch(dict[str, torch.Tensor]):
         return self._with(moved, self.positions)
 
     def split(self, parts: int, *, empty: bool = False) -> Iterator[Batch]:
-        """Nearly equal parts of this rank's samples.
+        """Yield micro-batches: nearly equal parts of this rank's samples.
 
         Args:
             parts: How many.
@@ -150,7 +169,12 @@ class Batch(dict[str, torch.Tensor]):
         return _rebuilt, arguments
 
     def attach(self, order: Order, buffers: Buffers) -> Batch:
-        """Give a batch that came from another process what was left behind there."""
+        """Give a batch that came from another process what was left behind there.
+
+        Args:
+            order: Of the epoch.
+            buffers: Memory for what transforms compute.
+        """
         self._order, self._buffers = order, buffers
         return self
 
@@ -164,7 +188,13 @@ Rows = TypeVar("Rows", torch.Tensor, NDArray[Any])
 
 
 def cut(fields: Mapping[str, Rows], start: int, stop: int) -> dict[str, Rows]:
-    """Some of the samples of all fields, without a copy of more than offsets."""
+    """Return a range of samples of all fields, as views; only offsets are copied.
+
+    Args:
+        fields: Field name -> rows; offsets of a ragged field beside it.
+        start: The first sample.
+        stop: The sample after the last.
+    """
     result: dict[str, Rows] = {}
     for name, tensor in fields.items():
         if name.endswith(OFFSETS):

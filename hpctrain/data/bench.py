@@ -1,4 +1,4 @@
-"""How fast a shard set is read on this machine, and how well its order mixes."""
+"""Measure how fast a shard set is read on this machine, and how well its order mixes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ DRIFT_BATCHES = 16
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured.
+    """The figures of reading a split: speed, and how well its order mixes.
 
     Attributes:
         samples_per_second: Of batches made in the background and thrown away.
-        bytes_per_second: The same.
+        bytes_per_second: Of the same batches.
         memory_ratio: That, as a part of what gathering samples from memory on one thread gives.
         first_batch_ms: From opening the set to having the first batch.
         stall_ms: Wait for a batch, with a step of 4 ms.

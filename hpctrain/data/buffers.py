@@ -1,4 +1,4 @@
-"""Memory for batches, used again and again.
+"""A pool of memory for batches, used again and again.
 
 A fresh array of some megabytes costs a page fault for every page of it, several times what filling
 it costs. A buffer is given out again only when nothing refers to it any more, so a batch may be
@@ -34,7 +34,12 @@ class Buffers:
         self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """An array of this shape and dtype, with anything in it."""
+        """Return an array with any content, in memory that is used again.
+
+        Args:
+            shape: Of the array.
+            dtype: What numpy takes for a dtype.
+        """
         kind = np.dtype(dtype)
         size = kind.itemsize * math.prod(shape)
         if self.pinned and size:

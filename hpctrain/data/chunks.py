@@ -1,4 +1,4 @@
-"""Compressed datasets, read a block of samples at a time: found once, decompressed once.
+"""Read compressed datasets a block of samples at a time: found once, decompressed once.
 
 HDF5 decompresses under one lock for the whole process. So it is asked only where the chunks are;
 they are then decompressed straight from the mapped file, by any number of threads at once. Filters
@@ -41,7 +41,7 @@ MAP_NORESERVE = 0x4000  # Python knows the name from 3.13 on
 
 
 class BadShard(Error):  # noqa: N818 - what it is about, as in the option on_bad_shard
-    """A shard is missing, truncated, corrupt, or not what the index says.
+    """The error of a shard that is missing, truncated, corrupt, or not what the index says.
 
     Attributes:
         shard: Its number in the split, where that was found while reading from it.
@@ -64,7 +64,7 @@ def _zstd(data: memoryview, out: NDArray[np.uint8]) -> int:
 
 
 def _lz4(data: memoryview, out: NDArray[np.uint8]) -> int:
-    """The framing of HDF5's LZ4 filter: sizes in big-endian, then blocks, incompressible ones raw.
+    """Decode the blocks of HDF5's LZ4 filter, of big-endian sizes; raw where they did not shrink.
 
     https://github.com/HDFGroup/hdf5_plugins/blob/master/docs/RegisteredFilterPlugins.md
     """
@@ -99,7 +99,12 @@ _BROKEN = (OSError, ValueError, RuntimeError, KeyError, struct.error, cramjam.De
 
 
 def block_rows(dataset: h5py.Dataset, row_bytes: int) -> int:
-    """Rows to read at a time: whole chunks, some 32 KiB at least, and no more than there are."""
+    """Return how many rows to read at a time: whole chunks, at least some 32 KiB, at most all.
+
+    Args:
+        dataset: To be read.
+        row_bytes: Of one row.
+    """
     wanted = max(1, BLOCK_BYTES // max(1, row_bytes))
     chunk = int(dataset.chunks[0]) if dataset.chunks else 1
     if dataset.chunks and dataset.id.get_create_plist().get_nfilters() == 0:
@@ -155,6 +160,10 @@ class ChunkedDataset:
 
     def read(self, number: int, out: NDArray[np.uint8]) -> None:
         """Fill ``out``, of shape (block, row bytes), with a block's rows; the last may be short.
+
+        Args:
+            number: The block's, from 0.
+            out: Where its rows go.
 
         Raises:
             BadShard: They cannot be decompressed.
@@ -384,7 +393,7 @@ class BlockCache:
     def take(
         self, blocks: NDArray[np.int64], rows: NDArray[np.int64], out: NDArray[np.uint8]
     ) -> None:
-        """Gather rows.
+        """Gather rows, from blocks that are kept or read and decompressed now.
 
         Args:
             blocks: Shape (n,): the block of each.

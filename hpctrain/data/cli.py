@@ -97,7 +97,7 @@ def data_import(
       a folder of images, or a tar of one: [train|test|validation/]CLASS/NAME.jpg
       a WebDataset tar, or a folder of them: KEY.jpg, KEY.cls, KEY.json, ...
       an .npz or .npy: x_train, y_train, x_test, ... or x, y; one row a sample
-      a .csv, .tsv, .jsonl or .parquet, or a folder of them: one column a field
+      a .csv, .tsv, .jsonl, .parquet, .arrow or .feather, or a folder of them: one column a field
       an .h5 or .hdf5: one dataset a field (`hpctrain data adopt` uses it where it is)
       a text: rows of bytes for a language model
 

@@ -1,4 +1,4 @@
-"""Reading one field of a split, in each of the ways in which it may be stored."""
+"""Read one field of a split, in each of the ways in which it may be stored."""
 
 from __future__ import annotations
 
@@ -31,12 +31,22 @@ class Field(Protocol):
     def open(self, number: int, path: Path, shard: ShardEntry) -> None:
         """Make a shard's samples ready to be taken.
 
+        Args:
+            number: The shard's, within the split.
+            path: Of its file.
+            shard: Its entry in the index.
+
         Raises:
             OSError, KeyError, RuntimeError, ValueError: It is not what the index says.
         """
 
     def take(self, shards: Numbers, local: Numbers, empty: Empty) -> Arrays:
-        """Samples by shard and number in the shard: suffix of the field's name -> array.
+        """Return samples by suffix of the field's name: rows, and offsets of a ragged field.
+
+        Args:
+            shards: Shape (n,): the shard of each sample, which is open.
+            local: Shape (n,): its number in that shard.
+            empty: Gives the memory for them.
 
         Raises:
             BadShard: Some cannot be read.
@@ -52,7 +62,7 @@ def field(
     own: bool = False,
     compared: bool = False,
 ) -> Field:
-    """The reader of a field.
+    """Return the reader that suits how a field is stored.
 
     Args:
         dataset: Its name in the files.
@@ -76,7 +86,12 @@ def field(
 
 
 def is_mapped(dataset: str, shards: Sequence[ShardEntry]) -> bool:
-    """Whether a field is stored contiguously in all shards, as numpy has it."""
+    """Whether a field is stored contiguously in all shards, as numpy has it.
+
+    Args:
+        dataset: The field's name in the files.
+        shards: Of the split.
+    """
     return all(dataset in shard.offsets for shard in shards if shard.samples)
 
 
@@ -129,7 +144,7 @@ class _MappedRows:
 
 
 def _check_stored(path: Path, name: str, spec: FieldSpec) -> None:
-    """Of a set that was adopted before types were looked at."""
+    """Check a set that was adopted before types were looked at."""
     with open_file(path) as file:
         if spec_of_dataset(file[name]) != spec or not stored_as_numpy(file[name]):
             raise ValueError(f"{name} is stored in another way than numpy would; adopt it again")
@@ -193,7 +208,7 @@ class _Blocks:
         self._cache = BlockCache(most, rows, row_bytes, room, self._read)
 
     def add(self, number: int, dataset: ChunkedDataset, samples: int) -> int:
-        """The number of a shard's first block."""
+        """Return the number of a shard's first block."""
         first = self._next
         self._shards.append((number, dataset))
         self._firsts.append(first)
@@ -331,7 +346,7 @@ def _mapped(path: Path, offset: int, rows: int, row_bytes: int) -> NDArray[np.ui
 
 
 def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """The same memory as rows of bytes, of shape (n, row bytes)."""
+    """Return the same memory as rows of bytes, of shape (n, row bytes)."""
     return (
         array.view(np.uint8).reshape(len(array), -1)
         if array.size

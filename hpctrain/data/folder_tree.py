@@ -1,4 +1,4 @@
-"""The files below a folder, and what of them is not looked at."""
+"""List the files below a folder, and what of them is not looked at."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_hidden(part: str) -> bool:
 
 @dataclass(frozen=True)
 class Tree:
-    """What is below a folder.
+    """The files below a folder, by name, and what was left out.
 
     Attributes:
         files: Their names with the folders below the source, in order.
@@ -37,7 +37,7 @@ class Tree:
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
     def found(self, kind: str) -> Found:
-        """The beginning of a summary."""
+        """Return the beginning of a source's summary: what was left out so far."""
         found = Found(kind)
         for why, name in self.left_out:
             found.leave(why, name)

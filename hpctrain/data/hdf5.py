@@ -1,4 +1,4 @@
-"""HDF5 files that others wrote: opened without locks, and what there is in them.
+"""Read HDF5 files that others wrote: opened without locks, and what datasets there are in them.
 
 What numpy calls ``float32`` may be stored as anything that HDF5 can convert to it: of 16 bits, of
 12 bits at an offset of 4, in another order. Bytes may be taken from the file only where they are
@@ -102,7 +102,7 @@ def _close() -> None:
 
 
 def spec_of_dataset(dataset: h5py.Dataset) -> FieldSpec:
-    """What a field of this dataset is. Text, and rows of varying length, are ragged.
+    """Return the field that a dataset would be; text, and rows of varying length, are ragged.
 
     Raises:
         Unusable: It cannot be one.
@@ -144,7 +144,7 @@ def _check_numbers(dtype: np.dtype[Any]) -> None:
 
 
 def aside(dataset: h5py.Dataset) -> str:
-    """Why a dataset that nobody asked for is none of the samples; empty where it may be."""
+    """Say why a dataset that nobody asked for is none of the samples; empty where it may be."""
     if dataset.shape is None or dataset.ndim == 0:
         return "a single value"
     name = dataset.attrs.get("NAME", b"") if "CLASS" in dataset.attrs else b""
@@ -200,7 +200,7 @@ def own_bytes(dataset: h5py.Dataset) -> bool:
 
 
 def mapped_offset(dataset: h5py.Dataset, path: Path, spec: FieldSpec) -> int | None:
-    """Where in the file a dataset's rows are, one after the other as numpy has them.
+    """Find where in the file a dataset's rows are, one after the other as numpy has them.
 
     Args:
         dataset: Of the file.
@@ -237,7 +237,13 @@ def _same_rows(dataset: h5py.Dataset, path: Path, spec: FieldSpec, start: int) -
 
 
 def sequences(dataset: h5py.Dataset, start: int, stop: int) -> list[NDArray[Any]]:
-    """Samples of a ragged field: text as its bytes, without what fills up texts of one length."""
+    """Read samples of a ragged field: text as its bytes, without what pads texts of one length.
+
+    Args:
+        dataset: Of text, or of sequences of varying length.
+        start: The first sample.
+        stop: The sample after the last.
+    """
     rows = dataset[start:stop]
     text = h5py.check_string_dtype(dataset.dtype)
     if text is None:
@@ -250,7 +256,7 @@ def sequences(dataset: h5py.Dataset, start: int, stop: int) -> list[NDArray[Any]
 
 
 def datasets(file: h5py.File) -> tuple[list[str], dict[str, str]]:
-    """All datasets of a file by the first of their names, and what else there is: name -> what.
+    """List a file's datasets by the first of their names, and its other members: name -> what.
 
     Links are not followed: a second name of a dataset is no second field, and another file may be
     anywhere. Each can be named by the user, and :func:`locate` finds it.
@@ -287,7 +293,11 @@ def _address(item: Any) -> int:
 
 
 def locate(path: Path, name: str) -> tuple[Path, str]:
-    """The file and dataset that a name means, following links within the file's folder.
+    """Find the file and dataset that a name means, following links within the file's folder.
+
+    Args:
+        path: The file in which the name is looked up.
+        name: With groups, separated by slashes.
 
     Raises:
         Error: There is none, or it is in another folder.
@@ -344,7 +354,7 @@ def _inside(target: Path, path: Path) -> bool:
 
 
 def open_dataset(file: h5py.File, path: Path, name: str) -> h5py.Dataset:
-    """A dataset to be read by HDF5, whose other files, if it has any, are known to be there.
+    """Open a dataset whose other files, if it has any, are known to be there.
 
     HDF5 reads fill values, without a word, where they are not; and external storage may be any
     file.

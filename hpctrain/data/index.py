@@ -33,7 +33,7 @@ INDEX_BYTES = 2**30
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One field of a sample.
+    """One field of a sample: its type and shape, and whether it is ragged.
 
     Attributes:
         dtype: numpy's name of it, such as ``|u1`` or ``<f4``.
@@ -47,12 +47,12 @@ class FieldSpec:
 
     @property
     def kind(self) -> np.dtype[Any]:
-        """The dtype."""
+        """The type of its values, as numpy's dtype."""
         return np.dtype(self.dtype)
 
     @property
     def row_bytes(self) -> int:
-        """Of a sample, or of one row of a ragged one."""
+        """The bytes of a sample, or of one row of a ragged one."""
         return self.kind.itemsize * math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class FieldSpec:
 
 
 class ShardEntry(NamedTuple):
-    """One shard.
+    """A shard's entry in the index.
 
     Attributes:
         path: Relative to the index.
@@ -83,7 +83,7 @@ class ShardEntry(NamedTuple):
 
 @dataclass
 class SplitEntry:
-    """One split.
+    """A split's entry in the index, with those of its shards.
 
     Attributes:
         datasets: Field -> dataset in each of the split's files.
@@ -96,7 +96,7 @@ class SplitEntry:
 
 @dataclass
 class Index:
-    """What the file ``hpctrain-index.json`` says.
+    """The index of a shard set: what the file ``hpctrain-index.json`` says.
 
     Attributes:
         fields: Name -> what it is; the same in all splits.
@@ -114,13 +114,13 @@ class Index:
     adopted: int = 0
 
     def shards(self) -> Iterator[tuple[str, SplitEntry, ShardEntry]]:
-        """All shards with the names of their splits."""
+        """Yield all shards with the names of their splits."""
         for name, split in self.splits.items():
             for shard in split.shards:
                 yield name, split, shard
 
     def write(self, folder: Path) -> None:
-        """Put the index in place, whole or not at all.
+        """Write the index, whole or not at all.
 
         Raises:
             OSError: It could not be written.
@@ -129,7 +129,7 @@ class Index:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a shard set.
+    """Read the index of a shard set, and check it.
 
     Raises:
         Error: There is none, or it is damaged, or of another version.
@@ -261,5 +261,5 @@ def _last_line(digest: str) -> str:
 
 
 def first_samples(shards: list[ShardEntry]) -> list[int]:
-    """Number of each shard's first sample in its split, and at the end their count."""
+    """Return the number of each shard's first sample in its split, and at the end their count."""
     return list(accumulate((shard.samples for shard in shards), initial=0))

@@ -1,4 +1,4 @@
-"""Batches as torch tensors: each rank's part of each global batch, in the epoch order."""
+"""Load batches as torch tensors: each rank's part of each global batch, in the epoch order."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ class Loader:
 
     Raises:
         Error: The source is empty; while iterating, also that every sample of an epoch is lost.
+
+    Example:
+        >>> loader = Loader({"x": np.arange(6)}, 4, shuffle=False)
+        >>> [batch["x"].tolist() for batch in loader]
+        [[0, 1, 2, 3], [4, 5]]
+        >>> loader.epoch
+        1
+        >>> loader.close()
     """
 
     def __init__(
@@ -110,7 +118,7 @@ class Loader:
 
     @property
     def samples(self) -> int:
-        """Samples in an epoch."""
+        """How many samples an epoch has."""
         return self._order().samples
 
     @property
@@ -158,14 +166,14 @@ class Loader:
         self._lanes = self.batch_size
 
     def _read_ahead(self) -> ReadAhead:
-        """The background work, kept from epoch to epoch."""
+        """Return the queue that prefetches, kept from epoch to epoch."""
         if self._ahead is None:
             maker = Maker(self.source, self.transform, self._buffers)
             self._ahead = ReadAhead(maker, self.workers, self.worker_kind, self.timeout_seconds)
         return self._ahead
 
     def close(self) -> None:
-        """End the background work; it begins again when the loader is iterated."""
+        """Stop prefetching; it begins again when the loader is iterated."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -175,7 +183,7 @@ class Loader:
             self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch starts: plain values, for JSON."""
+        """Return where the next batch starts: plain values, for JSON."""
         place = {"epoch": self.epoch, "cursor": self.cursor, "lanes": self._lanes}
         return {**place, "order": self._order_version, **self._identity()}
 
@@ -231,7 +239,7 @@ class _WholeBatches(Source):
 
     @property
     def digest(self) -> str:
-        """That of all samples."""
+        """The digest of all samples."""
         return self._source.digest
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:

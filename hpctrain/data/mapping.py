@@ -1,4 +1,4 @@
-"""Rows of many files as the rows of one array: mapped side by side, gathered by one call.
+"""Map rows of many files side by side as the rows of one array, gathered by one call.
 
 numpy gathers from one array in one call, but a batch has samples of hundreds of shards, and a call
 for each shard it touches would cost more than the copying. So address space is reserved for a whole
@@ -72,7 +72,7 @@ class Region:
         self.rows = flat.reshape(count, row_bytes)
 
     def map(self, path: Path, offset: int, rows: int) -> int:
-        """Let rows of a file appear.
+        """Map rows of a file into the region.
 
         Args:
             path: Of the file; it must be at least ``offset + rows * row_bytes`` long.
@@ -104,7 +104,7 @@ class Region:
         return (place + skip - self._phase) // self.row_bytes
 
     def _place(self, skip: int) -> int:
-        """The next page boundary from which rows, ``skip`` after it, fall on this one's rows."""
+        """Return the next page boundary from which rows, ``skip`` after it, fall on these rows."""
         page, common = mmap.PAGESIZE, int(np.gcd(mmap.PAGESIZE, self.row_bytes))
         period = self.row_bytes // common
         missing = -(self._free + skip - self._phase) // common
@@ -120,5 +120,10 @@ class Region:
 
 
 def phase_of(offset: int, row_bytes: int) -> int:
-    """The phase a region must have for rows that begin at this offset of a file."""
+    """Return the phase a region must have for rows that begin at an offset of a file.
+
+    Args:
+        offset: Of the first row, in bytes.
+        row_bytes: Of one row.
+    """
     return offset % int(np.gcd(mmap.PAGESIZE, row_bytes))

@@ -20,7 +20,7 @@ PERIOD = 1024
 
 
 class Mixture(Source):
-    """Several sources, drawn from in given proportions.
+    """A source that draws from several sources in given proportions.
 
     Within any 1,024 positions each source has its exact part, spread evenly; which position belongs
     to which source never changes. Each source goes through epochs of its own, every sample of it
@@ -33,6 +33,14 @@ class Mixture(Source):
 
     Raises:
         Error: There is none, a weight is not positive, or one is too small to be drawn.
+
+    Example:
+        >>> from hpctrain.data.source import ArraySource
+        >>> small, large = ArraySource({"x": np.arange(4)}), ArraySource({"x": np.arange(100, 200)})
+        >>> source = Mixture([small, large], [3, 1], samples=8)
+        >>> order = source.order(seed=0, epoch=0, shuffle="none", lanes=4)
+        >>> source.take(order.indices(np.arange(8, dtype=np.uint64)))["x"].tolist()
+        [0, 1, 100, 2, 3, 0, 101, 1]
     """
 
     def __init__(
@@ -60,18 +68,30 @@ class Mixture(Source):
 
     @cached_property
     def digest(self) -> str:
-        """Of the sources' digests, the pattern, and the epoch's length."""
+        """A digest of the sources' digests, the pattern, and the epoch's length."""
         text = " ".join(source.digest for source in self.sources)
         digest = hashlib.sha256(f"mixture {self._samples} {text} ".encode())
         digest.update(self.pattern.tobytes())
         return digest.hexdigest()
 
     def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
-        """Each source's own order, put together."""
+        """Return the epoch's order: each source's own, interleaved by the pattern.
+
+        Args:
+            seed: Of the run.
+            epoch: Counted from 0.
+            shuffle: How each source is shuffled.
+            lanes: Samples of a global batch.
+        """
         return _MixtureOrder(self, self._samples, seed, epoch, shuffle, lanes)
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
-        """Rows of every field; sample numbers run through the sources one after the other."""
+        """Return rows of every field; sample numbers run through one source after the other.
+
+        Args:
+            indices: Shape (n,): numbers of samples.
+            empty: Gives the memory, where a source has a use for it.
+        """
         which = np.searchsorted(self._firsts[1:], indices, side="right")
         present = np.unique(which)
         if len(present) == 1:
@@ -105,7 +125,7 @@ class Mixture(Source):
         return batch
 
     def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """Asks the sources."""
+        """Ask the sources which samples are not known to be lost; None: all."""
         which = np.searchsorted(self._firsts[1:], indices, side="right")
         result = np.ones(len(indices), dtype=bool)
         for source in np.unique(which).tolist():
@@ -116,7 +136,7 @@ class Mixture(Source):
         return None if result.all() else result
 
     def nothing_left(self) -> bool:
-        """Whether all of all sources is lost."""
+        """Whether all samples of all sources are lost."""
         return all(source.nothing_left() for source in self.sources)
 
 
@@ -217,6 +237,13 @@ class Weighted(Source):
 
     Raises:
         Error: The weights are not one for each sample, or not numbers to draw by.
+
+    Example:
+        >>> from hpctrain.data.source import ArraySource
+        >>> source = Weighted(ArraySource({"x": np.arange(3)}), np.array([0.0, 0.0, 1.0]))
+        >>> order = source.order(seed=0, epoch=0, shuffle="full", lanes=1)
+        >>> source.take(order.indices(np.arange(3, dtype=np.uint64)))["x"].tolist()
+        [2, 2, 2]
     """
 
     def __init__(
@@ -236,25 +263,37 @@ class Weighted(Source):
 
     @cached_property
     def digest(self) -> str:
-        """Of the source's digest, the weights, and the epoch's length."""
+        """A digest of the source's digest, the weights, and the epoch's length."""
         digest = hashlib.sha256(f"weighted {self._samples} {self._source.digest} ".encode())
         digest.update(self._ends.tobytes())
         return digest.hexdigest()
 
     def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
-        """Each position's own draw. There is no order to keep, so ``shuffle`` changes nothing."""
+        """Return the epoch's order: a draw for each position.
+
+        Args:
+            seed: Of the run.
+            epoch: Counted from 0.
+            shuffle: Changes nothing: there is no order to keep.
+            lanes: Changes nothing.
+        """
         return _WeightedOrder(self._ends, self._samples, seed, epoch)
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
-        """The source's."""
+        """Return the source's rows of every field.
+
+        Args:
+            indices: Shape (n,): numbers of samples.
+            empty: Gives the memory, where the source has a use for it.
+        """
         return self._source.take(indices, empty)
 
     def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """The source's."""
+        """Ask the source which samples are not known to be lost; None: all."""
         return self._source.readable(indices)
 
     def nothing_left(self) -> bool:
-        """The source's."""
+        """Whether all of the source's samples are lost."""
         return self._source.nothing_left()
 
 

@@ -1,4 +1,4 @@
-"""Images from bytes to normalised floats, at the speed of memory."""
+"""Normalise images from bytes to floats, at the speed of memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def normalize(
     std: Sequence[float],
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(images - mean) / std``, by channel.
+    """Return ``(images - mean) / std``, by channel.
 
     The mean and deviation are laid out along a whole image row first: arithmetic that repeats three
     numbers cannot be vectorised, and takes several times as long.
@@ -25,7 +25,7 @@ def normalize(
     Args:
         images: uint8, shape (n, height, width, channels), contiguous.
         mean: By channel, of values 0 to 255.
-        std: The same.
+        std: Standard deviation by channel, of values 0 to 255.
         out: float32, of the images' shape, contiguous; None: a new one. ``batch.empty`` gives one
             that is used again.
 

@@ -33,7 +33,7 @@ AT_A_TIME = 8192
 
 
 class Order(Protocol):
-    """One epoch's order.
+    """The order of one epoch: which sample is at which position.
 
     Attributes:
         samples: Positions in the epoch.
@@ -44,15 +44,20 @@ class Order(Protocol):
         """Positions in the epoch."""
 
     def indices(self, positions: Positions) -> NDArray[np.int64]:
-        """The samples at these positions."""
+        """Return the samples at these positions."""
 
     def uniform(self, positions: Positions, count: int) -> NDArray[np.float32]:
-        """``count`` numbers in [0, 1) for each position, of shape (len(positions), count)."""
+        """Return ``count`` numbers in [0, 1) for each position: shape (len(positions), count).
+
+        Args:
+            positions: Of the epoch.
+            count: Numbers for each.
+        """
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """Every sample once.
+    """An epoch's order in which every sample comes once.
 
     With ``shuffle="block"`` the samples are cut into blocks of ``block`` neighbours. The blocks are
     permuted and dealt to ``lanes`` lanes, and position ``p`` belongs to lane ``p % lanes``: a batch
@@ -80,6 +85,10 @@ class EpochOrder:
             as many blocks as a batch has samples can be open.
         version: Of these rules. In version 1 all lanes saw the rest at the same moment, and the
             last batch was a run of neighbours.
+
+    Example:
+        >>> EpochOrder(10, seed=0, epoch=0).indices(np.arange(10, dtype=np.uint64)).tolist()
+        [9, 3, 0, 1, 4, 6, 2, 8, 7, 5]
     """
 
     samples: int
@@ -93,7 +102,7 @@ class EpochOrder:
     version: int = VERSION
 
     def indices(self, positions: Positions) -> NDArray[np.int64]:
-        """The samples at these positions, each below ``samples``."""
+        """Return the samples at these positions, each below ``samples``."""
         if self.shuffle == "none" or self.samples < 2:
             return np.asarray(positions, dtype=np.int64)
         # Half the bytes are worked out in half the time.
@@ -109,10 +118,14 @@ class EpochOrder:
         return result
 
     def uniform(self, positions: Positions, count: int) -> NDArray[np.float32]:
-        """``count`` numbers in [0, 1) for each of these positions.
+        """Return ``count`` random numbers in [0, 1) for each of these positions.
 
         They depend on what is drawn for, not on who draws, so augmentation does not change with the
         world's size.
+
+        Args:
+            positions: Of the epoch.
+            count: Numbers for each.
         """
         return uniform(np.asarray(positions, dtype=np.uint64), count, key(self.seed, self.epoch, 1))
 
@@ -202,7 +215,7 @@ class EpochOrder:
         return resting, steps, lane * kind(run) + before[number] + step
 
     def _spread(self, row: Unsigned, lane: Unsigned, per_lane: int, rest: int) -> Unsigned:
-        """The lanes of positions: those of the last row, if it is not whole, are all over."""
+        """Return the lanes of positions; those of a last row that is not whole are all over."""
         last = row >= per_lane + rest // self.lanes
         if not last.any():
             return lane
@@ -281,7 +294,12 @@ class EpochOrder:
 
 
 def of_version(order: Order, version: int) -> Order:
-    """The same order by the rules of a version, where it has any."""
+    """Return an order that follows the rules of a version, where it has any.
+
+    Args:
+        order: As it is.
+        version: Of the rules, as a checkpoint has it.
+    """
     if version == VERSION or not hasattr(order, "version"):
         return order
     found: Order = replace(order, version=version)  # type: ignore[type-var]
@@ -298,18 +316,41 @@ def _divide(values: Unsigned, divisor: int) -> tuple[Unsigned, Unsigned]:
 
 
 def share(start: int, stop: int, rank: int, size: int) -> tuple[int, int]:
-    """The part of positions ``[start, stop)`` that falls to one rank.
+    """Return the part of positions ``[start, stop)`` that falls to one rank.
 
     Parts are contiguous, in rank order and differ by one at most. Some may be empty, but never rank
     0's unless all are.
+
+    Args:
+        start: The first position.
+        stop: The position after the last.
+        rank: Whose part it is.
+        size: How many ranks there are.
+
+    Returns:
+        Its first position, and that after its last.
+
+    Example:
+        >>> [share(0, 10, rank, 3) for rank in range(3)]
+        [(0, 4), (4, 7), (7, 10)]
     """
     return portion(start, stop, rank, rank + 1, size)
 
 
 def portion(start: int, stop: int, lower: int, upper: int, total: int) -> tuple[int, int]:
-    """The part of positions ``[start, stop)`` from ``lower / total`` to ``upper / total`` of them.
+    """Return the part of positions ``[start, stop)`` from ``lower / total`` to ``upper / total``.
 
     Both ends are rounded up, so parts that meet in a fraction meet in a position.
+
+    Args:
+        start: The first position.
+        stop: The position after the last.
+        lower: Shares of the ranks before.
+        upper: Those and this rank's.
+        total: Shares of all ranks.
+
+    Returns:
+        Its first position, and that after its last.
     """
     count = stop - start
     return start - (-count * lower // total), start - (-count * upper // total)

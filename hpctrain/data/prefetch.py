@@ -1,4 +1,4 @@
-"""Making batches in the background, on threads or processes, and handing them out in order."""
+"""Prefetch: make batches in the background, on threads or processes, and hand them out in order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ JOB_BYTES = 10 * 2**20
 
 
 class Epoch(NamedTuple):
-    """What :meth:`Source.order` makes an order of."""
+    """The arguments of :meth:`Source.order`: what an epoch's order depends on."""
 
     seed: int
     number: int
@@ -54,17 +54,17 @@ class Epoch(NamedTuple):
     version: int = VERSION
 
     def order(self, source: Source) -> Order:
-        """A source's order, by the rules of this version."""
+        """Return a source's order of this epoch, by the rules of this version."""
         order = source.order(self.seed, self.number, self.shuffle, self.lanes)
         return of_version(order, self.version)
 
     def following(self, lanes: int) -> Epoch:
-        """The next one."""
+        """Return the next epoch, with other lanes."""
         return self._replace(number=self.number + 1, lanes=lanes)
 
 
 class Maker:
-    """Makes a rank's parts of global batches.
+    """Makes a rank's parts of global batches from a source.
 
     Args:
         source: Of the samples.
@@ -80,7 +80,11 @@ class Maker:
         self.buffers = buffers
 
     def make(self, plan: Plan, span: Span) -> list[Batch]:
-        """This rank's parts of the batches of a span.
+        """Make this rank's parts of the batches of a span.
+
+        Args:
+            plan: Of the epoch: which samples fall to this rank.
+            span: The batches.
 
         Raises:
             BadShard: A shard cannot be read, and is not to be skipped.
@@ -111,7 +115,7 @@ class Maker:
         return batches
 
     def _take(self, indices: NDArray[np.int64]) -> tuple[Arrays, NDArray[np.bool_] | None]:
-        """The samples that can be read, and which of those asked for they are; None: all."""
+        """Take the samples that can be read, and tell which of those asked for; None: all."""
         readable = self.source.readable(indices)
         while True:
             try:
@@ -126,7 +130,7 @@ class Maker:
 
 
 def transformed(batch: Batch, transform: Callable[[Batch], Batch]) -> Batch:
-    """The batch that a transform makes of one.
+    """Apply a transform to a batch, and check what it returns.
 
     Args:
         batch: Of some samples.
@@ -154,7 +158,7 @@ def transformed(batch: Batch, transform: Callable[[Batch], Batch]) -> Batch:
 
 
 class ReadAhead:
-    """A queue of batches being made, across the ends of epochs.
+    """A queue of batches that are prefetched, across the ends of epochs.
 
     Args:
         maker: Makes them.
@@ -180,7 +184,13 @@ class ReadAhead:
         self._next: tuple[Epoch, int]
 
     def get(self, epoch: Epoch, start: int, batch_size: int, part: Part) -> Batch:
-        """The batch that starts at a position; those after it are expected to be asked for next.
+        """Return the batch that starts at a position; prefetch those after it.
+
+        Args:
+            epoch: Which one.
+            start: Position of the global batch's first sample.
+            batch_size: Of the global batch, in samples.
+            part: Of it, this rank's.
 
         Raises:
             BadShard: A shard cannot be read.

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, plain lines now and then in a log."""
+"""Show progress: a bar on a terminal, plain lines now and then in a log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ LOG_SECONDS = 5.0
 
 
 def progress(items: Iterable[T], *, what: str, total: int | None = None) -> Iterator[T]:
-    """Pass items through, showing on standard error how many have gone by."""
+    """Pass items through, showing on standard error how many have gone by.
+
+    Args:
+        items: What passes through.
+        what: They are called.
+        total: How many will come; None: not known.
+    """
     if sys.stderr.isatty():
         yield from tqdm(items, desc=what, total=total, unit_scale=True, dynamic_ncols=True)
         return

@@ -1,4 +1,4 @@
-"""How well an order mixes, and what it makes a rank read."""
+"""Measure how well an order mixes, and how much it makes a rank read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpctrain.data.order import WINDOW_BLOCKS, EpochOrder, Order, share
 def shuffle_quality(
     order: Order, labels: NDArray[np.int64], batch_size: int, batches: int = 512
 ) -> float:
-    """Variance of a batch's class shares, as a multiple of a full permutation's (1: as good).
+    """Return the variance of a batch's class shares over that of a full permutation (1: as good).
 
     The mean over batches, spread over the epoch, of Pearson's chi-squared over its degrees of
     freedom, between the batch's labels and all labels, corrected for drawing without replacement.
@@ -40,7 +40,7 @@ def shuffle_quality(
 
 
 def amplification(order: EpochOrder, batch_size: int, ranks: int) -> float:
-    """Blocks that the ranks read in an epoch, whole, as a multiple of the blocks there are.
+    """Return the blocks that ranks read in an epoch, as a multiple of the blocks there are.
 
     Each rank keeps the blocks it used last: as many as its lanes have in their windows, and half as
     many again.

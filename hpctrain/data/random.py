@@ -24,7 +24,7 @@ _ROUNDS = 6  # even, so that the halves end where they began
 
 
 def mix(values: Integers) -> Integers:
-    """SplitMix64's finalizer: a bijection of 64-bit integers that looks random.
+    """Hash 64-bit integers by SplitMix64's finalizer, a bijection that looks random.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
@@ -35,7 +35,7 @@ def mix(values: Integers) -> Integers:
 
 
 def mix32(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """MurmurHash3's finalizer for 32 bits: the same for half the memory.
+    """Hash 32-bit integers by MurmurHash3's finalizer: like :func:`mix`, for half the memory.
 
     Appleby, https://github.com/aappleby/smhasher.
     """
@@ -45,7 +45,7 @@ def mix32(values: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def key(*parts: int) -> int:
-    """One 64-bit key from several integers; their order counts."""
+    """Make one 64-bit key of several integers, whose order counts."""
     state = 0
     for part in parts:  # mix() on Python's integers, which are quicker one at a time
         state = ((state ^ (part & _MASK)) + _GOLDEN) & _MASK
@@ -56,7 +56,7 @@ def key(*parts: int) -> int:
 
 
 def permute(positions: Unsigned, n: int, secret: int | Unsigned) -> Unsigned:
-    """Where a keyed permutation of ``0 .. n-1`` takes each position.
+    """Return where a keyed permutation of ``0 .. n-1`` takes each position.
 
     A Feistel network over the fewest bits that hold ``n``, walked on until the value is below ``n``
     again (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). Takes the same
@@ -69,6 +69,10 @@ def permute(positions: Unsigned, n: int, secret: int | Unsigned) -> Unsigned:
 
     Returns:
         Of the positions' shape and type.
+
+    Example:
+        >>> sorted(permute(np.arange(10, dtype=np.uint64), 10, key(0)).tolist())
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     """
     network = _Feistel(max(2, (n - 1).bit_length()))
     secrets: NDArray[Any]
@@ -118,7 +122,7 @@ class _Feistel:
 
 
 def uniform(positions: Integers, count: int, secret: int) -> NDArray[np.float32]:
-    """Numbers in [0, 1) that belong to positions: the same whichever rank draws them.
+    """Draw numbers in [0, 1) that belong to positions: the same whichever rank draws them.
 
     Args:
         positions: Shape (n,).

@@ -1,4 +1,4 @@
-"""Who reads what: which samples of which batches fall to a rank."""
+"""Plan who reads what: which samples of which batches fall to a rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAN_POSITIONS = (1024, 32768)
 
 
 class Span(NamedTuple):
-    """Consecutive global batches of an epoch.
+    """A span of consecutive global batches of an epoch.
 
     Attributes:
         start: First position.
@@ -32,7 +32,7 @@ class Span(NamedTuple):
     batch_size: int
 
     def first(self, batches: int) -> Span:
-        """So many of them, or all there are."""
+        """Return the span of its first batches, so many or all there are."""
         return self._replace(stop=min(self.stop, self.start + batches * self.batch_size))
 
     def holds(self, other: Span) -> bool:
@@ -45,13 +45,13 @@ class Span(NamedTuple):
         )
 
     def batches(self) -> list[tuple[int, int]]:
-        """The first position of each, and that after its last."""
+        """Return each batch's first position, and that after its last."""
         starts = range(self.start, self.stop, self.batch_size)
         return [(start, min(start + self.batch_size, self.stop)) for start in starts]
 
 
 class Plan:
-    """Which samples a rank reads.
+    """The samples that a rank reads in an epoch.
 
     It is worked out for many batches at a time, which costs little more than for one.
 
@@ -69,7 +69,7 @@ class Plan:
         self._pieces: deque[_Piece] = deque(maxlen=4)
 
     def batches(self, span: Span) -> tuple[Integers, NDArray[np.int64], list[int]]:
-        """What falls to this rank of the batches of a span.
+        """Return what falls to this rank of the batches of a span.
 
         Returns:
             Positions and samples, batch after batch, and where in them each batch begins, and the

@@ -1,4 +1,4 @@
-"""Reading a shard set: a folder of plain HDF5 files and an index. docs/shards.md has the format.
+"""Read a shard set: a folder of plain HDF5 files and an index. docs/shards.md has the format.
 
 HDF5 is not asked for samples. The index says where each dataset's bytes are, and the files are
 mapped: a sample costs what a copy from memory costs, and no lock of HDF5's is on the way. Datasets
@@ -47,20 +47,29 @@ OnBadShard = Literal["stop", "skip"]
 class ShardSet:
     """A shard set on disk, read only.
 
-    Attributes:
-        path: Its folder.
-        index: As read.
-        splits: Name -> samples.
-        attributes: What the importer wanted kept, such as the names of classes.
-
     Args:
         path: The folder.
         on_bad_shard: ``stop``: a shard that cannot be read is an error. ``skip``: its samples are
             left out and counted.
         staged: A folder in which copies of shards may be found that are quicker to read.
 
+    Attributes:
+        path: Its folder.
+        index: As read.
+        splits: Name -> samples.
+        attributes: What the importer wanted kept, such as the names of classes.
+
     Raises:
         Error: There is no index, or it is not one that this version reads.
+
+    Example:
+        >>> import tempfile
+        >>> from hpctrain.data.writer import ShardWriter
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with ShardWriter(folder + "/shards") as writer:
+        ...         writer.write("train", {"x": np.arange(6).reshape(3, 2)})
+        ...     ShardSet(folder + "/shards").split("train").take(np.array([2]))
+        {'x': array([[4, 5]])}
     """
 
     def __init__(
@@ -75,7 +84,7 @@ class ShardSet:
         }
 
     def split(self, name: str) -> ShardSplit:
-        """The samples of one split.
+        """Return the samples of one split.
 
         Raises:
             Error: There is no such split.
@@ -88,7 +97,7 @@ class ShardSet:
 
 
 class ShardSplit(Source):
-    """One split's samples.
+    """The samples of one split, as a source.
 
     Safe to use from any number of threads, to be pickled, and to be used after a fork.
 
@@ -158,7 +167,7 @@ class ShardSplit(Source):
 
     @cached_property
     def digest(self) -> str:
-        """Of the shards' checksums (sizes and heads where there are none), in order."""
+        """A digest of the shards' checksums (sizes and heads where there are none), in order."""
         text = " ".join(
             shard.sha256 or f"{shard.samples} {shard.bytes} {shard.head_sha256}"
             for shard in self._shards
@@ -168,7 +177,14 @@ class ShardSplit(Source):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
-        """Shuffled in blocks of some hundred kilobytes, or of what is compressed together."""
+        """Return an epoch's order, shuffled in blocks of some hundred KiB, or of whole chunks.
+
+        Args:
+            seed: Of the run.
+            epoch: Counted from 0.
+            shuffle: ``none`` keeps the order in which they are stored.
+            lanes: Samples of a global batch.
+        """
         together = 1
         if self._chunk_samples:
             block, aligned = self._chunk_samples, True
@@ -193,7 +209,11 @@ class ShardSplit(Source):
         return max(1, OPEN_BYTES // window)
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
-        """Rows of every field.
+        """Read rows of every field, in the order asked for.
+
+        Args:
+            indices: Shape (n,): numbers of samples.
+            empty: Gives the memory for them.
 
         Raises:
             BadShard: A shard is missing, truncated, or not what the index says.
@@ -217,7 +237,7 @@ class ShardSplit(Source):
         return np.searchsorted(self._firsts[1:], indices, side="right")
 
     def column(self, name: str) -> NDArray[Any]:
-        """One field of all samples, without reading the others.
+        """Read one field of all samples, without the others.
 
         Raises:
             Error: There is no such field, or it is ragged.
@@ -235,7 +255,7 @@ class ShardSplit(Source):
         return self._readers[name].take(shards, local, np.empty)[""]
 
     def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """Which samples are in shards that are not known to be bad; None: all must be."""
+        """Tell which samples are in shards that are not known to be bad; None: all must be."""
         if not self._skip:
             return None
         shards = self._shards_of(indices)
@@ -311,13 +331,17 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def staged_name(shard: ShardEntry) -> str:
-    """Name of a shard's copy; files of one name in different folders have different ones."""
+    """Return the name of a shard's copy, which differs for files of one name in other folders."""
     place = hashlib.sha256(shard.path.encode()).hexdigest()[:12]
     return f"{place}-{Path(shard.path).name}"
 
 
 def check(path: Path, shard: ShardEntry) -> None:
-    """Compare what costs nothing: the file's size, and its first bytes.
+    """Compare with the index what costs nothing: a file's size, and its first bytes.
+
+    Args:
+        path: Of the shard.
+        shard: Its entry in the index.
 
     Raises:
         BadShard: It is missing, or differs from the index.

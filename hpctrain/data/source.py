@@ -1,4 +1,4 @@
-"""Where a loader gets samples from."""
+"""Sources: what a loader gets samples from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Empty = Callable[[tuple[int, ...], Any], NDArray[Any]]
 
 
 def check_names(names: Iterable[str], where: str) -> None:
-    """See that no field has the name under which another's offsets come.
+    """Refuse a field whose name is that under which another's offsets come.
 
     Args:
         names: Of all fields.
@@ -48,10 +48,22 @@ def check_names(names: Iterable[str], where: str) -> None:
 
 
 class Source(ABC):
-    """Samples that can be taken by number. A sample is one row of each field.
+    """A source of samples that can be taken by number. A sample is one row of each field.
 
     A source of your own needs ``__len__``, ``digest`` and ``take``. It is also a map-style dataset
     for ``torch.utils.data.DataLoader``, which asks it for the samples of a batch in one call.
+
+    Example:
+        >>> class Squares(Source):
+        ...     digest = "squares of 0 to 9"
+        ...
+        ...     def __len__(self):
+        ...         return 10
+        ...
+        ...     def take(self, indices, empty=np.empty):
+        ...         return {"x": indices**2}
+        >>> Squares().take(np.array([3, 0]))
+        {'x': array([9, 0])}
     """
 
     @abstractmethod
@@ -61,11 +73,11 @@ class Source(ABC):
     @property
     @abstractmethod
     def digest(self) -> str:
-        """Names the content: a checkpoint's cursor means nothing in another set of samples."""
+        """A digest of the content: a checkpoint's cursor means nothing in other samples."""
 
     @abstractmethod
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
-        """Rows of every field, in the order of ``indices``, in memory of their own.
+        """Return rows of every field, in the order of ``indices``, in memory of their own.
 
         Args:
             indices: Shape (n,), each from 0 to ``len(self) - 1``.
@@ -79,7 +91,7 @@ class Source(ABC):
         """
 
     def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """Which of these samples are not known to be lost, of shape (n,); None: all."""
+        """Tell which of these samples are not known to be lost, of shape (n,); None: all."""
         return None
 
     def nothing_left(self) -> bool:
@@ -87,7 +99,14 @@ class Source(ABC):
         return False
 
     def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
-        """The order in which an epoch's samples are seen."""
+        """Return the order in which an epoch's samples are seen.
+
+        Args:
+            seed: Of the run.
+            epoch: Counted from 0.
+            shuffle: How samples are shuffled.
+            lanes: Samples of a global batch.
+        """
         return EpochOrder(len(self), seed, epoch, shuffle, lanes=lanes)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
@@ -117,13 +136,18 @@ class Source(ABC):
 
 
 class ArraySource(Source):
-    """Samples held in memory.
+    """A source of samples held in memory.
 
     Args:
         fields: Arrays (or CPU tensors) with the same first dimension.
 
     Raises:
         Error: The arrays differ in length, or there are none.
+
+    Example:
+        >>> source = ArraySource({"x": np.arange(6.0), "label": np.arange(6) % 2})
+        >>> source.take(np.array([5, 0]))
+        {'x': array([5., 0.]), 'label': array([1, 0])}
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -141,7 +165,7 @@ class ArraySource(Source):
 
     @cached_property
     def digest(self) -> str:
-        """Of names, shapes and bytes."""
+        """A digest of names, shapes and bytes."""
         digest = hashlib.sha256()
         for name, array in sorted(self._fields.items()):
             digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
@@ -149,7 +173,12 @@ class ArraySource(Source):
         return digest.hexdigest()
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
-        """Rows of every field."""
+        """Return rows of every field, in the order of ``indices``.
+
+        Args:
+            indices: Shape (n,): numbers of samples.
+            empty: Gives the memory for them.
+        """
         batch = {}
         for name, array in self._fields.items():
             batch[name] = empty((len(indices), *array.shape[1:]), array.dtype)
@@ -159,7 +188,7 @@ class ArraySource(Source):
 
 
 def native(array: NDArray[Any]) -> torch.Tensor:
-    """The array as a tensor, in this machine's byte order; shared memory where that is the same.
+    """Return an array as a tensor in this machine's byte order, of the same memory if it can be.
 
     Where the memory is a tensor's (page-locked memory is), the result is a view of that tensor:
     PyTorch notes copies under way by the storage, and would give memory out again too soon.

@@ -1,4 +1,4 @@
-"""Telling splits and fields from the names that people give files, folders and arrays: one rule.
+"""Tell splits and fields from the names that people give files, folders and arrays: one rule.
 
 The words are those of Hugging Face's datasets:
 https://huggingface.co/docs/datasets/en/repository_structure#splits-and-file-names
@@ -33,7 +33,7 @@ Array = tuple[int | None, FieldSpec]
 
 @dataclass(frozen=True)
 class Told:
-    """What the names of a source's arrays tell.
+    """The splits and fields that the names of a source's arrays tell.
 
     Attributes:
         splits: Split -> field -> array; the split is "" where names tell none.
@@ -45,12 +45,12 @@ class Told:
 
 
 def split_of_word(word: str) -> str:
-    """The split that a word names; "" if it names none."""
+    """Return the split that a word names; "" if it names none."""
     return SPLITS.get(word.lower(), "")
 
 
 def splits_of_files(names: Sequence[str], where: str, *, told: bool = True) -> list[str]:
-    """The split of each file: by a folder that is one's word, or else by a word of its own name.
+    """Tell the split of each file: by a folder that is one's word, or else a word of its own name.
 
     Args:
         names: With the folders below the source.
@@ -69,7 +69,11 @@ def splits_of_files(names: Sequence[str], where: str, *, told: bool = True) -> l
 
 
 def refuse_twins(words: Iterable[str], where: str) -> None:
-    """See that no split goes by two names, of which one might be meant for something else.
+    """Refuse a split that goes by two names, of which one might be meant for something else.
+
+    Args:
+        words: Of splits, as they were found; "" is none.
+        where: The source, for errors.
 
     Raises:
         Error: One does.
@@ -93,7 +97,7 @@ def _file_word(name: str) -> str:
 def tell(
     arrays: Mapping[str, Array], where: str, *, told: bool = True, chosen: bool = False
 ) -> Told:
-    """Which arrays are the fields of which split.
+    """Tell which arrays are the fields of which split.
 
     ``train/x``, ``data/train/x``, ``train_x`` and ``x_train`` are of split train, if every array
     says its split, or if those which do are the same fields in each split, of the same types, and
@@ -149,7 +153,7 @@ def tell(
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """The word of a split in a name, "" if there is none, and the field."""
+    """Return the word of a split in a name, "" if there is none, and the field."""
     *groups, base = name.split("/")
     for place, group in enumerate(groups):
         if split_of_word(group):
@@ -221,5 +225,5 @@ def _same_fields(
 
 
 def listing(fields: Mapping[str, FieldSpec]) -> str:
-    """Fields and what they are, in a line."""
+    """Return fields and what they are, in a line."""
     return ", ".join(f"{name} {spec}" for name, spec in fields.items())

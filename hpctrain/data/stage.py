@@ -1,4 +1,4 @@
-"""Copies of shards on node-local storage: made once a node, checked, as many as there is room for.
+"""Stage copies of shards on node-local storage: once a node, checked, as many as there is room for.
 
 Where the copies are is a function of the index and the user, so a job that is requeued on the same
 node, or two jobs on one, find them there. A copy appears under its name only when it is whole and
@@ -43,7 +43,7 @@ PLACES = 8
 
 @dataclass(frozen=True)
 class Staged:
-    """What is on node-local storage.
+    """The copies of a shard set on node-local storage.
 
     Attributes:
         path: The folder of copies.
@@ -70,7 +70,7 @@ class Staged:
 
 
 def folder_of(shard_set: Path, stage_dir: Path) -> Path:
-    """Where this user's copies of a set are, or will be.
+    """Return the folder where this user's copies of a set are, or will be.
 
     Args:
         shard_set: The set's folder.
@@ -186,7 +186,7 @@ def unstage(shard_set: Path, stage_dir: Path, *, kept: bool = False) -> None:
 def _copy_all(
     shard_set: Path, folder: Path, shards: list[ShardEntry], name: Path
 ) -> tuple[list[ShardEntry], int]:
-    """The shards of which there are copies now, and how many were made."""
+    """Return the shards of which there are copies now, and how many were made."""
     seen = _seen(folder)
     right = {}
     there, copied = [], 0
@@ -270,7 +270,7 @@ def _copy(source: Path, target: Path, shard: ShardEntry) -> None:
 
 
 def room(folder: Path) -> int:
-    """Bytes that may be written there, some being left for others."""
+    """Return how many bytes may be written in a folder, some being left for others."""
     usage = shutil.disk_usage(folder)
     free = int(usage.free - RESERVE * usage.total)
     if _is_memory(folder):

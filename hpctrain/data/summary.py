@@ -1,4 +1,4 @@
-"""What was made of a source, in a few lines: the same for what is imported and what is adopted."""
+"""Summarise in a few lines what was made of a source: for what is imported and what is adopted."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Found:
         self.left_out[why] = (before + count, examples)
 
     def lines(self, fields: Mapping[str, FieldSpec], splits: Mapping[str, int]) -> list[str]:
-        """The summary.
+        """Return the lines of the summary.
 
         Args:
             fields: Of a sample.
@@ -78,18 +78,23 @@ def _listed(classes: Mapping[str, int]) -> str:
 
 
 def shown(name: str) -> str:
-    """A name from a source, which may hold anything, fit for a terminal."""
+    """Return a name from a source, which may hold anything, fit for a terminal."""
     shown = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 
 def is_class_field(name: str, spec: FieldSpec) -> bool:
-    """Whether a field's name and type are those of one class number a sample."""
+    """Tell whether a field's name and type are those of one class number a sample.
+
+    Args:
+        name: Of the field.
+        spec: What the field is.
+    """
     plain = spec.shape in ((), (1,)) and not spec.ragged
     return name.lower() in CLASS_FIELDS and plain and spec.kind.kind in "biu"
 
 
 def count_classes(numbers: NDArray[Any]) -> dict[int, int]:
-    """Samples of each class's number."""
+    """Count the samples of each class's number."""
     values, counts = np.unique(numbers, return_counts=True)
     return dict(zip(values.astype(int).tolist(), counts.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Checking every byte of a shard set against its checksums, and saying what differs."""
+"""Check every byte of a shard set against its checksums, and say what differs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ READ_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Verdict:
-    """One shard that is not as it should be.
+    """A shard that is not as it should be, and why.
 
     Attributes:
         path: Of the file.
@@ -68,7 +68,14 @@ def verify(folder: Path, *, threads: int | None = None) -> list[Verdict]:
 
 
 def examine(folder: Path, index: Index, split: SplitEntry, shard: ShardEntry) -> str:
-    """What is wrong with one shard; empty where nothing is."""
+    """Say what is wrong with one shard; empty where nothing is.
+
+    Args:
+        folder: Of the shard set.
+        index: Of the set.
+        split: That the shard is of.
+        shard: Its entry in the index.
+    """
     path = folder / shard.path
     try:
         check(path, shard)

@@ -1,4 +1,4 @@
-"""Writing shards and the index. docs/shards.md has the format.
+"""Write shards and the index. docs/shards.md has the format.
 
 A shard is written under another name, synced and renamed; the index is written last. So a reader
 never sees half a shard, and a folder without an index is not a shard set yet.
@@ -46,7 +46,7 @@ Compression = Literal["none", "lz4", "zstd"]
 
 @dataclass(frozen=True)
 class Ragged:
-    """Samples of one field, each with any number of rows.
+    """Samples of one field, each with any number of rows: values end to end, and offsets.
 
     Attributes:
         values: The rows of all samples, one after the other: shape (rows, ...).
@@ -58,7 +58,15 @@ class Ragged:
 
     @staticmethod
     def of(samples: Sequence[Any]) -> Ragged:
-        """From one array for each sample, all of one type and row shape; ``bytes`` are uint8."""
+        """Make a ragged column of one array for each sample.
+
+        All are of one type and row shape; ``bytes`` are uint8.
+
+        Example:
+            >>> column = Ragged.of([b"one", b"three"])
+            >>> column.values.tobytes(), column.offsets.tolist()
+            (b'onethree', [0, 3, 8])
+        """
         arrays = [
             np.frombuffer(sample, np.uint8) if isinstance(sample, bytes) else np.asarray(sample)
             for sample in samples
@@ -77,7 +85,7 @@ class Ragged:
 
     @property
     def nbytes(self) -> int:
-        """Of the values and offsets."""
+        """The bytes of the values and offsets."""
         return self.values.nbytes + self.offsets.nbytes
 
 
@@ -85,7 +93,7 @@ Column = NDArray[Any] | Ragged
 
 
 def column_of(samples: Any) -> Column:
-    """Samples as they are stored: little-endian, whatever they came as."""
+    """Return samples as they are stored: little-endian, whatever they came as."""
     if isinstance(samples, Ragged):
         return Ragged(_little(samples.values), samples.offsets.astype("<i8", copy=False))
     return _little(np.asarray(samples))
@@ -96,7 +104,7 @@ def _little(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def spec_of(column: Column) -> FieldSpec:
-    """What a column of samples is.
+    """Return the field that a column of samples is.
 
     Raises:
         Error: It is of no type that HDF5 and torch both have.
@@ -118,7 +126,7 @@ def is_storable(dtype: np.dtype[Any]) -> bool:
 
 
 def check_storable_names(names: Iterable[str], where: str) -> None:
-    """See that HDF5 can hold fields of these names beside each other.
+    """Refuse names that fields of one HDF5 file cannot have beside each other.
 
     Args:
         names: Of all fields.
@@ -140,7 +148,7 @@ def check_storable_names(names: Iterable[str], where: str) -> None:
 
 
 def chunk_samples(fields: Mapping[str, FieldSpec]) -> int:
-    """Samples in a compressed chunk: a power of two, which the epoch order likes best."""
+    """Return how many samples a compressed chunk has: a power of two, best for the epoch order."""
     largest = max((spec.row_bytes for spec in fields.values() if not spec.ragged), default=0)
     return 1 << max(0, (CHUNK_BYTES // max(1, largest)).bit_length() - 1)
 
@@ -208,7 +216,14 @@ def write_shard(
 
 
 def entry_of(path: Path, samples: int, offsets: dict[str, int], digest: bool = True) -> ShardEntry:
-    """The index's entry for a file as it is."""
+    """Return the index's entry for a file as it is.
+
+    Args:
+        path: Of the file.
+        samples: How many it holds.
+        offsets: Dataset -> where its rows begin in the file, in bytes.
+        digest: Whether to read it all for a checksum.
+    """
     with path.open("rb") as file:
         head = hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()
     checksum = sha256(path) if digest else ""
@@ -245,7 +260,7 @@ def _sha256(array: NDArray[Any]) -> str:
 
 
 def _digest(datasets: Mapping[str, _Dataset]) -> str:
-    """Of everything in a shard: it stands at the file's beginning, and tells it from others."""
+    """Return the digest of all in a shard: it stands at its start, and tells it from others."""
     parts = [f"{n} {a.dtype.str} {a.shape} {digest}\n" for n, (a, _, digest) in datasets.items()]
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
@@ -374,7 +389,15 @@ def write_index(
     attributes: dict[str, Any],
     compression: Compression,
 ) -> Index:
-    """Make the folder a shard set."""
+    """Write the index that makes a folder a shard set, and return it.
+
+    Args:
+        folder: Of the shards.
+        fields: Of a sample.
+        splits: With the entries of their shards.
+        attributes: Anything else that JSON can hold, such as the names of classes.
+        compression: Of the shards.
+    """
     chunked = compression != "none" and any(
         not spec.ragged and spec.row_bytes > SMALL_BYTES for spec in fields.values()
     )
@@ -385,17 +408,22 @@ def write_index(
 
 
 def shard_name(split: str, number: int) -> str:
-    """The file name of a split's shard."""
+    """Return the file name of a split's shard.
+
+    Args:
+        split: Its name.
+        number: The shard's within the split, from 0.
+    """
     return f"{split}-{number:06d}.h5"
 
 
 def datasets_of(fields: Mapping[str, FieldSpec]) -> dict[str, str]:
-    """Where in a shard each field is."""
+    """Return where in a shard each field is: field -> dataset."""
     return {field: f"samples/{field}" for field in fields}
 
 
 def join(parts: Sequence[Column]) -> Column:
-    """Columns one after the other."""
+    """Concatenate columns of samples, one after the other."""
     if len(parts) == 1:
         return parts[0]
     arrays: list[NDArray[Any]] = []
@@ -415,7 +443,12 @@ def join(parts: Sequence[Column]) -> Column:
 def check_columns(
     columns: Mapping[str, Column], fields: dict[str, FieldSpec], split: str
 ) -> dict[str, FieldSpec]:
-    """What the columns are, if that is what fields there were so far (none: anything).
+    """Return the fields that columns are, if they are those that there were so far.
+
+    Args:
+        columns: By field.
+        fields: What there was so far; empty: anything is accepted.
+        split: For errors.
 
     Raises:
         Error: They are something else, or differ in length.
@@ -439,7 +472,7 @@ def _listing(fields: Mapping[str, FieldSpec]) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what can go wrong with a disk into one error."""
+    """Turn what can go wrong with a disk into one error; a context manager."""
     try:
         yield
     except OSError as error:

@@ -24,7 +24,7 @@ class Call:
         self.requests.append(request)
 
     def afterwards(self, action: Callable[[], None]) -> None:
-        """Have something done when all requests have ended, in the order of these calls."""
+        """Run an action when all requests have ended, after those given before."""
         self._finish.append(action)
 
     def finish(self) -> None:

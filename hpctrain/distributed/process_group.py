@@ -58,6 +58,14 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
         name: What torch calls the group.
         timeout: Longest wait for an exchange.
         ranks: What errors call the group's ranks: their numbers in the world.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> init_process_group(MPI.COMM_SELF)
+        >>> group = dist.new_group([0])
+        >>> type(group).__name__, group.size()
+        ('MpiProcessGroup', 1)
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -98,11 +106,11 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
         return self._name
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Bound the waits of exchanges that are started from now on."""
+        """Set the longest wait of exchanges that are started from now on."""
         self._seconds = timeout.total_seconds()
 
     def shutdown(self) -> None:
-        """Leave the group."""
+        """Leave the group; nothing is waited for."""
 
     def abort(self) -> None:
         """Leave the group at once."""
@@ -110,7 +118,12 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
     # Reductions.
 
     def allreduce(self, tensors: Tensors, opts: Any = None) -> Exchange:
-        """Reduce each tensor over all ranks, in place."""
+        """Reduce each tensor over all ranks, in place.
+
+        Args:
+            tensors: One or several, of the same shapes on every rank.
+            opts: torch's, of which ``reduceOp`` counts; None: the sum.
+        """
         call, tensors = Call(), _listed(tensors)
         with _start:
             for tensor in tensors:
@@ -122,7 +135,12 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
     allreduce_coalesced = allreduce
 
     def reduce(self, tensors: Tensors, opts: Any) -> Exchange:
-        """Reduce each tensor over all ranks into the root's, in place; others keep theirs."""
+        """Reduce each tensor over all ranks into the root's, in place; others keep theirs.
+
+        Args:
+            tensors: One or several, of the same shapes on every rank.
+            opts: torch's, of which ``reduceOp`` and ``rootRank`` count.
+        """
         call, root = Call(), opts.rootRank
         with _start:
             for tensor in tensors:
@@ -136,7 +154,13 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
         return self._exchange(call, tensors, "reduce")
 
     def reduce_scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any = None) -> Exchange:
-        """Reduce the n-th tensor of every rank's list over all ranks; rank n gets the outcome."""
+        """Reduce the n-th tensor of every rank's list over all ranks; rank n gets the outcome.
+
+        Args:
+            outputs: Where this rank's outcome goes.
+            inputs: For each output, a tensor for each rank.
+            opts: torch's, of which ``reduceOp`` counts; None: the sum.
+        """
         call = Call()
         with _start:
             for output, pieces in zip(outputs, inputs, strict=True):
@@ -151,7 +175,13 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
     def reduce_scatter_single_coalesced(
         self, outputs: Tensors, inputs: Tensors, opts: Any = None
     ) -> Exchange:
-        """Reduce equal pieces of each input over all ranks; each rank gets its own piece."""
+        """Reduce equal pieces of each input over all ranks; each rank gets its own piece.
+
+        Args:
+            outputs: Where this rank's pieces go.
+            inputs: For each output, a tensor of ``size`` times as many elements.
+            opts: As of :meth:`reduce_scatter`.
+        """
         for output, whole in zip(outputs, inputs, strict=True):
             self._require(whole.numel() == output.numel() * self.size(), output, whole)
         pieces = [list(whole.reshape(self.size(), -1)) for whole in inputs]
@@ -162,7 +192,13 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
     def reduce_scatter_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: Any = None
     ) -> Exchange:
-        """Reduce equal pieces of the input over all ranks; each rank gets its own piece."""
+        """Reduce equal pieces of the input over all ranks; each rank gets its own piece.
+
+        Args:
+            output: Where this rank's piece goes.
+            input: A tensor of ``size`` times as many elements.
+            opts: As of :meth:`reduce_scatter`.
+        """
         return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     _reduce_scatter_base = reduce_scatter_single
@@ -170,7 +206,12 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
     # Movements.
 
     def broadcast(self, tensors: Tensors, opts: Any = None) -> Exchange:
-        """Overwrite each tensor with the root's."""
+        """Overwrite each tensor with the root's, in place.
+
+        Args:
+            tensors: One or several, of the same shapes on every rank.
+            opts: torch's, of which ``rootRank`` counts; None: rank 0.
+        """
         call, root = Call(), opts.rootRank if opts is not None else 0
         with _start:
             for tensor in tensors:
@@ -179,7 +220,13 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
         return self._exchange(call, tensors, "broadcast")
 
     def allgather(self, outputs: list[Tensors], inputs: Tensors, opts: Any = None) -> Exchange:
-        """Give every rank every rank's tensor; their sizes may differ."""
+        """Give every rank every rank's tensor; their sizes may differ.
+
+        Args:
+            outputs: For each input, a tensor for each rank.
+            inputs: This rank's.
+            opts: Make no difference.
+        """
         call = Call()
         with _start:
             for into, mine in zip(outputs, inputs, strict=True):
@@ -191,13 +238,25 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
     def allgather_coalesced(
         self, outputs: list[Tensors], inputs: Tensors, opts: Any = None
     ) -> Exchange:
-        """Give every rank every rank's tensors; outputs are listed by rank."""
+        """Give every rank every rank's tensors; outputs are listed by rank.
+
+        Args:
+            outputs: For each rank, a tensor for each input.
+            inputs: This rank's.
+            opts: Make no difference.
+        """
         return self.allgather([list(each) for each in zip(*outputs, strict=True)], inputs, opts)
 
     def all_gather_single_coalesced(
         self, outputs: Tensors, inputs: Tensors, opts: Any = None
     ) -> Exchange:
-        """Lay all ranks' tensors of one size end to end, for each pair of tensors."""
+        """Lay all ranks' tensors of one size end to end, for each pair of tensors.
+
+        Args:
+            outputs: For each input, a tensor of ``size`` times as many elements.
+            inputs: This rank's.
+            opts: Make no difference.
+        """
         call = Call()
         with _start:
             for output, mine in zip(outputs, inputs, strict=True):
@@ -213,13 +272,25 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
     def all_gather_single(
         self, output: torch.Tensor, input: torch.Tensor, opts: Any = None
     ) -> Exchange:
-        """Lay all ranks' tensors of one size end to end."""
+        """Lay all ranks' tensors of one size end to end.
+
+        Args:
+            output: A tensor of ``size`` times as many elements.
+            input: This rank's.
+            opts: Make no difference.
+        """
         return self.all_gather_single_coalesced([output], [input], opts)
 
     _allgather_base = all_gather_single
 
     def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> Exchange:
-        """Give the root every rank's tensor; their sizes may differ."""
+        """Give the root every rank's tensor; their sizes may differ.
+
+        Args:
+            outputs: On the root, one list with a tensor for each rank; elsewhere empty.
+            inputs: One tensor, this rank's.
+            opts: torch's, of which ``rootRank`` counts.
+        """
         call, root = Call(), opts.rootRank
         source, target = moved(call.source(inputs[0])), None
         if self.rank() == root:
@@ -229,7 +300,13 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
         return self._exchange(call, outputs, "gather")
 
     def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Exchange:
-        """Give every rank its tensor of the root's list."""
+        """Give every rank its tensor of the root's list.
+
+        Args:
+            outputs: One tensor, this rank's.
+            inputs: On the root, one list with a tensor for each rank; elsewhere empty.
+            opts: torch's, of which ``rootRank`` counts.
+        """
         call, root = Call(), opts.rootRank
         source, target = None, moved(call.target(outputs[0]))
         if self.rank() == root:
@@ -247,7 +324,15 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
         input_split_sizes: Sequence[int],
         opts: Any = None,
     ) -> Exchange:
-        """Send rank n the n-th run of rows; runs are equal where no sizes are given."""
+        """Send rank n the n-th run of rows; runs are equal where no sizes are given.
+
+        Args:
+            output: Its rows come from all ranks, in their order.
+            input: Its rows go to all ranks, in their order.
+            output_split_sizes: Rows from each rank; empty: as many from each.
+            input_split_sizes: Rows for each rank; empty: as many for each.
+            opts: Make no difference.
+        """
         call = Call()
         sent = self._rows(input, input_split_sizes)
         received = self._rows(output, output_split_sizes)
@@ -260,7 +345,13 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
     alltoall_base = all_to_all_single
 
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> Exchange:
-        """Send rank n the n-th tensor."""
+        """Send rank n the n-th tensor.
+
+        Args:
+            outputs: A tensor for what each rank sends.
+            inputs: A tensor for each rank.
+            opts: Make no difference.
+        """
         call = Call()
         source = by_rank(call.joined(inputs, inputs[0].dtype), [each.numel() for each in inputs])
         target = by_rank(call.parts(outputs), [each.numel() for each in outputs])
@@ -278,19 +369,36 @@ class MpiProcessGroup(_Group):  # type: ignore[misc]
     # Messages.
 
     def send(self, tensors: Tensors, dstRank: int, tag: int = 0) -> Exchange:  # noqa: N803
-        """Send a tensor to a rank of the group."""
+        """Send a tensor to a rank of the group.
+
+        Args:
+            tensors: One tensor.
+            dstRank: The receiver, in the group.
+            tag: Of the message.
+        """
         call = Call()
         call.begin(self._comm.Isend(moved(call.source(tensors[0])), dstRank, tag))
         return self._exchange(call, tensors, "message", [dstRank])
 
     def recv(self, tensors: Tensors, srcRank: int, tag: int = 0) -> Exchange:  # noqa: N803
-        """Receive a tensor from a rank of the group."""
+        """Receive a tensor from a rank of the group.
+
+        Args:
+            tensors: One tensor, of the message's shape and type.
+            srcRank: The sender, in the group.
+            tag: Of the message.
+        """
         call = Call()
         call.begin(self._comm.Irecv(moved(call.target(tensors[0])), srcRank, tag))
         return self._exchange(call, tensors, "message", [srcRank])
 
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Exchange:
-        """Receive a tensor from whichever rank of the group sends one."""
+        """Receive a tensor from whichever rank of the group sends one.
+
+        Args:
+            tensors: One tensor, of the message's shape and type.
+            tag: Of the message.
+        """
         call = Call()
         call.begin(self._comm.Irecv(moved(call.target(tensors[0])), MPI.ANY_SOURCE, tag))
         return self._exchange(call, tensors, "message")
@@ -344,6 +452,15 @@ def init_process_group(
 
     Raises:
         Error: torch.distributed was started already.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> init_process_group(MPI.COMM_SELF)
+        >>> total = torch.ones(2)
+        >>> dist.all_reduce(total)
+        >>> total, dist.get_backend()
+        (tensor([1., 1.]), 'mpi4py')
+        >>> dist.destroy_process_group()
     """
     if dist.is_initialized():
         raise Error(

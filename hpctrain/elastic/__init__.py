@@ -1,1 +1,1 @@
-"""Outliving the loss of a process or node: who is alive, and how the world is formed anew."""
+"""Fault tolerance: who is alive after a loss, and how the world is formed anew."""

@@ -1,4 +1,4 @@
-"""Which engine outlives losses here, and why."""
+"""Choose the engine that outlives losses here, and say why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ class Choice(NamedTuple):
 
 
 def choose(mode: Mode, environment: Mapping[str, str] = os.environ) -> Choice:
-    """What a rank of a run can count on, by what its launcher told it.
+    """Choose an engine by what the launcher told this rank.
+
+    Args:
+        mode: What is asked for; ``auto``: the best there is.
+        environment: Of this process.
 
     Raises:
         Error: What is asked for cannot be had.

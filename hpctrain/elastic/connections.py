@@ -1,4 +1,4 @@
-"""Cutting this process's TCP connections, so that nothing goes on waiting at them.
+"""Shut down this process's TCP connections, so that nothing goes on waiting at them.
 
 An exchange of Gloo waits for a peer that is silent until its timeout. Where another one knows that
 the peer is lost, the connections are shut down, and the exchange fails at once.
@@ -15,7 +15,7 @@ STREAMS = (socket.AF_INET, socket.AF_INET6)
 
 
 def connections() -> set[tuple[int, int]]:
-    """Every socket of this process: its descriptor, and its number in the kernel.
+    """List every socket of this process: its descriptor, and its number in the kernel.
 
     Descriptors are used again for other things; the numbers are not.
     """

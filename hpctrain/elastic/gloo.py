@@ -117,7 +117,12 @@ class Gloo:
             world = self._gather(progress)
 
     def meet(self, progress: Progress, begin: Callable[[], None]) -> Meeting:
-        """Form a new world of those that are alive, and of who wants to join."""
+        """Form a new world of those that are alive, and of those that want to join.
+
+        Args:
+            progress: How far this rank has come.
+            begin: Starts Horovod on the new world.
+        """
         before = self.members
         while True:
             world = self._gather(progress)
@@ -135,7 +140,7 @@ class Gloo:
         )
 
     def begin(self, out: Path, wanted: int | None) -> None:
-        """Training begins.
+        """Tell the driver that training begins.
 
         Args:
             out: The run folder.
@@ -148,7 +153,7 @@ class Gloo:
         return self._waiting
 
     def watch(self) -> None:
-        """To be called while waiting for others.
+        """Look for losses while waiting for others.
 
         Raises:
             PeerLost: One of them is lost.
@@ -164,7 +169,7 @@ class Gloo:
         self._send("done")
 
     def abort(self, code: int) -> None:
-        """This rank failed: have the driver end the others, with that exit code."""
+        """Have the driver end the others with an exit code, and end: this rank has failed."""
         self._send("abort", code=code)
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_WR)  # not before it is sent

@@ -27,7 +27,7 @@ class Member(NamedTuple):
 
 
 class Welcome(NamedTuple):
-    """What a process is told that joins a run under way.
+    """The first message to a process that joins a run under way.
 
     Attributes:
         number: Its own.
@@ -39,7 +39,7 @@ class Welcome(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far a rank has come; what ranks tell each other when they meet anew.
+    """A rank's progress, which ranks tell each other when they meet anew.
 
     Attributes:
         stage: The stage of the run it is in.
@@ -53,7 +53,7 @@ class Progress(NamedTuple):
 
 
 class Meeting(NamedTuple):
-    """How the world was formed anew.
+    """The outcome of forming the world anew: who is there, who was lost, who joined.
 
     Attributes:
         generation: How often that has happened in this run; the same on every rank.
@@ -69,12 +69,12 @@ class Meeting(NamedTuple):
 
     @property
     def newest(self) -> int:
-        """The step that the farthest has taken; -1: nobody has begun."""
+        """The step of the rank that has come farthest; -1: nobody has begun."""
         return max(each.step for each in self.progress)
 
 
 class Membership(Protocol):
-    """Who takes part, by one engine.
+    """An engine of fault tolerance: it knows who takes part, and forms the world anew.
 
     Attributes:
         name: Of the engine.
@@ -98,7 +98,7 @@ class Membership(Protocol):
         """Start Horovod on the first world, by calling ``begin``."""
 
     def meet(self, progress: Progress, begin: Callable[[], None]) -> Meeting:
-        """Form a new world of those that are alive, and of who wants to join.
+        """Form a new world of those that are alive, and of those that want to join.
 
         Every rank calls this: after a loss, or when all have agreed that somebody may join.
 
@@ -112,7 +112,7 @@ class Membership(Protocol):
         """
 
     def begin(self, out: Path, wanted: int | None) -> None:
-        """Training begins.
+        """Take note that training begins.
 
         Args:
             out: The run folder.
@@ -123,7 +123,7 @@ class Membership(Protocol):
         """Whether somebody wants to join, as far as this rank knows."""
 
     def watch(self) -> None:
-        """To be called while waiting for others.
+        """Look for losses; called now and then while waiting for others.
 
         Raises:
             PeerLost: One of them is known to be lost.
@@ -137,4 +137,4 @@ class Membership(Protocol):
 
 
 class Regroup(Exception):  # noqa: N818 - an event, not a mistake
-    """All ranks have agreed to form the world anew, because somebody wants to join."""
+    """Raised where all ranks have agreed to form the world anew, because somebody wants to join."""

@@ -1,4 +1,4 @@
-"""New processes for a run under way, by MPI spawn.
+"""Newcomers: processes that a run under way starts by MPI spawn, and takes in.
 
 Rank 0 starts a process that runs this very command, on a thread of its own because that blocks. The
 process imports and builds its model while the others go on, and says when it is ready. When all
@@ -67,12 +67,12 @@ class Recruiter:
         self._comm, self._ready = comm, True
 
     def take(self) -> MPI.Intercomm | None:
-        """The process that is ready, which is then no longer this one's."""
+        """Hand over the process that is ready, if there is one; it is no longer this one's."""
         comm, self._comm, self._ready = self._comm, None, False
         return comm
 
     def close(self) -> None:
-        """The run is over: dismiss who is ready, or about to be."""
+        """Dismiss who is ready, or about to be: the run is over."""
         if self._thread is not None:
             self._thread.join(START_SECONDS)
         if self._comm is not None:
@@ -97,7 +97,7 @@ def admit(base: MPI.Intracomm, newcomer: MPI.Intercomm | None) -> MPI.Intracomm:
 
 
 def ask_to_join() -> Welcome | None:
-    """What this process was told, if a running job started it."""
+    """Return what this process is told, if a running job started it; None: none did."""
     if not spawned():
         return None
     return Welcome(*receive_json(MPI.Comm.Get_parent(), WELCOME))

@@ -15,7 +15,7 @@ NAME = "hpctrain-notify"
 
 
 def library() -> Path:
-    """Where it is, for ``LD_PRELOAD``; it is built if need be.
+    """Return the path of the library for ``LD_PRELOAD``; it is built if need be.
 
     Raises:
         Error: It cannot be.

@@ -1,4 +1,4 @@
-"""Whether ranks outlive one another here: a small launch, in which one of them dies.
+"""Test whether ranks outlive one another here: a small launch, in which one of them dies.
 
 ``python -m hpctrain.elastic.selftest`` is what each of its ranks runs.
 """
@@ -21,7 +21,7 @@ OUTLIVED = "hpctrain: outlived"
 
 
 def works(launcher: Sequence[str], environment: Mapping[str, str]) -> tuple[bool, str]:
-    """Try it.
+    """Launch two ranks, let one die, and tell whether the other goes on.
 
     Args:
         launcher: Starts two ranks of the command that is added to it.
@@ -43,7 +43,7 @@ def works(launcher: Sequence[str], environment: Mapping[str, str]) -> tuple[bool
 
 
 def main() -> None:
-    """A rank of the test."""
+    """Run as one rank of the test."""
     set_parameters(os.environ, hang_seconds=5.0)
     from mpi4py import MPI
 

@@ -64,7 +64,7 @@ class Ulfm:
         begin()
 
     def begin(self, out: Path, wanted: int | None) -> None:
-        """Training begins.
+        """Take note that training begins, and of how many ranks there are to be.
 
         Args:
             out: The run folder.
@@ -103,7 +103,12 @@ class Ulfm:
         return comm
 
     def meet(self, progress: Progress, begin: Callable[[], None]) -> Meeting:
-        """Form a new world of those that are alive, and of who wants to join."""
+        """Form a new world of those that are alive, and of those that want to join.
+
+        Args:
+            progress: How far this rank has come.
+            begin: Starts Horovod on the new world.
+        """
         before = self.members
         newcomer = join() if self._outside else None
         late = PeerLost(

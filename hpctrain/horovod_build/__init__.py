@@ -1,1 +1,1 @@
-"""Builds Horovod 0.28.1 against the torch and the MPI that are installed, and checks the result."""
+"""Build Horovod 0.28.1 against the torch and the MPI that are installed, and check the result."""

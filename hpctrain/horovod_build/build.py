@@ -56,7 +56,7 @@ def build(*, gpu: bool = False, rebuild: bool = False) -> None:
 
 
 def launches() -> dict[str, list[str]]:
-    """Commands that prove Horovod over two ranks, by the controller they use."""
+    """Return the commands that prove Horovod over two ranks, by the controller they use."""
     program = [sys.executable, "-m", "hpctrain.horovod_build.prove"]
     gloo = [sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", "2"]
     return {"MPI": [*mpirun(2), *program], "Gloo": [*gloo, *program]}
@@ -120,7 +120,7 @@ def _build_wheel(chain: Toolchain, folder: Path, log: Log) -> Path:
 
 
 def _fetch(work: Path, environment: dict[str, str], log: Log) -> Path:
-    """The unpacked source distribution, its hash checked by pip."""
+    """Download and unpack the source distribution, its hash checked by pip."""
     requirement = work / "requirement.txt"
     requirement.write_text(f"horovod=={VERSION} --hash=sha256:{SDIST_SHA256}\n")
     pip(

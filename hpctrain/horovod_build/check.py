@@ -1,4 +1,4 @@
-"""What the installed Horovod was built with, and what is wrong with it."""
+"""Check the installed Horovod: what it was built with, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _torch(folder: Path) -> CheckResult:
 
 
 def _linked(library: Path) -> list[CheckResult]:
-    """The MPI library the extension finds, beside the one that mpirun belongs to."""
+    """Compare the MPI library that the extension finds with the one that mpirun belongs to."""
     listing = run(["ldd", str(library)], timeout_seconds=30).stdout
     match = re.search(r"(libmpi\w*\.so\S*) => (\S+|not found)", listing)
     if match is None:

@@ -31,7 +31,7 @@ def build_(gpu: bool, rebuild: bool) -> None:
 @group.command("run", context_settings={"ignore_unknown_options": True})
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def run_(command: tuple[str, ...]) -> None:
-    """Horovodrun COMMAND within a Slurm job: on all of its nodes, through srun instead of ssh."""
+    """Run horovodrun COMMAND in a Slurm job: on all of its nodes, through srun instead of ssh."""
     from hpctrain.slurm.horovodrun import become
 
     become(list(command))

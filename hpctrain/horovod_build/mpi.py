@@ -1,4 +1,4 @@
-"""One MPI: mpicxx, mpirun, mpi4py and Horovod have to be of the same.
+"""See that mpicxx, mpirun, mpi4py and Horovod are of one MPI.
 
 ``python -m hpctrain.horovod_build.mpi`` is what a rank of a trial with mpi4py runs.
 """
@@ -48,7 +48,7 @@ int main(int argc, char** argv) {
 
 
 class Seen(NamedTuple):
-    """What two ranks of a trial saw.
+    """What two ranks of a trial launch saw.
 
     Attributes:
         size: How large each found the world; 0: they did not get that far.
@@ -62,7 +62,7 @@ class Seen(NamedTuple):
 
 
 def of_compiler(mpicxx: Path) -> str:
-    """What the MPI of a compiler wrapper calls itself, once two ranks have met under mpirun.
+    """Return what the MPI of a compiler wrapper calls itself, once two ranks have met under mpirun.
 
     Raises:
         Error: A program of that compiler does not run under mpirun, or each of its ranks is alone.
@@ -87,13 +87,13 @@ def of_compiler(mpicxx: Path) -> str:
 
 
 def of_mpi4py() -> Seen:
-    """What two ranks with mpi4py see under mpirun."""
+    """Launch two ranks with mpi4py under mpirun, and return what they see."""
     command = [*mpirun(2), sys.executable, "-m", "hpctrain.horovod_build.mpi"]
     return _read(run(command, timeout_seconds=TRIAL_SECONDS))
 
 
 def match_mpi4py(library: str, say: Callable[[str], None] = click.echo) -> None:
-    """Have an mpi4py that uses this MPI: the installed one, or one built from source against it.
+    """Install an mpi4py that uses this MPI, unless it is there: built from source against it.
 
     Args:
         library: What the MPI calls itself.
@@ -173,14 +173,14 @@ def _what_else(seen: Seen) -> str:
 
 
 def _last(output: str) -> str:
-    """The line of an output that tells most."""
+    """Return the line of an output that tells most."""
     lines = [line.strip() for line in output.splitlines() if line.strip(" -=\t")]
     telling = [line for line in lines if re.search(r"[Ee]rror\b.*:|cannot|not found", line)]
     return (telling or lines or ["no output"])[-1][:300]
 
 
 def main() -> None:
-    """A rank of a trial."""
+    """Run as one rank of a trial."""
     from mpi4py import MPI
 
     version = "".join(c if c >= " " else " " for c in MPI.Get_library_version())

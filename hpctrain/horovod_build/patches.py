@@ -1,4 +1,4 @@
-"""What is changed in Horovod 0.28.1 before it is built, each change with its reason."""
+"""Patches of Horovod 0.28.1 that are applied before it is built, each with its reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hpctrain.errors import Error
 
 @dataclass(frozen=True)
 class Patch:
-    """One text replaced in one file of the source tree, wherever it stands there."""
+    """A patch: one text replaced in one file of the source tree, wherever it stands there."""
 
     name: str
     reason: str

@@ -1,4 +1,4 @@
-"""pip, bounded in time, and the log of what it builds."""
+"""Run pip, bounded in time, and log what it builds."""
 
 from __future__ import annotations
 
@@ -94,5 +94,10 @@ def pip(
 
 
 def tail(text: str, lines: int) -> str:
-    """The last lines of an output, in one."""
+    """Return the last lines of an output, in one line.
+
+    Args:
+        text: The output.
+        lines: How many.
+    """
     return " | ".join(text.strip().splitlines()[-lines:])

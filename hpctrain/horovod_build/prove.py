@@ -1,4 +1,4 @@
-"""Run on every rank of a small launch: all-reduce something and say whether it came out right."""
+"""Prove Horovod on each rank of a small launch: all-reduce something, and check the outcome."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpctrain.world.launcher import detect
 
 
 def main() -> int:
-    """Exit code 0 where Horovod's world is the launcher's and its sums are right."""
+    """Return exit code 0 where Horovod's world is the launcher's and its sums are right."""
     launch = detect()
     hvd.init()
     if hvd.size() != launch.size:

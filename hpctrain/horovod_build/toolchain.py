@@ -1,4 +1,4 @@
-"""What Horovod is built from: torch, MPI, compilers and, for GPUs, CUDA and NCCL."""
+"""Find what Horovod is built from: torch, MPI, compilers and, for GPUs, CUDA and NCCL."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OLDEST_CXX_STANDARD = 17  # that of the oldest torch which hpctrain takes
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Everything a wheel depends on.
+    """The toolchain that a wheel depends on.
 
     Attributes:
         built_from: What was found, as JSON-able text; the wheel's cache key is its hash.
@@ -42,13 +42,13 @@ class Toolchain:
 
     @property
     def key(self) -> str:
-        """Names the wheel in the cache."""
+        """The name of the wheel in the cache: a hash of what it is built from."""
         text = json.dumps(self.built_from, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def find(*, gpu: bool) -> Toolchain:
-    """Look for what a build needs.
+    """Find what a build needs, on this machine.
 
     Args:
         gpu: Build the NCCL operations. CUDA is taken from ``CUDA_HOME`` or nvcc's place, NCCL from
@@ -111,7 +111,7 @@ def find(*, gpu: bool) -> Toolchain:
 
 
 def cxx_standard(torch_folder: Path) -> int:
-    """The oldest C++ standard that an installed torch's headers can be compiled with.
+    """Return the oldest C++ standard that an installed torch's headers can be compiled with.
 
     They refuse an older one by a guard (``#if __cplusplus < 202002L``); should that ever be gone,
     torch's CMake package says what its users are compiled with.
@@ -246,7 +246,7 @@ def _nvidia_wheels() -> list[Path]:
 
 
 def _nccl_wheel() -> str | None:
-    """The nvidia-nccl wheel's folder, or None."""
+    """Return the nvidia-nccl wheel's folder, or None."""
     return next((str(f / "nccl") for f in _nvidia_wheels() if (f / "nccl").exists()), None)
 
 
@@ -277,7 +277,7 @@ def _last_line(program: Path, *arguments: str) -> str:
 
 
 def installed_version() -> str | None:
-    """The installed Horovod's version, or None."""
+    """Return the installed Horovod's version, or None."""
     try:
         return importlib.metadata.version("horovod")
     except importlib.metadata.PackageNotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpctrain.inference.passes import Passes
-from hpctrain.tasks.checks import checked_loss
+from hpctrain.tasks.checks import checked_loss, checked_weight
 from hpctrain.train.metrics import Meter
 from hpctrain.train.set_metrics import SetMetrics
 from hpctrain.train.step import applied
@@ -26,7 +26,7 @@ def evaluate(passes: Passes) -> dict[str, float]:
         if batch is not None:
             result = applied(task.loss, model, batch, device, passes.dtype)
             loss, means = checked_loss(task, result, training=False)
-            meter.add({"loss": loss, **means}, batch.samples)
+            meter.add({"loss": loss, **means}, checked_weight(task, batch))
             of_set.add(model, batch)
         of_set.gather(passes.world.comm)
     return of_set.join(meter.read(passes.world.comm))

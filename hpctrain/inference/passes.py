@@ -1,4 +1,4 @@
-"""A trained model and samples, dealt out to ranks in whole batches.
+"""A trained model and the samples of a split, dealt out to ranks in whole batches.
 
 A batch is computed by one rank alone, with the samples it has on any number of ranks: what comes
 of it is the same, bit for bit, because arithmetic in batches of other sizes may round otherwise.
@@ -22,16 +22,16 @@ from hpctrain.data.order import Order, Positions, Shuffle
 from hpctrain.data.shards import ShardSet
 from hpctrain.data.source import Arrays, Empty, Source
 from hpctrain.errors import Error, nearest
+from hpctrain.inference.trained_model import Trained, open_trained
 from hpctrain.strategies import strategy
 from hpctrain.tasks.task import Task, TaskTransform
-from hpctrain.trained_model import Trained, open_trained
 from hpctrain.world.agreement import compare
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World, init
 
 
 class Wanted(NamedTuple):
-    """What is to be applied to what.
+    """What to evaluate or predict: which model, on which split, in what batches.
 
     Attributes:
         source: A run's folder, or one of its checkpoints.
@@ -73,7 +73,7 @@ class Passes:
         self._batch_size = batch_size
 
     def rounds(self) -> Iterator[Batch | None]:
-        """This rank's batches, of each ``size`` ones that follow each other one; None: no more.
+        """Yield this rank's batches, one of every ``size`` consecutive ones; None: it has no more.
 
         So all ranks come to the end of a round equally often, and ranks' batches of a round are
         neighbours.
@@ -107,7 +107,7 @@ class Passes:
 
 @contextlib.contextmanager
 def passes(wanted: Wanted, complain: Any) -> Iterator[Passes]:
-    """Connect the world, and give the model and the samples.
+    """Connect the world, and yield the model and the samples.
 
     Args:
         wanted: The same on every rank.
@@ -176,7 +176,7 @@ class _Some(Source):
 
     @property
     def digest(self) -> str:
-        """That of all samples."""
+        """The digest of all samples."""
         return self._source.digest
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:

@@ -1,4 +1,4 @@
-"""What a trained model predicts of each sample of a split, as an HDF5 file."""
+"""Predict: write what a trained model gives for each sample of a split to an HDF5 file."""
 
 from __future__ import annotations
 
@@ -100,5 +100,5 @@ class _Predictions:
 
 
 def _array(tensor: torch.Tensor) -> Any:
-    """As HDF5 has it, which knows no bfloat16."""
+    """Return a tensor as an array that HDF5 has a type for: it knows no bfloat16."""
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

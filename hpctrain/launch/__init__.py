@@ -1,1 +1,1 @@
-"""Starting ranks on hosts and keeping them started: the driver, worker slots, starters."""
+"""Start ranks on hosts and keep them started: the driver, worker slots, starters."""

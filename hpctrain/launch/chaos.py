@@ -1,4 +1,4 @@
-"""Running a training while things go wrong on purpose, and saying what became of it."""
+"""Fault injection: run a training while things go wrong on purpose, and judge what became of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ END_SECONDS = 10.0
 
 @dataclass
 class Outcome:
-    """What became of a run.
+    """What became of a run under faults.
 
     Attributes:
         verdict: ``good``, or what is wrong with it.
@@ -206,6 +206,11 @@ def judge_metrics(
 
     They may differ from the nearest of these by as much as these differ among themselves, and by a
     hundredth at least: a world of another size rounds differently.
+
+    Args:
+        outcome: Of the run with faults.
+        faultless: Final metrics by name, of each run without.
+        say: Told of each comparison.
     """
     for name, value in outcome.metrics.items():
         others = [metrics[name] for metrics in faultless if name in metrics]
@@ -218,7 +223,12 @@ def judge_metrics(
 
 
 def save(outcome: Outcome, path: Path) -> None:
-    """Write it as JSON."""
+    """Write an outcome as JSON.
+
+    Args:
+        outcome: What became of a run.
+        path: Of the file.
+    """
     path.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The driver of ranks that go on without those they lose, and take in new ones.
+"""The driver of elastic ranks: it replaces those that are lost, and takes in new ones.
 
 It starts ranks where some are missing (:mod:`hpctrain.launch.worker_slots`), hears of each several
 times a second, and says what the world is. Stock elastic Horovod has a driver, too; this one
@@ -63,7 +63,12 @@ class Rank:
     done: bool = False
 
     def send(self, kind: str, **values: Any) -> None:
-        """Tell it something, if it is there."""
+        """Tell it something, if it is there.
+
+        Args:
+            kind: Of the message.
+            values: What it says.
+        """
         with contextlib.suppress(OSError, RuntimeError):
             self.writer.write(pack(kind, **values))
 
@@ -80,7 +85,7 @@ class Place(NamedTuple):
 
 
 def places(hosts: list[str]) -> list[Place]:
-    """Of ranks on these hosts; ranks of a host come one after the other."""
+    """Return the places of ranks on these hosts; ranks of a host come one after the other."""
     found = []
     for rank, host in enumerate(hosts):
         first = hosts.index(host)
@@ -92,7 +97,7 @@ def places(hosts: list[str]) -> list[Place]:
 
 
 def by_host(ranks: list[Rank]) -> list[Rank]:
-    """Ranks in their order, but those of a host together: Horovod counts on it."""
+    """Sort ranks so that those of a host are together, else in their order, as Horovod wants it."""
     first: dict[str, int] = {}
     for rank in ranks:
         first.setdefault(rank.member.host, len(first))
@@ -101,7 +106,7 @@ def by_host(ranks: list[Rank]) -> list[Rank]:
 
 @dataclass
 class Driver:
-    """Who takes part in a run.
+    """The driver of a run: it knows who takes part, by their heartbeats.
 
     Args:
         key: Of the run.
@@ -139,11 +144,11 @@ class Driver:
 
     @property
     def members(self) -> list[Rank]:
-        """Who is in the world."""
+        """The members of the world, by rank."""
         return [rank for rank in self.ranks if rank.takes_part]
 
     async def serve(self) -> int:
-        """Until the run is over.
+        """Look after the ranks until the run is over.
 
         Returns:
             The exit code.
@@ -163,7 +168,12 @@ class Driver:
         return self.code
 
     def end(self, code: int, why: str = "") -> None:
-        """The run is over."""
+        """End the run; the first call decides.
+
+        Args:
+            code: The run's exit code.
+            why: Said to the person who watches; empty: nothing is.
+        """
         if self.code is None:
             self.code = code
             if why:
@@ -172,7 +182,7 @@ class Driver:
     # What ranks say.
 
     async def greet(self, connection: socket.socket) -> bool:
-        """Have somebody who has connected show that it is a rank of the run; False: it is none."""
+        """Do the handshake with somebody who has connected; False: it is no rank of the run."""
         loop = asyncio.get_running_loop()
         mine = challenge()
         await loop.sock_sendall(connection, pack("who", challenge=mine))
@@ -337,7 +347,7 @@ class Driver:
             self._form(ready)
 
     def _form(self, ranks: list[Rank]) -> None:
-        """A new world."""
+        """Form a new world of the ranks that have come."""
         if (store := self._store()) is None:
             return
         where, self._end_store = store
@@ -396,10 +406,10 @@ class Driver:
 
 @contextlib.asynccontextmanager
 async def listen(driver: Driver, address: str, strangers: Strangers) -> AsyncIterator[int]:
-    """Have ranks connect to a driver; gives the port.
+    """Listen for ranks that connect to a driver; yield the port.
 
     Args:
-        driver: It.
+        driver: Greets them.
         address: Of this host, where ranks can reach it.
         strangers: Told of those who do not have the run's key.
 

@@ -1,4 +1,4 @@
-"""Plans of faults, as `hpctrain chaos` takes them.
+"""Plans of faults for fault injection, as `hpctrain chaos` takes them.
 
 A fault is ``KIND:TARGET[,xFACTOR][@WHEN]``, several are separated by blanks::
 
@@ -26,7 +26,7 @@ _FAULT = re.compile(
 
 
 class Fault(NamedTuple):
-    """Something that goes wrong.
+    """A fault to inject: what goes wrong, where, and when.
 
     Attributes:
         kind: ``kill``, ``stop``, ``slow`` or ``node``.
@@ -49,7 +49,7 @@ class Fault(NamedTuple):
 
 
 def parse(text: str) -> list[Fault]:
-    """The faults of a plan.
+    """Parse a plan of faults.
 
     Raises:
         Error: It is not one.
@@ -78,7 +78,7 @@ def parse(text: str) -> list[Fault]:
 
 
 def draw(ranks: int, steps: int, mtbf_steps: float, generator: random.Random) -> list[Fault]:
-    """Random faults, after intervals that are exponentially distributed.
+    """Draw random faults, after intervals that are exponentially distributed.
 
     One in four comes right after the one before, while the others recover. One rank is spared.
 

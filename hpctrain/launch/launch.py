@@ -1,4 +1,4 @@
-"""``hpctrain launch``: ranks that outlive one another over Gloo, and whose number is kept up."""
+"""``hpctrain launch``: elastic ranks over Gloo, whose number is kept up."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def way_for(
     logs: Path,
     starter: str | None = None,
 ) -> Starter:
-    """How ranks are to be started.
+    """Choose the starter of ranks by the options of the command line.
 
     Args:
         count: Of ranks on this host.

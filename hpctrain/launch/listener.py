@@ -1,4 +1,4 @@
-"""Listening where strangers can connect, too: proof first, and bounds on all until it is shown.
+"""Listen where strangers can connect, too: a proof first, and bounds on all until it is shown.
 
 Whoever can reach a port can open connections to it, and say nothing, or too much. So until somebody
 has shown what only this run's processes know, a connection is a bare socket of which some kilobytes
@@ -39,7 +39,7 @@ Greet = Callable[[socket.socket], Awaitable[bool]]
 
 
 class Strangers:
-    """Those who were turned away, told of once a minute at most.
+    """Counts those who were turned away, and tells of them once a minute at most.
 
     Args:
         say: Tells the person who watches.
@@ -51,7 +51,7 @@ class Strangers:
         self._said = -QUIET_SECONDS
 
     def turned_away(self, address: str) -> None:
-        """Somebody at this address had no proof."""
+        """Count somebody at this address who had no proof."""
         self._count += 1
         now = time.monotonic()
         if now - self._said >= QUIET_SECONDS:

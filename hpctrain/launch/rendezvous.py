@@ -1,4 +1,4 @@
-"""The store in which ranks that start Gloo find each other's addresses: HTTP, as Horovod speaks it.
+"""The rendezvous of ranks that start Gloo: a store of their addresses, by Horovod's HTTP protocol.
 
 Horovod's own store listens on all of a host's addresses and keeps what anybody puts there. This one
 listens where the driver does, answers only who knows a path that the driver has told the ranks, and
@@ -22,7 +22,7 @@ NAME_BYTES = 255
 
 
 class Store:
-    """The addresses of one world's ranks.
+    """A store of the addresses of one world's ranks.
 
     Attributes:
         where: ``HOST:PORT/PATH``, for ``HOROVOD_GLOO_RENDEZVOUS_ADDR``: Horovod puts ``http://``
@@ -45,7 +45,7 @@ class Store:
         self._serving.add_done_callback(lambda done: server.close())
 
     def close(self) -> None:
-        """Stop listening, and forget all."""
+        """Stop listening, and forget all addresses."""
         self._serving.cancel()
         self._values.clear()
 
@@ -92,7 +92,7 @@ class Store:
 
 
 def opener(address: str, strangers: Strangers) -> Callable[[], tuple[str, Callable[[], None]]]:
-    """What makes a store for each world: where it is, and what ends it.
+    """Return a function that opens a store for each world, and returns its place and what ends it.
 
     Args:
         address: Of this host, where to listen.

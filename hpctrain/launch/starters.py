@@ -1,4 +1,4 @@
-"""Ways to start a rank: here, by ssh, by srun in this job, or as a job of its own."""
+"""Starters of ranks: here, by ssh, by srun in this job, or as a job of its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SSH_PORT, SLURMD_PORT = 22, 6818
 
 
 class RankProcess(NamedTuple):
-    """What a rank is to run.
+    """The process that a rank is to run.
 
     Attributes:
         command: The program and its arguments.
@@ -46,7 +46,7 @@ class RankProcess(NamedTuple):
 
 
 class Starter(Protocol):
-    """How ranks are started.
+    """A way to start ranks on hosts.
 
     Attributes:
         hosts: Of each seat; an empty name: the way chooses.
@@ -57,6 +57,10 @@ class Starter(Protocol):
     async def run(self, seat: int, task: RankProcess) -> int:
         """Run a rank to its end; when this is cancelled, it is killed.
 
+        Args:
+            seat: Of the rank: which of those that are to be started.
+            task: What it runs.
+
         Returns:
             Its exit code, as far as that is known.
         """
@@ -66,7 +70,7 @@ class Starter(Protocol):
 
 
 class Here:
-    """Processes of this host.
+    """Starts ranks as processes of this host.
 
     Args:
         count: How many.
@@ -76,16 +80,21 @@ class Here:
         self.hosts = [os.uname().nodename] * count
 
     async def run(self, seat: int, task: RankProcess) -> int:
-        """Run a rank to its end."""
+        """Run a rank to its end.
+
+        Args:
+            seat: Of the rank.
+            task: What it runs.
+        """
         return await _child(SEAT, os.environ, task)
 
     async def usable(self, seat: int) -> bool:
-        """This host is there."""
+        """Tell that this host is always there."""
         return True
 
 
 class Ssh:
-    """Processes of other hosts, by ssh.
+    """Starts ranks as processes of other hosts, by ssh.
 
     Args:
         hosts: Of each seat.
@@ -95,7 +104,12 @@ class Ssh:
         self.hosts = hosts
 
     async def run(self, seat: int, task: RankProcess) -> int:
-        """Run a rank to its end."""
+        """Run a rank to its end.
+
+        Args:
+            seat: Of the rank.
+            task: What it runs.
+        """
         # One string for a shell on the other side, each word of it quoted.
         return await _child([*SSH, self.hosts[seat], shlex.join(SEAT)], os.environ, task)
 
@@ -105,7 +119,7 @@ class Ssh:
 
 
 class Srun:
-    """Steps of this Slurm job.
+    """Starts ranks as steps of this Slurm job.
 
     Args:
         hosts: Of each seat.
@@ -115,7 +129,12 @@ class Srun:
         self.hosts = hosts
 
     async def run(self, seat: int, task: RankProcess) -> int:
-        """Run a rank to its end."""
+        """Run a rank to its end.
+
+        Args:
+            seat: Of the rank.
+            task: What it runs.
+        """
         arguments, environment = one_task(self.hosts[seat])
         command = [*arguments, "--no-kill", "--input=all", *SEAT]
         return await _child(command, environment, task)
@@ -129,7 +148,7 @@ class Srun:
 
 
 class Pool:
-    """Jobs of one task each: a node that comes back takes up the next one.
+    """Starts ranks as jobs of one task each: a node that comes back takes up the next one.
 
     Args:
         count: How many.
@@ -150,7 +169,12 @@ class Pool:
                         "--logs.") from error  # fmt: skip
 
     async def run(self, seat: int, task: RankProcess) -> int:
-        """Run a rank to its end, as a job."""
+        """Run a rank to its end, as a job.
+
+        Args:
+            seat: Of the rank.
+            task: What it runs.
+        """
         # The environment goes with the job; its arguments could be read by everybody.
         arguments = ["--parsable", "--ntasks=1", f"--job-name=hpctrain-rank-{seat}",
                      f"--output={self._log}", "--open-mode=append", "--no-requeue",
@@ -173,7 +197,7 @@ class Pool:
                 await asyncio.shield(asyncio.to_thread(commands.cancel, job))
 
     async def usable(self, seat: int) -> bool:
-        """Slurm knows; the job waits until a node is there."""
+        """Tell that a rank can always be queued again: Slurm knows when a node is there."""
         return True
 
 
@@ -201,7 +225,7 @@ async def _child(command: Sequence[str], environment: Mapping[str, str], task: R
 
 
 def address_for(hosts: Sequence[str]) -> str:
-    """By which others reach this host.
+    """Return the address by which other hosts reach this one.
 
     Args:
         hosts: The others, as far as they are known.

@@ -1,4 +1,4 @@
-"""A rank's process on its host, started by whatever starts processes there.
+"""Run a rank's process on its host, started by whatever starts processes there.
 
 Reads from standard input, in a line of JSON, what to start: so nothing is said in arguments, which
 everybody on the host can read. Where standard input ends, the launcher is gone, or has given this
@@ -17,7 +17,7 @@ import threading
 
 
 def main() -> int:
-    """The exit code of what was started; 128 + n where signal n ended it."""
+    """Run what standard input names, and return its exit code; 128 + n where signal n ended it."""
     task = json.loads(sys.stdin.buffer.readline())
     try:
         os.chdir(task["folder"])

@@ -1,4 +1,4 @@
-"""Keeps as many ranks started as there should be."""
+"""Keep as many ranks started as there should be."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class _WorkerSlot:
 
 
 class WorkerSlots:
-    """The ranks that are started for a driver.
+    """Starts the ranks of a driver, and starts them again where they are lost.
 
     Args:
-        driver: It.
+        driver: Tells which ranks are lost.
         way: How to start one.
         task: What a rank runs, by its seat.
         say: Tells the person who watches.
@@ -117,7 +117,12 @@ class WorkerSlots:
 
 
 def place_variables(hosts: list[str], seat: int) -> Mapping[str, str]:
-    """What a rank is told of its place before there is a world."""
+    """Return the variables that tell a rank its place before there is a world.
+
+    Args:
+        hosts: Of each seat; an empty name: not known.
+        seat: The rank's.
+    """
     host = hosts[seat]
     local = [number for number, each in enumerate(hosts) if each == host and host]
     values = {

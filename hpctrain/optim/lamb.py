@@ -1,4 +1,4 @@
-"""LAMB: Adam whose step for each tensor has a length in proportion to the tensor's own."""
+"""LAMB: Adam with a step for each tensor in proportion to the tensor's norm (You et al., 2020)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpctrain.errors import Error
 
 
 class Lamb(torch.optim.Optimizer):
-    """The optimizer for very large batches.
+    """The LAMB optimizer, for very large batches.
 
     You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR
     2020, Algorithm 2, with bias correction and the norm itself as the scaling function φ.
@@ -27,6 +27,15 @@ class Lamb(torch.optim.Optimizer):
 
     Raises:
         Error: A number out of its range.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> before = model.weight.detach().clone()
+        >>> optimizer = Lamb(model.parameters(), lr=0.01)
+        >>> model(torch.ones(3, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> f"{(model.weight - before).norm() / before.norm():.4f}"  # lr, as a share of the norm
+        '0.0100'
     """
 
     def __init__(

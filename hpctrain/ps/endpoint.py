@@ -317,8 +317,8 @@ class Endpoint:
         if self._only_messages:
             return None
         seconds = self.config.silence_seconds
-        lockstep = consistency_of(self.config).lockstep
-        sharing = Sharing(self._node, workers, lockstep, lambda: self._fence.watch(seconds))
+        same_weights = consistency_of(self.config).same_weights
+        sharing = Sharing(self._node, workers, same_weights, lambda: self._fence.watch(seconds))
         if self.client is None:
             sharing.offer(0)
         return sharing

@@ -1,4 +1,4 @@
-"""Runs and benchmarks as one page that is read in a browser, and their plots as files.
+"""Report runs and benchmarks as one page that is read in a browser, and their plots as files.
 
 ``runs`` and ``benchmarks`` read the files; ``comparison``, ``curves``, ``scaling`` and ``cases``
 (with ``variables``) choose what is shown of them, as the plain data of ``figures``; ``drawing``

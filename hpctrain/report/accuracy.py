@@ -1,4 +1,4 @@
-"""Time and samples to a target accuracy, and the curves on the way there."""
+"""Report time and samples to a target accuracy, and the curves on the way there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AXES = {"samples": "samples", "seconds": "time (s)"}
 
 
 def section(benchmark: Benchmark) -> Section:
-    """Of ``benchmarks.accuracy``: its tables and bars, and the curves of each group of records."""
+    """Return the section of ``benchmarks.accuracy``: tables, bars, and curves of each group."""
     found = cases.section(benchmark)
     for group, records in groups_of(benchmark.records).items():
         for key in AXES:

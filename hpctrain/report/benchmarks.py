@@ -1,4 +1,4 @@
-"""Files that benchmarks wrote, whatever their form, as one list of records."""
+"""Read files that benchmarks wrote, whatever their form, as one list of records."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Benchmark:
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """A JSON file of a benchmark.
+    """Read a JSON file of a benchmark.
 
     Its records are those of ``records``; or the objects in ``cases`` or ``modes``, by whose keys
     they then begin; or the file is one record.

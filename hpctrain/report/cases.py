@@ -1,4 +1,4 @@
-"""What is shown of a benchmark: a table of each group of its records, and plots of its measures."""
+"""Show a benchmark: a table of each group of its records, and plots of its measures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LOG_X, LOG_Y = 20, 50
 
 
 def section(benchmark: Benchmark) -> Section:
-    """All of a benchmark."""
+    """Return the section of a benchmark: all its tables and plots."""
     found = Section(f"Benchmark: {benchmark.name}")
     found.text.append(f"{benchmark.path.name}, {len(benchmark.records)} records")
     if benchmark.targets:
@@ -65,7 +65,13 @@ def section(benchmark: Benchmark) -> Section:
 
 
 def table(title: str, records: Sequence[Record], variables: Sequence[str]) -> Table:
-    """A row a record."""
+    """Return a table with a row for each record.
+
+    Args:
+        title: Above it.
+        records: Of a group.
+        variables: The independent ones, by their keys.
+    """
     vary = varied(records, variables) or list(variables[:1])
     constant = [
         f"{words(key)} {short(records[0].get(key))}" for key in variables if key not in vary
@@ -101,7 +107,13 @@ def _text(value: Any) -> str:
 
 
 def figures(title: str, records: Sequence[Record], variables: Sequence[str]) -> list[Figure]:
-    """A plot for each measure that differs between records, of those with a spread if any has."""
+    """Plot each measure that differs between records; where some have a spread, those alone.
+
+    Args:
+        title: Above each.
+        records: Of a group.
+        variables: The independent ones, by their keys.
+    """
     measures = measures_of(records, variables)
     differ = [
         key
@@ -125,7 +137,15 @@ def figures(title: str, records: Sequence[Record], variables: Sequence[str]) -> 
 def over_axis(
     title: str, key: str, records: Sequence[Record], x: str, lines: Sequence[str]
 ) -> Plot | None:
-    """A measure over a variable, a line for each combination of the others."""
+    """Plot a measure over a variable, with a line for each combination of the others.
+
+    Args:
+        title: Above it.
+        key: Of the measure.
+        records: Of a group.
+        x: The variable of the x axis.
+        lines: The others.
+    """
     series = []
     ordered = sorted(
         (record for record in records if number(record.get(key)) is not None),
@@ -176,7 +196,14 @@ def _named(line: Sequence[str], lines: Sequence[str], records: Sequence[Record])
 
 
 def bars(title: str, key: str, records: Sequence[Record], variables: Sequence[str]) -> Bars | None:
-    """A measure of every record; of nothing if they are too many to be read."""
+    """Return a bar of a measure for every record; None: they are too many, or too few.
+
+    Args:
+        title: Above it.
+        key: Of the measure.
+        records: Of a group.
+        variables: The independent ones, by their keys.
+    """
     vary = varied(records, variables) or list(variables[:1])
     names = next(
         (vary[:n] for n in range(1, len(vary)) if _distinguish(vary[:n], records)), vary

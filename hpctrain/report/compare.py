@@ -1,4 +1,4 @@
-"""Runs side by side: ranks, speed, efficiency, and how they ended."""
+"""Compare runs side by side: ranks, speed, efficiency, and how they ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """A run.
+    """A run, as `hpctrain compare` shows it.
 
     Attributes:
         run: Its folder, or what else it was called.
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 def compare(runs: Sequence[Path]) -> list[Row]:
-    """Runs by their number of ranks.
+    """Compare runs, in the order of their number of ranks.
 
     Raises:
         Error: One has no metrics.
@@ -44,7 +44,7 @@ def compare(runs: Sequence[Path]) -> list[Row]:
 
 
 def side_by_side(runs: Mapping[str, Sequence[Record]]) -> list[Row]:
-    """The same of what ``metrics.jsonl`` of each run holds.
+    """Compare runs by the records of their ``metrics.jsonl``.
 
     Raises:
         Error: One has no metrics.
@@ -71,14 +71,14 @@ def _is_size(value: object) -> bool:
 
 
 def speeds_of(records: Sequence[Record]) -> list[float]:
-    """Samples per second, of each line of training that says it."""
+    """Return samples per second, of each line of training that says it."""
     speeds = [r.get("samples_per_second") for r in records if r.get("kind") == "train"]
     most = sys.float_info.max
     return [float(s) for s in speeds if isinstance(s, (int, float)) and 0 < s <= most]
 
 
 def records_of(run: Path) -> list[Record]:
-    """The lines of a run's ``metrics.jsonl``, but for those that were cut when it was killed."""
+    """Read the lines of a run's ``metrics.jsonl``, but for those that were cut off."""
     with contextlib.suppress(OSError):
         return list(json_lines(run / "metrics.jsonl"))
     return []

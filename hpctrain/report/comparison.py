@@ -1,4 +1,4 @@
-"""Runs in tables: how they ended, what differs in their configurations, and their versions."""
+"""Compare runs in tables: how they ended, their configurations, and their versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OVERSUBSCRIBED = "* more ranks than cores"
 
 
 def section(runs: Sequence[Run]) -> Section:
-    """All the tables, and each configuration as a whole."""
+    """Return the section that compares runs: all tables, and each configuration as a whole."""
     found = Section("Runs" if len(runs) > 1 else "Run")
     found.tables.append(results(runs))
     if len(runs) > 1:
@@ -36,7 +36,7 @@ def section(runs: Sequence[Run]) -> Section:
 
 
 def results(runs: Sequence[Run]) -> Table:
-    """A row a run."""
+    """Return a table of results, with a row for each run."""
     final = {run.label: _metrics(run, "final") or run.metrics for run in runs}
     best = {run.label: _best(run) for run in runs}
     finals = list(dict.fromkeys(name for each in final.values() for name in each))
@@ -75,14 +75,14 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def differences(runs: Sequence[Run]) -> list[list[str]]:
-    """The keys that do not have the same value in all runs, with their values; but for ``out``."""
+    """List the keys whose values differ between runs, with their values; but for ``out``."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key != "out")
     rows = [[key, *(short(run.config.get(key)) for run in runs)] for key in keys]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def versions_of(runs: Sequence[Run]) -> list[list[str]]:
-    """A row a package, and the host, over runs that are completed."""
+    """List the versions of packages, and the host, over runs that are completed."""
     found = [
         {**_dict(run.result.get("versions")), "host": run.result.get("host")}
         for run in runs

@@ -1,4 +1,4 @@
-"""The curves of runs: metrics, learning rate, throughput, waiting, staleness, ranks, and events."""
+"""Plot runs: metrics, learning rate, throughput, waiting, staleness, ranks, and events."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Value = Callable[[Record], Any]
 
 
 def learning(runs: Sequence[Run]) -> Section:
-    """Each metric over steps and, of several runs, over time; and the learning rate."""
+    """Return plots of metrics over steps and, of several runs, over time; and the learning rate."""
     found = Section("Learning")
     kinds = ("train", "validation")
     names = dict.fromkeys(
@@ -73,7 +73,7 @@ def _metric(runs: Sequence[Run], name: str, x: str) -> list[Plot]:
 
 
 def speed(runs: Sequence[Run]) -> Section:
-    """Throughput, waiting for input, and gradients' way."""
+    """Return the plots of throughput, waiting for input, and the exchange of gradients."""
     found = Section("Speed")
     marks = _marks(runs)
     about = (
@@ -94,7 +94,7 @@ def speed(runs: Sequence[Run]) -> Section:
 
 
 def parts(runs: Sequence[Run]) -> list[Figure]:
-    """Where the time of a step goes: the median over a run's lines, but for the first."""
+    """Plot where the time of a step goes: the median over a run's lines, but for the first."""
     found = {}
     for run in runs:
         lines = run.of("timing")
@@ -117,7 +117,7 @@ def parts(runs: Sequence[Run]) -> list[Figure]:
 
 
 def exchange(runs: Sequence[Run]) -> Section:
-    """What runs record of the exchange of gradients: bytes; of a parameter server also lateness."""
+    """Return the plots of bytes exchanged; of a parameter server also staleness and delay."""
     found = Section("Exchange")
     found.text.append("Bytes of all ranks together, with headers left out.")
     if any("staleness_mean" in record for run in runs for record in run.of("exchange")):
@@ -179,7 +179,7 @@ def _histogram(runs: Sequence[Run], name: str, unit: str) -> list[Plot]:
 
 
 def changes(runs: Sequence[Run]) -> Section:
-    """Ranks over steps, and each change with how long its step took."""
+    """Return the plots of ranks over steps, and each change with how long its step took."""
     found = Section("Ranks lost and joined")
     rows = []
     for run in runs:
@@ -245,7 +245,7 @@ def _series(run: Run, look: int, kind: str, value: str | Value, x: str = "step")
 def _plot(
     runs: Sequence[Run], kind: str, value: str | Value, title: str, y_label: str = "", **about: Any
 ) -> list[Plot]:
-    """Of runs that have it; none where none has, or nothing but zeros."""
+    """Plot a key over steps, of runs that have it; no plot where none has, or nothing but zeros."""
     series = [s for look, run in enumerate(runs) for s in _series(run, look, kind, value)]
     if not isinstance(value, str) and not any(y for each in series for y in each.y):
         return []

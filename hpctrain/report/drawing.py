@@ -1,4 +1,4 @@
-"""Plots drawn by matplotlib: as files for papers, and as SVG that is part of a page."""
+"""Draw plots by matplotlib: as files for papers, and as SVG that is part of a page."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 
 
 def require_matplotlib() -> None:
-    """Say what is missing before anything is read.
+    """Refuse to go on without matplotlib, before anything is read.
 
     Raises:
         Error: It is not installed.
@@ -74,13 +74,18 @@ def require_matplotlib() -> None:
 
 
 def save(figure: Figure, stem: Path) -> None:
-    """Write ``stem.png`` and ``stem.svg``, with text as outlines, for papers."""
+    """Write ``stem.png`` and ``stem.svg``, with text as outlines, for papers.
+
+    Args:
+        figure: What to draw.
+        stem: The path without a suffix.
+    """
     _save(figure, stem.with_name(stem.name + ".png"))
     _save(figure, stem.with_name(stem.name + ".svg"), style={"svg.fonttype": "path"})
 
 
 def inline(figure: Figure, prefix: str) -> str:
-    """SVG as part of a page: its text is text, and ink and grid have the page's colours.
+    """Draw SVG for a page: its text is text, and ink and grid have the page's colours.
 
     Args:
         figure: What to draw.
@@ -132,7 +137,7 @@ def _own_ids(root: ElementTree.Element, prefix: str) -> None:
 
 
 def _save(figure: Figure, file: Any, style: Any = None) -> None:
-    """As SVG in a style, or as PNG without."""
+    """Save a figure as SVG in a style, or as PNG without."""
     import matplotlib
 
     with matplotlib.rc_context({**STYLE, **(style or {})}), warnings.catch_warnings():
@@ -289,7 +294,7 @@ def _tick(value: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without what XML cannot hold."""
+    """Return text without what XML cannot hold."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

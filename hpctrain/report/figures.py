@@ -1,4 +1,4 @@
-"""What a report shows: plots and tables as plain data, before anything is drawn."""
+"""Figures of a report: plots and tables as plain data, before anything is drawn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUCKETS = 250
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a plot.
+    """One line of a plot.
 
     Attributes:
         label: In the legend.
@@ -43,7 +43,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Plot:
-    """Lines over an axis.
+    """A plot of lines over an axis.
 
     Attributes:
         name: Of its files, without a suffix.
@@ -87,7 +87,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar for each case; a point, where the axis is logarithmic.
+    """A plot with a bar for each case; a point, where the axis is logarithmic.
 
     Attributes:
         name: Of its files, without a suffix.
@@ -122,7 +122,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Stacks:
-    """A bar for each case, of parts one after the other.
+    """A plot with a bar for each case, of parts one after the other.
 
     Attributes:
         name: Of its files, without a suffix.
@@ -154,7 +154,7 @@ Figure = Plot | Bars | Stacks
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head; the first cell of a row says what the row is.
+    """A table of rows under a head; the first cell of a row says what the row is.
 
     Attributes:
         caption: What it shows.
@@ -171,7 +171,7 @@ class Table:
 
 @dataclass
 class Section:
-    """A part of the page.
+    """A section of the page: text, tables and plots.
 
     Attributes:
         title: Its heading.
@@ -191,11 +191,16 @@ class Section:
 def thin(
     x: Sequence[float], y: Sequence[float], buckets: int = BUCKETS
 ) -> tuple[list[float], list[float]]:
-    """A curve with fewer points that looks the same: first, last, and the extremes in between.
+    """Thin a curve so that it looks the same: keep first, last, and the extremes in between.
 
     Of each of ``buckets`` stretches the least and the largest value are kept, where they are, as a
     drawing of that many pixels would show them (M4 without the ends of each stretch: Jugel et al.,
     "M4: A Visualization-Oriented Time Series Data Aggregation", VLDB 2014).
+
+    Args:
+        x: Of each point.
+        y: As many values.
+        buckets: Stretches into which the curve is cut.
     """
     if len(y) <= 2 * buckets + 2:
         return list(x), list(y)
@@ -208,7 +213,7 @@ def thin(
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for anything else that a file may hold in its place."""
+    """Return a finite number, or None for anything else that a file may hold in its place."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -218,7 +223,7 @@ def number(value: Any) -> float | None:
 
 
 def short(value: Any) -> str:
-    """A value as a table shows it."""
+    """Return a value as a table shows it."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -233,13 +238,19 @@ def short(value: Any) -> str:
 
 
 def spread(value: float, low: float, high: float) -> str:
-    """A median with the ends of its spread, where it has one."""
+    """Return a median with the ends of its spread, where it has one.
+
+    Args:
+        value: The median.
+        low: The lower end.
+        high: The upper end.
+    """
     middle, *ends = map(short, (value, low, high))
     return middle if {*ends} == {middle} else f"{middle} ({ends[0]}..{ends[1]})"
 
 
 def words(key: str) -> str:
-    """A key as an axis is labelled: ``median_ms`` is "median (ms)"."""
+    """Return a key as an axis is labelled: ``median_ms`` is "median (ms)"."""
     if key.endswith("_per_second"):
         return f"{key.removesuffix('_per_second').replace('_', ' ')}/s"
     stem, _, unit = key.rpartition("_")
@@ -249,11 +260,16 @@ def words(key: str) -> str:
 
 
 def file_name(*parts: str) -> str:
-    """Parts as the name of a file: letters, digits and hyphens."""
+    """Join parts to the name of a file: letters, digits and hyphens."""
     kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in "-".join(parts))
     return "-".join(filter(None, kept.lower().split("-")))[:80] or "plot"
 
 
 def wide(values: Sequence[float], ratio: float) -> bool:
-    """Whether values range so far that an axis should be logarithmic."""
+    """Whether values range so far that an axis should be logarithmic.
+
+    Args:
+        values: To be drawn.
+        ratio: Of the largest to the least, from which on they do.
+    """
     return bool(values) and min(values) > 0 and max(values) / min(values) > ratio

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else, and its plots as files."""
+"""Write the report as one HTML page that needs nothing else, and its plots as files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def report(inputs: Sequence[Path], out: Path, plots: Path | None = None) -> int:
 
 
 def figures_of(path: Path) -> dict[str, Figure]:
-    """The plots of a benchmark's file, by names of files.
+    """Return the plots of a benchmark's file, by names of files.
 
     Raises:
         Error: It cannot be read.
@@ -67,7 +67,7 @@ def figures_of(path: Path) -> dict[str, Figure]:
 
 
 def read(inputs: Sequence[Path]) -> tuple[list[Run], list[Benchmark]]:
-    """Each input once, by what it is.
+    """Read each input once, as what it is: a run or a benchmark.
 
     Raises:
         Error: One is neither, or damaged.
@@ -85,7 +85,12 @@ def read(inputs: Sequence[Path]) -> tuple[list[Run], list[Benchmark]]:
 
 
 def sections_of(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> list[Section]:
-    """The parts of the page that have something to show."""
+    """Return the sections of the page that have something to show.
+
+    Args:
+        runs: To compare.
+        benchmarks: Each a section of its own.
+    """
     found = []
     if runs:
         found += [comparison.section(runs), curves.learning(runs), curves.speed(runs)]
@@ -99,7 +104,12 @@ def sections_of(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> list[Se
 
 
 def render(sections: Sequence[Section], title: str) -> str:
-    """The page."""
+    """Render the page as HTML.
+
+    Args:
+        sections: Of the page, in order.
+        title: Of the page.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 

@@ -1,4 +1,4 @@
-"""Run folders as they are read for a report."""
+"""Read run folders for a report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HINT = "name run folders of `hpctrain train`, or JSON files that benchmarks wrot
 
 @dataclass
 class Run:
-    """What a run folder says.
+    """A run, as its folder tells of it.
 
     Attributes:
         path: The folder.
@@ -42,12 +42,12 @@ class Run:
     state: str
 
     def of(self, kind: str) -> list[Record]:
-        """Records of a kind."""
+        """Return the records of a kind."""
         return [record for record in self.records if record.get("kind") == kind]
 
     @cached_property
     def sizes(self) -> list[tuple[float, int]]:
-        """Step and number of ranks, from each change on."""
+        """The step and number of ranks, from each change on."""
         return [
             (float(record["step"]), int(record["size"]))
             for record in self.of("event")
@@ -56,14 +56,14 @@ class Run:
 
     @property
     def ranks(self) -> str:
-        """How many computed, one after the other."""
+        """How many ranks computed, one number after the other."""
         sizes = [size for _, size in self.sizes]
         changes = [b for a, b in zip([None, *sizes], sizes, strict=False) if a != b]
         return " → ".join(map(str, changes))
 
     @property
     def strategy(self) -> str:
-        """Its name, with the consistency of a parameter server."""
+        """The strategy's name, with the consistency of a parameter server."""
         name = str(self.result.get("strategy") or self.config.get("strategy") or "unknown")
         consistency = self.config.get("ps.consistency")
         return f"{name} {consistency}" if name == "ps" and consistency else name
@@ -75,19 +75,19 @@ class Run:
 
     @property
     def speed(self) -> float | None:
-        """Samples per second: the median over its lines, but for the first."""
+        """The speed in samples per second: the median over its lines, but for the first."""
         speeds = speeds_of(self.records)
         return statistics.median(speeds[1:] or speeds) if speeds else None
 
     @property
     def step_ms(self) -> float | None:
-        """What a step usually takes."""
+        """What a step usually takes, in milliseconds."""
         batch = number(self.config.get("train.batch_size"))
         return 1e3 * batch / self.speed if batch and self.speed else None
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The last ones of training and validation, by the names of result.json."""
+        """The last metrics of training and validation, by the names of result.json."""
         found: dict[str, float] = {}
         for kind, prefix in (("train", "train_"), ("validation", "val_")):
             for record in self.of(kind)[-1:]:
@@ -104,12 +104,12 @@ MACHINERY = (
 
 
 def metrics_of(record: Record) -> list[str]:
-    """Names of what the task reports in a record of training or validation."""
+    """Return the names of what the task reports in a record of training or validation."""
     return [name for name in record if name not in MACHINERY and number(record[name]) is not None]
 
 
 def read_run(path: Path) -> Run:
-    """A run folder, of a run that is completed or not.
+    """Read the folder of a run that is completed or not.
 
     Raises:
         Error: It holds no metrics, or a file that is damaged.
@@ -132,7 +132,7 @@ def read_run(path: Path) -> Run:
 
 
 def continued(records: Sequence[Record]) -> list[Record]:
-    """Records of a run that was killed and resumed, as of one that was not.
+    """Join the records of a run that was killed and resumed, as if it had not been.
 
     What was measured after the checkpoint that was resumed from is measured again: only the second
     time counts. ``seconds`` is added to each record, in which a standstill takes no time.
@@ -158,7 +158,7 @@ def _starts(record: Record) -> bool:
 
 
 def name_runs(runs: Sequence[Run]) -> None:
-    """Give each the shortest label that tells it from the others; * for oversubscribed ones."""
+    """Give each run the shortest label that tells it from the others; * for oversubscribed ones."""
     for run in runs:
         parts = run.path.resolve().parts
         others = [other.path.resolve().parts for other in runs if other is not run]

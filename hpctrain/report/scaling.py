@@ -1,4 +1,4 @@
-"""Throughput and efficiency over ranks, of runs that differ in nothing else that decides speed."""
+"""Plot throughput and efficiency over ranks, of runs that are otherwise as fast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECTIONS_WITHOUT_WEIGHT = ("schedule.", "checkpoint.", "interrupt.", "log.")
 
 
 def families(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in their number of ranks, and in nothing else that decides speed.
+    """Group runs that differ in their number of ranks, and in nothing else that decides speed.
 
     A run whose world changed has no speed of one number of ranks, and is in none.
     """
@@ -49,7 +49,7 @@ def families(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def kind_of(family: Sequence[Run]) -> str:
-    """Weak or strong scaling, as the global batches say."""
+    """Tell weak from strong scaling, by the global batches."""
     batches = [(run.config.get("train.batch_size"), int(run.ranks)) for run in family]
     if len({batch for batch, _ in batches}) == 1:
         return f"strong scaling, global batch {short(batches[0][0])}"
@@ -59,7 +59,7 @@ def kind_of(family: Sequence[Run]) -> str:
 
 
 def section(runs: Sequence[Run]) -> Section | None:
-    """Of every task; None where no runs scale."""
+    """Return the section on scaling of every task; None where no runs scale."""
     found = Section("Scaling")
     tasks: dict[str, list[list[Run]]] = {}
     for family in families(runs):
@@ -138,7 +138,7 @@ def _plots(
 
 
 def of_benchmark(benchmark: Benchmark) -> Section:
-    """Of ``benchmarks.scaling``: its tables, and of each group of records its plots."""
+    """Return the section of ``benchmarks.scaling``: its tables, and plots of each group."""
     found = cases.section(benchmark)
     found.figures.clear()
     for group, records in groups_of(benchmark.records).items():

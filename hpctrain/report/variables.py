@@ -1,4 +1,4 @@
-"""Which keys of a benchmark's records are variables, which are measures, and which is the x axis.
+"""Tell which keys of a benchmark's records are variables, which measures, and which the x axis.
 
 By the project's conventions a record begins with its independent variables, a measure's key ends in
 its unit, and beside ``KEY`` stand ``KEY_min`` and ``KEY_max``, or ``KEY_spread``.
@@ -17,7 +17,7 @@ AFTER_VARIABLES = ("oversubscribed", "rounds", "failed", "skipped")
 
 
 class Measured(NamedTuple):
-    """A measure of one or more records: the median and from where to where it goes."""
+    """A measure of one or more records: the median, and the ends of its spread."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Measured(NamedTuple):
 
 
 def groups_of(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records by their ``group``, which is then left out of them."""
+    """Group records by their ``group``, which is then left out of them."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         kept = {key: value for key, value in record.items() if key != "group"}
@@ -34,7 +34,7 @@ def groups_of(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def variables_of(records: Sequence[Record]) -> list[str]:
-    """The independent variables: the keys that records begin with.
+    """Return the independent variables: the keys that records begin with.
 
     They end at ``oversubscribed``, or at the first key that was measured, as its spread, its being
     a list, or its being no whole number tells.
@@ -52,7 +52,12 @@ def variables_of(records: Sequence[Record]) -> list[str]:
 
 
 def companions(record: Record, key: str) -> list[str]:
-    """The keys beside a key that hold its spread: two for its ends, or one for both."""
+    """Return the keys beside a key that hold its spread: two for its ends, or one for both.
+
+    Args:
+        record: Of a benchmark.
+        key: Of a measure.
+    """
     if {f"{key}_min", f"{key}_max"} <= set(record):
         return [f"{key}_min", f"{key}_max"]
     stem = key.removesuffix("_median")
@@ -64,7 +69,12 @@ def companions(record: Record, key: str) -> list[str]:
 
 
 def measures_of(records: Sequence[Record], variables: Sequence[str]) -> list[str]:
-    """The numbers that are neither variables nor ends of a spread."""
+    """Return the keys of numbers that are neither variables nor ends of a spread.
+
+    Args:
+        records: Of a group.
+        variables: The independent ones.
+    """
     beside = {name for record in records for key in record for name in companions(record, key)}
     keys = dict.fromkeys(key for record in records for key in record)
     return [
@@ -77,7 +87,12 @@ def measures_of(records: Sequence[Record], variables: Sequence[str]) -> list[str
 
 
 def measured(records: Iterable[Record], key: str) -> Measured | None:
-    """Of one record with its spread, or the median over several that differ in nothing else."""
+    """Return a record's value and spread, or the median over several that are otherwise alike.
+
+    Args:
+        records: Of the same case.
+        key: Of the measure.
+    """
     found = []
     for record in records:
         value = number(record.get(key))
@@ -94,15 +109,24 @@ def measured(records: Iterable[Record], key: str) -> Measured | None:
 
 
 def varied(records: Sequence[Record], variables: Sequence[str]) -> list[str]:
-    """The variables that are not the same in all records."""
+    """Return the variables that are not the same in all records.
+
+    Args:
+        records: Of a group.
+        variables: The independent ones.
+    """
     return [key for key in variables if len({short(each.get(key)) for each in records}) > 1]
 
 
 def axis(records: Sequence[Record], variables: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The variable for the x axis, and those of which every combination is a line.
+    """Choose the variable for the x axis, and those of which every combination is a line.
 
     The x axis is the number with the most values, of those that leave a line with two points. What
     follows from the x axis, as a case's name may, makes no lines.
+
+    Args:
+        records: Of a group.
+        variables: The independent ones.
 
     Returns:
         None where no variable does: then every record is a bar.
@@ -130,5 +154,10 @@ def axis(records: Sequence[Record], variables: Sequence[str]) -> tuple[str, list
 
 
 def line_of(record: Record, lines: Sequence[str]) -> tuple[str, ...]:
-    """The line that a record belongs to, by the values of these variables."""
+    """Return the line that a record belongs to, by the values of these variables.
+
+    Args:
+        record: Of a benchmark.
+        lines: Keys of the variables.
+    """
     return tuple(short(record.get(key)) for key in lines)

@@ -188,6 +188,17 @@ def submission(
     @click.option("--dry-run", is_flag=True, help="Print the batch script; needs no Slurm.")
     @click.option("--test-only", is_flag=True, help="Ask Slurm when it would start.")
     @click.option("--wait", "waits", is_flag=True, help="Wait, and end with its exit code.")
+    @click.option(
+        "--to",
+        "target",
+        type=click.Choice(["slurm", "kubernetes"]),
+        default="slurm",
+        help="`kubernetes`: print an MPIJob for kubectl. [default: slurm]",
+    )
+    @click.option("--image", metavar="IMAGE", help="Its container image.")
+    @click.option(
+        "--volume", "volumes", metavar="CLAIM:PATH", multiple=True, help="A volume of it."
+    )
     def submit(
         arguments: tuple[str, ...],
         site: str | None,
@@ -202,6 +213,9 @@ def submission(
         dry_run: bool,
         test_only: bool,
         waits: bool,
+        target: str,
+        image: str | None,
+        volumes: tuple[str, ...],
     ) -> None:
         """Train TASK as a Slurm job that looks after itself.
 
@@ -231,6 +245,19 @@ def submission(
         asked = options.parse(sbatch)
         if tasks_per_node is not None:
             asked["ntasks-per-node"] = tasks_per_node
+        if target == "kubernetes":
+            from hpctrain.slurm.kubernetes import manifest
+
+            if image is None:
+                raise Error("an MPIJob needs an image.", hint="--image IMAGE: see docs/slurm.md.")
+            config = config_of(train.make_context("hpctrain submit", list(words)).params)
+            name = _name(config.task)
+            click.echo(manifest(
+                asked.get("job-name", name), ["hpctrain", "train", *_without(words)], asked,
+                str(config.out or Path("runs") / name), image, volumes, restarts=max_requeues,
+                made=command_line(),
+            ), nl=False)  # fmt: skip
+            return
         profile = load(site)
         with _there({**profile.sbatch(), **asked}.get("chdir")):
             config = config_of(train.make_context("hpctrain submit", list(words)).params)

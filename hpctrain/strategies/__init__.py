@@ -34,6 +34,13 @@ def strategy_class(name: str) -> type[Strategy]:
 
     Raises:
         Error: There is none, or what is there is no strategy.
+
+    Example:
+        >>> strategy_class("horovd")
+        Traceback (most recent call last):
+        hpctrain.errors.Error: there is no strategy 'horovd'. HINT: did you mean 'horovod'? ...
+        >>> strategy_class("single").__name__
+        'Single'
     """
     if name == "ps":
         from hpctrain import ps as _ps  # noqa: F401 - it sets what MPI reads at its start
@@ -51,7 +58,12 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def summaries() -> dict[str, str]:
-    """Return what each strategy is, in a line, by name; or why it cannot be had here."""
+    """Return what each strategy is, in a line, by name; or why it cannot be had here.
+
+    Example:
+        >>> summaries()["single"]
+        'One process: clipping alone.'
+    """
     found = {}
     for name in STRATEGIES.names():
         try:
@@ -79,13 +91,22 @@ def strategy(
             else single.
         world: From :func:`hpctrain.init`.
         config: Knobs of the strategy, of its class ``Config``.
-        horovod: The same, of ``horovod``.
-        ps: The same, of ``ps``.
+        horovod: Knobs of ``horovod``.
+        ps: Knobs of ``ps``.
         elastic: Whether to outlive losses, with strategies on Horovod that can.
         timeout_seconds: Longest wait for another rank, in seconds.
 
     Raises:
         Error: No such strategy, its engine is not installed, or the world is not what was launched.
+
+    Example:
+        >>> import hpctrain
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = strategy("single", hpctrain.init()).wrap(model, optimizer, clip_norm=1.0)
+        >>> model(torch.ones(3, 2)).sum().backward()
+        >>> optimizer.step()
     """
     if name == "auto":
         name = "horovod" if world.size > 1 else "single"

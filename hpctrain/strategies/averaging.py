@@ -209,7 +209,7 @@ class _Fragment:
 
     @property
     def weight(self) -> float:
-        """Of this rank in the mean: its samples, or 1 where no rank has taken a step."""
+        """The weight of this rank in the mean: its samples, or 1 where no rank has taken a step."""
         return self.samples if self.steps else 1.0
 
     def count(self, samples: float, rates: dict[nn.Parameter, float]) -> None:
@@ -313,7 +313,7 @@ class AveragingOptimizer(DistributedOptimizer):
     # A step.
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
+        """Accumulate gradients within this: ``backward()`` only adds to the local ones."""
         return contextlib.nullcontext() if self._gradients is None else self._gradients.no_sync()
 
     @torch.no_grad()
@@ -333,7 +333,7 @@ class AveragingOptimizer(DistributedOptimizer):
                         parameter.grad.div_(self.weight)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Forget the gradients, and the exchange of them."""
         self._own = False
         if self._gradients is not None:
             self._gradients.forget_average()
@@ -488,7 +488,7 @@ class AveragingOptimizer(DistributedOptimizer):
         return found
 
     def _summed(self, fragment: _Fragment) -> list[torch.Tensor]:
-        """The sums over ranks, for a look that changes nothing."""
+        """Return the sums over ranks, for a look that changes nothing."""
         wires = fragment.wires()
         for wire in wires:
             self._comm.all_reduce(wire)
@@ -607,7 +607,7 @@ class AveragingOptimizer(DistributedOptimizer):
             fragment.anchor = fragment.flats.read()
 
     def statistics(self) -> dict[str, Any]:
-        """Rounds that ended since the last time, and the bytes that all ranks sent for them."""
+        """Return the rounds that ended since the last time, and the bytes sent for them."""
         values = {"rounds": self._rounds, "moved_bytes": self._moved_bytes}
         self._rounds = self._moved_bytes = 0
         return values if self._fragments else {}
@@ -656,7 +656,13 @@ class Averaging(HorovodEngine):
         *,
         clip_norm: float | None = None,
     ) -> AveragingOptimizer:
-        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer."""
+        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer.
+
+        Args:
+            model: To be trained; overwritten by rank 0's.
+            optimizer: Of its parameters; its state is overwritten by rank 0's.
+            clip_norm: Largest norm of this rank's own gradient; None: no clipping.
+        """
         check_trainable(optimizer)
         check_shareable(model, optimizer)
         check_alike(self.world.comm, model, optimizer)
@@ -683,5 +689,5 @@ def divided(parameters: Sequence[nn.Parameter], count: int) -> list[list[nn.Para
 
 
 def _means(sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The weighted means of sums that have the sum of weights at their end."""
+    """Return the weighted means of sums that have the sum of weights at their end."""
     return [flat[:-1] / flat[-1].clamp(min=torch.finfo(flat.dtype).tiny) for flat in sums]

@@ -88,8 +88,11 @@ class DistributedOptimizer(torch.optim.Optimizer):
         grad_norm: That norm before clipping at the last step; None without clipping.
         weight: What this step's losses are multiplied by in all (``batch.weight``); to be set
             before ``backward()`` where a strategy may have to leave out some ranks.
-        samples: How many samples this step's losses are of, on this rank; None: as ``weight`` says,
-            as a share of the global batch. Read where parameters are averaged by samples.
+        samples: How many samples this step's losses are of, on this rank, or what the task has them
+            count for; None: as ``weight`` says, as a share of the global batch. Read where
+            parameters are averaged by samples.
+        carries_gradients: Whether what was left out of earlier gradients is added to later ones, so
+            that all have to be on one scale.
         missed: Steps of the world that went by without this rank, at its last one.
         overlaps: Whether gradients may be sent while ``backward()`` still computes, because nobody
             looks at them or changes them before ``step()``, and each step has one pass outside of
@@ -103,6 +106,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
 
     # Gradients are to be unscaled before they are clipped, which the inner optimizer cannot know.
     _step_supports_amp_scaling = False
+    carries_gradients = False
 
     def __init__(self, inner: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
         # The base class's own start is left out on purpose: it would make a second set of groups.
@@ -113,7 +117,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self._needs_closure = needs_closure(inner)
         self.grad_norm: torch.Tensor | None = None
         self.weight = 1.0
-        self.samples: int | None = None
+        self.samples: float | None = None
         self.missed = 0
         self.overlaps = False
         self.tables: list[Table] = []

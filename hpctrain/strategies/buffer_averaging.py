@@ -1,4 +1,4 @@
-"""What each rank's batches changed in a model besides its parameters, made the world's."""
+"""Average buffers, such as BatchNorm's running statistics, which each rank's batches changed."""
 
 from __future__ import annotations
 

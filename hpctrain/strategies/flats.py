@@ -1,4 +1,4 @@
-"""Tensors of any types laid end to end, in a type that can be summed over ranks."""
+"""Lay tensors of any types end to end, in a type that can be summed over ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Flats:
-    """A layout of tensors in flat ones, one a type and device.
+    """A layout of tensors in flat ones, one for each type and device.
 
     Elements are in C's order, complex ones as pairs. Flats are float64 where the tensors are of 64
     bits, else float32: Horovod cannot sum bfloat16, and the mean of float16 would be rounded twice.
@@ -35,7 +35,7 @@ class Flats:
         ]
 
     def write(self, flats: Sequence[torch.Tensor]) -> None:
-        """Overwrite the tensors.
+        """Overwrite the tensors with the values of flats.
 
         Args:
             flats: As :meth:`read` returns them.

@@ -1,4 +1,4 @@
-"""Gradients averaged over ranks before ``backward()`` returns, as DistributedDataParallel does it.
+"""Average gradients over ranks before ``backward()`` returns, as DistributedDataParallel does.
 
 A *pass* is what one call of ``backward()`` does. In a *round* all ranks average their gradients:
 at the end of a pass, or in ``step()`` where a rank has had none (it has no samples). A round begins
@@ -53,7 +53,7 @@ class _Bucket:
     wire: Flat | None = None
 
     def view(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The parameter's part of the flat."""
+        """Return the parameter's part of the flat."""
         if self.flat is None:
             first = self.parameters[0]
             size = sum(p.numel() for p in self.parameters)
@@ -91,7 +91,7 @@ class _Bucket:
 
 
 class AveragedGradients:
-    """The gradients of a wrapped optimizer's parameters.
+    """Averages the gradients of a wrapped optimizer's parameters, in buckets, while backward runs.
 
     Buckets follow the order in which gradients become ready (Li et al., "PyTorch Distributed", VLDB
     2020), and are exchanged while ``backward()`` still computes earlier layers. A parameter without
@@ -176,7 +176,7 @@ class AveragedGradients:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within this, ``backward()`` only adds to the local gradients."""
+        """Accumulate gradients within this: ``backward()`` only adds to the local ones."""
         before, self._local_only = self._local_only, True
         try:
             yield
@@ -184,7 +184,7 @@ class AveragedGradients:
             self._local_only = before
 
     def ready(self, parameter: nn.Parameter) -> None:
-        """To be called by autograd when a parameter's gradient of one pass is whole."""
+        """Take a parameter's gradient of one pass; autograd calls this when it is whole."""
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
             self._enter(task)
@@ -233,7 +233,7 @@ class AveragedGradients:
         )
 
     def _abandon(self) -> None:
-        """The pass before failed in its midst, and the caller went on."""
+        """Abandon the pass before: it failed in its midst, and the caller went on."""
         for bucket in self._buckets:
             if bucket.exchange is not None:
                 self._finish(bucket)
@@ -270,7 +270,7 @@ class AveragedGradients:
     # Rounds.
 
     def forget_average(self) -> None:
-        """The gradients were thrown away."""
+        """Forget the average: the gradients were thrown away."""
         self._averaged = self._averaged and self._waited_for
         self._compressor.rollback()
         self._owed = False
@@ -278,7 +278,7 @@ class AveragedGradients:
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Return when every gradient is the world's average.
+        """Wait until every gradient is the world's average.
 
         Raises:
             PeerLost: Another rank is gone.
@@ -298,7 +298,7 @@ class AveragedGradients:
             self._round(in_step=True)
 
     def stepped(self) -> None:
-        """The optimizer has made its step."""
+        """Take note that the optimizer has made its step."""
         self._steps += 1
         self._averaged = False
         self._compressor.commit()
@@ -351,7 +351,7 @@ class AveragedGradients:
                 self._start(bucket)
 
     def _agree(self, in_step: bool) -> tuple[int, int, bool]:
-        """Exchange headers.
+        """Exchange headers with the other ranks.
 
         Returns:
             How many ranks there are, how many are in step(), and whether any lacks a gradient.
@@ -450,7 +450,7 @@ class AveragedGradients:
 def call_when_ready(
     parameters: Iterable[nn.Parameter], method: Callable[[nn.Parameter], None]
 ) -> None:
-    """Have autograd call a method after each gradient of some parameters, while its object lives.
+    """Call a method after each gradient of some parameters is whole, while its object lives.
 
     Args:
         parameters: Trained at present or not.

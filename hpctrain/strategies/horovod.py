@@ -89,6 +89,7 @@ class HorovodOptimizer(ElasticOptimizer):
         this = weakref.proxy(self)
         parameters = ordered(model, inner)[::-1]
         self.compressor = compressor
+        self.carries_gradients = bool(compressor.takes)
         self._comm = comm
         plain = type(compressor) is Dense  # of one rank, the average is what it has
         self._gradients = AveragedGradients(
@@ -105,7 +106,7 @@ class HorovodOptimizer(ElasticOptimizer):
             call_when_ready(parameters, self._gradients.ready)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
+        """Accumulate gradients within this: ``backward()`` only adds to the local ones."""
         return self._gradients.no_sync()
 
     def synchronize(self) -> None:
@@ -165,7 +166,7 @@ class HorovodOptimizer(ElasticOptimizer):
 
 
 class HorovodEngine(Strategy):
-    """What starts Horovod and puts it under the world; a base of strategies that use it.
+    """An engine that starts Horovod and puts it under the world; a base of strategies that use it.
 
     Args:
         world: Who takes part; its communicator is replaced.
@@ -258,12 +259,12 @@ class HorovodEngine(Strategy):
 
     @property
     def recovery(self) -> HorovodEngine | None:
-        """This strategy, if it outlives losses."""
+        """This strategy itself, if it outlives losses; else None."""
         return self if self._membership is not None else None
 
     @property
     def membership(self) -> Membership:
-        """Who takes part, where losses are outlived."""
+        """The engine that knows who takes part, where losses are outlived."""
         assert self._membership is not None
         return self._membership
 
@@ -280,7 +281,12 @@ class HorovodEngine(Strategy):
             self._hvd.init(comm=self.membership.comm)
 
     def share(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Start every rank from rank 0's model and optimizer state."""
+        """Start every rank from rank 0's model and optimizer state.
+
+        Args:
+            model: Overwritten, but on rank 0.
+            optimizer: Its state and options are overwritten, but on rank 0.
+        """
         share(self.world.comm, model, optimizer)
 
 
@@ -315,7 +321,13 @@ class Horovod(HorovodEngine):
         *,
         clip_norm: float | None = None,
     ) -> HorovodOptimizer:
-        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer."""
+        """Start every rank from rank 0's model and optimizer state, and wrap the optimizer.
+
+        Args:
+            model: To be trained; overwritten by rank 0's.
+            optimizer: Of its parameters; its state is overwritten by rank 0's.
+            clip_norm: Largest norm of the averaged gradient; None: no clipping.
+        """
         check_trainable(optimizer)
         check_shareable(model, optimizer)
         check_alike(self.world.comm, model, optimizer)
@@ -347,6 +359,10 @@ def compressor_of(config: HorovodConfig) -> Compressor:
 
 def check_momentum(config: HorovodConfig, optimizer: torch.optim.Optimizer) -> None:
     """Refuse momentum correction for an optimizer with momentum of its own.
+
+    Args:
+        config: Its ``compression_momentum`` counts.
+        optimizer: The user's.
 
     Raises:
         Error: There would be momentum twice.

@@ -1,4 +1,4 @@
-"""The world as Horovod sees it, and how one waits for it."""
+"""The communicator of Horovod's world: its collectives, and waiting for them within a bound."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ YIELDING_SECONDS = 2e-3
 
 
 class HorovodCommunicator:
-    """The world as Horovod sees it; of one rank, Horovod is not asked to exchange anything."""
+    """The communicator of Horovod's world; of one rank alone, nothing is exchanged."""
 
     def __init__(
         self, hvd: Any, timeout_seconds: float, membership: Membership | None = None
@@ -63,7 +63,12 @@ class HorovodCommunicator:
         return int(self._hvd.local_size())
 
     def part(self, epoch: int, batch: int) -> Part:
-        """As much as every other rank has."""
+        """Return a part as large as every other rank's.
+
+        Args:
+            epoch: Makes no difference.
+            batch: Makes no difference.
+        """
         return equal_part(self.rank, self.size)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -71,7 +76,12 @@ class HorovodCommunicator:
         self.wait(self.start_sum(tensor, "hpctrain.all_reduce"))
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
-        """Overwrite a contiguous tensor with the root's, in place."""
+        """Overwrite a contiguous tensor on every rank with the root's, in place.
+
+        Args:
+            tensor: Of the same shape and type on every rank.
+            root: The rank whose values all take.
+        """
         if self.alone:
             return
         with peers(self):
@@ -79,7 +89,7 @@ class HorovodCommunicator:
         self.wait(handle)
 
     def barrier(self) -> None:
-        """Return when every rank has come here."""
+        """Wait until every rank has come to this call."""
         self.all_reduce(torch.zeros(1))
 
     def start_sum(self, tensor: torch.Tensor, name: str) -> Handle:
@@ -181,18 +191,35 @@ class HorovodCommunicator:
         return result
 
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
-        """Not needed: the ranks take steps together."""
+        """Refuse: the ranks take steps together, and need no pool.
+
+        Args:
+            pool: Makes no difference.
+            values: Go nowhere.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError
 
     def remember(self, value: Any) -> None:
-        """Nobody will join."""
+        """Do nothing: ranks that join meet all others anew."""
 
     def stop(self) -> None:
-        """Not needed: the ranks take steps together."""
+        """Refuse: the ranks take steps together, and end together.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError
 
     def abort(self, reason: str, code: int = 1) -> None:
-        """End the others, too, where the launcher would not."""
+        """End the others, too, where the launcher would not.
+
+        Args:
+            reason: Makes no difference here; the rank itself says it.
+            code: The exit code comes with the process's end.
+        """
         if self._membership is not None:
             process.abort = self._membership.abort
 
@@ -212,7 +239,7 @@ class HorovodCommunicator:
 
 @contextlib.contextmanager
 def peers(comm: HorovodCommunicator) -> Iterator[None]:
-    """Horovod's exceptions, as the one that hpctrain has for a lost peer."""
+    """Turn Horovod's exceptions into the one that hpctrain has for a lost peer."""
     from horovod.common.exceptions import HorovodInternalError
 
     try:

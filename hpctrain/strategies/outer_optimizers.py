@@ -1,4 +1,4 @@
-"""The arithmetic of periodic averaging: what becomes of the anchor when a round is over.
+"""Outer optimizers of periodic averaging: what becomes of the anchor when a round is over.
 
 The *anchor* x is what all ranks started the round from, m the mean of what they came to, each
 weighted by its samples of the round. *Change* is m - x: the negative of what DiLoCo calls the outer
@@ -18,7 +18,7 @@ Kind = Literal["mean", "nesterov", "slowmo", "bmuf", "easgd"]
 
 @dataclass(frozen=True)
 class OuterOptimizer:
-    """Moves the anchor by the change of a round.
+    """An outer optimizer: it moves the anchor by the change of a round.
 
     Attributes:
         kind: ``mean``, local SGD: x <- m (Stich, arXiv:1805.09767). ``nesterov``, DiLoCo:

@@ -54,7 +54,7 @@ AVERAGE_BYTES = 2**24
 
 
 class PsCommunicator:
-    """The world as a worker sees it: the workers that live, and sums by way of a server."""
+    """The communicator of a worker: the workers that live, and sums by way of a server."""
 
     def __init__(self, ends: Endpoint, local_rank: int, local_size: int) -> None:
         assert ends.client is not None
@@ -82,7 +82,12 @@ class PsCommunicator:
         return len(self._workers())
 
     def part(self, epoch: int, batch: int) -> Part:
-        """What falls to this worker; decided anew every ``share_steps`` batches."""
+        """Return the part that falls to this worker; decided anew every ``share_steps`` batches.
+
+        Args:
+            epoch: The epoch, counted from 0.
+            batch: The number of the global batch within it, counted from 0.
+        """
         key = (epoch, batch // self._ends.config.share_steps)
         if key not in self._divisions:
             done, seconds = self._computed
@@ -98,7 +103,12 @@ class PsCommunicator:
         return self._divisions[key]
 
     def computed(self, weight: float, seconds: float) -> None:
-        """Note how long a step took that was ``weight`` times an equal share of its batch."""
+        """Note how long a step took that was ``weight`` times an equal share of its batch.
+
+        Args:
+            weight: The worker's share of the batch, as a multiple of an equal one.
+            seconds: What the step took to compute.
+        """
         size = next((part.size for part in self._divisions.values()), self.size)
         done, before = self._computed
         self._computed = (done + weight / size, before + seconds)
@@ -111,7 +121,12 @@ class PsCommunicator:
         _fill(tensor, answer.data)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
-        """Overwrite a contiguous tensor with the root's, in place."""
+        """Overwrite a contiguous tensor on every worker with the root's, in place.
+
+        Args:
+            tensor: Of the same shape and type on every worker.
+            root: The worker whose values all take, among those that live.
+        """
         while True:
             number = self._client.next_collective()
             owner = self._workers()[root]
@@ -124,11 +139,19 @@ class PsCommunicator:
             _fill(tensor, answer.data)
 
     def barrier(self) -> None:
-        """Return when every worker has come here."""
+        """Wait until every worker has come to this call."""
         self.all_reduce(torch.zeros(1))
 
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
-        """Add values to a pool, waiting for nobody; rank 0 takes what has come together."""
+        """Add values to a pool, waiting for nobody; rank 0 takes what has come together.
+
+        Args:
+            pool: The pool's name.
+            values: What to add, by name.
+
+        Returns:
+            On rank 0 the sums that had come together; elsewhere nothing.
+        """
         sums, stop = self._client.ask("give", [pool, values]).value
         self._client.stopped |= stop
         return {str(name): float(value) for name, value in sums.items()}
@@ -138,14 +161,14 @@ class PsCommunicator:
         self._client.ask("note", value)
 
     def stop(self) -> None:
-        """Have every worker end the training."""
+        """End the training on every worker."""
         self._client.ask("stop")
 
     def abort(self, reason: str, code: int = 1) -> None:
-        """This worker has failed: tell the servers, and they the others.
+        """Tell the servers that this worker has failed, and they tell the others.
 
         Args:
-            reason: Why.
+            reason: The error, in one line.
             code: The exit code of the run.
         """
         self._ends.abort(reason, code)
@@ -164,7 +187,7 @@ class _Sums:
 
     @property
     def rank(self) -> int:
-        """This worker."""
+        """This worker among those that live."""
         return self._comm.rank
 
     @property
@@ -207,7 +230,7 @@ class _Sums:
         return False
 
     def wait(self, handle: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Do it."""
+        """Do the sum, and return the tensor."""
         return handle()
 
 
@@ -392,7 +415,7 @@ class PsOptimizer(DistributedOptimizer):
     def _averages(self) -> bool:
         """Whether gradients are averaged over workers before they are pushed."""
         looks = not self.overlaps or bool(self.inner._optimizer_step_pre_hooks)
-        return looks and self._consistency.lockstep and self._comm.size > 1
+        return looks and self._consistency.same_weights and self._comm.size > 1
 
     def _averaging(self) -> AveragedGradients:
         if self._average is None:
@@ -494,7 +517,7 @@ class PsOptimizer(DistributedOptimizer):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
+        """Accumulate gradients within this: ``backward()`` only adds to the local ones."""
         before, self._local_only = self._local_only, True
         try:
             yield
@@ -595,7 +618,7 @@ class PsOptimizer(DistributedOptimizer):
         pairs = zip(self._own, self._client.weights, strict=True)
         if all(_same_bits(own, weights) for own, weights in pairs):
             return
-        if not self._consistency.lockstep or self._ends.config.replicas:
+        if not self._consistency.same_weights or self._ends.config.replicas:
             raise Error(
                 "parameters were changed outside of the optimizer, which the servers cannot take "
                 "over unless all workers do so in the same step, and servers have no replicas.",
@@ -611,7 +634,7 @@ class PsOptimizer(DistributedOptimizer):
         super().zero_grad(set_to_none)
 
     def finish(self) -> None:
-        """After this worker's last step: wait for the others', and take the servers' parameters."""
+        """Wait for the others' last steps after this worker's, and take the servers' parameters."""
         self._client.rest()
         self._comm.barrier()
         self._client.pull().wait()
@@ -629,7 +652,7 @@ class PsOptimizer(DistributedOptimizer):
             return Snapshot(None, {}, {})
         found: ServerSnapshot = self._client.snapshot()
         # In lockstep nobody else changes them, and what this worker has changed it is yet to push.
-        values = self._weights if self._consistency.lockstep else self._views(found.weights)
+        values = self._weights if self._consistency.same_weights else self._views(found.weights)
         weights = dict(zip(self._ordered, values, strict=True))
         state: dict[int, dict[str, Any]] = {}
         kinds = {name: self._views(flats) for name, flats in found.state.items()}
@@ -661,7 +684,7 @@ class PsOptimizer(DistributedOptimizer):
         self._comm.barrier()
 
     def changes(self) -> list[Change]:
-        """Who was lost, and who joined, since the last time."""
+        """Return who was lost, and who joined, since the last time."""
         client, roles = self._client, self._ends.roles
         came = [rank for rank, since in client.joined.items() if since <= client.clock]
         news: list[tuple[int, str | None]] = [(r, None) for r in came if r not in self._met]
@@ -686,7 +709,7 @@ class PsOptimizer(DistributedOptimizer):
         return found
 
     def statistics(self) -> dict[str, Any]:
-        """Bytes moved, and histograms of delay and lead over all workers since the last time.
+        """Return bytes moved, and histograms of delay and staleness over workers, since last time.
 
         ``delay``: updates that a push missed. ``staleness``: a worker's clock minus the slowest's.
         """
@@ -747,7 +770,7 @@ class ParameterServer(Strategy):
         super().__init__(world, config, elastic=elastic, timeout_seconds=timeout_seconds)
         launched = world.launch.size
         self.ends = Endpoint(self.config, launched=launched, timeout_seconds=timeout_seconds)
-        if not consistency_of(self.config).lockstep:
+        if not consistency_of(self.config).same_weights:
             self.agreement = Agreement.ON_SERVERS
         self._wrapped = False
         self._clocks: int | None = None
@@ -801,7 +824,12 @@ class ParameterServer(Strategy):
         *,
         clip_norm: float | None = None,
     ) -> PsOptimizer:
-        """Start every worker from the first one's model and optimizer state, and wrap.
+        """Start every worker from the first one's model and optimizer state; wrap the optimizer.
+
+        Args:
+            model: To be trained; overwritten by the first worker's.
+            optimizer: Of its parameters; the servers take over its rule and state.
+            clip_norm: Largest norm of the gradient; None: no clipping.
 
         Raises:
             Error: The optimizer is none that the servers know, this rank serves, or the strategy

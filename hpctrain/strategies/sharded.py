@@ -55,11 +55,16 @@ class ScatterCollectives(Collectives, Protocol):
     """Collectives that can give each rank its part of a sum."""
 
     def start_scatter(self, tensor: torch.Tensor, name: str) -> Any:
-        """Begin to sum a tensor, of which each rank gets its rows; return what to wait for."""
+        """Begin to sum a tensor, of which each rank gets its rows; return what to wait for.
+
+        Args:
+            tensor: Contiguous; its first dimension is divided among ranks.
+            name: The same on every rank, and of no other collective under way.
+        """
 
 
 class Scattered(Dense):
-    """Leaves of a bucket the *sum* in this rank's part, and zeros elsewhere.
+    """Reduce-scatters a bucket: leaves the *sum* in this rank's part, and zeros elsewhere.
 
     Sums rather than averages, so that a bucket to which another pass has added can be exchanged
     again.
@@ -340,7 +345,7 @@ class ShardedOptimizer(HorovodOptimizer):
             place += 1
 
     def _packed_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups, with its parameters by number."""
+        """Return the optimizer's groups, with its parameters by number."""
         packed, start = [], 0
         for group, members in zip(self.inner.param_groups, self._groups, strict=True):
             options = {name: value for name, value in group.items() if name != "params"}
@@ -349,14 +354,14 @@ class ShardedOptimizer(HorovodOptimizer):
         return packed
 
     def statistics(self) -> dict[str, Any]:
-        """Bytes that all ranks sent since the last time, and those of this rank's state."""
+        """Return the bytes that all ranks sent since the last time, and of this rank's state."""
         values = {"moved_bytes": self.compressor.sent_bytes, "state_bytes": self.state_bytes}
         self.compressor.sent_bytes = self.compressor.dense_bytes = 0
         return values
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's state on this rank."""
+        """The bytes of the optimizer's state on this rank."""
         return sum(
             value.nbytes
             for state in self.inner.state.values()
@@ -379,6 +384,11 @@ class Sharded(HorovodEngine):
         clip_norm: float | None = None,
     ) -> ShardedOptimizer:
         """Start every rank from rank 0's model and optimizer state, and shard that state.
+
+        Args:
+            model: To be trained; overwritten by rank 0's.
+            optimizer: Of its parameters; its state is overwritten by rank 0's, and sharded.
+            clip_norm: Largest norm of the world's gradient; None: no clipping.
 
         Raises:
             Error: The optimizer is not known to treat every element by itself.

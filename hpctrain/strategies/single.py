@@ -1,4 +1,4 @@
-"""One replica: nothing to agree on."""
+"""The strategy of one replica: nothing to agree on."""
 
 from __future__ import annotations
 
@@ -77,7 +77,13 @@ class Single(Strategy):
         *,
         clip_norm: float | None = None,
     ) -> DistributedOptimizer:
-        """Wrap the optimizer, for clipping alone."""
+        """Wrap the optimizer, for clipping alone.
+
+        Args:
+            model: To be trained.
+            optimizer: Of its parameters.
+            clip_norm: Largest norm of the gradient; None: no clipping.
+        """
         check_trainable(optimizer)
         wrapped = SingleOptimizer(optimizer, clip_norm)
         wrapped.tables = tables_of(model)

@@ -1,4 +1,4 @@
-"""How replicas come to start from rank 0's model and optimizer, whatever those are made of."""
+"""Start every replica from rank 0's model and optimizer, whatever those are made of."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def share(comm: Communicator, model: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def share_rest(comm: Communicator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Share what the optimizer does not train, and the options of its groups.
+    """Broadcast what the optimizer does not train, and the options of its groups.
 
     Args:
         comm: Of the world.

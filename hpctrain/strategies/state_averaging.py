@@ -1,4 +1,4 @@
-"""The mean over ranks of an optimizer's state, so that one state serves any world."""
+"""Average optimizer states over ranks, so that one state serves any world."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def put_states(
     states: dict[torch.Tensor, State],
     means: Sequence[State],
 ) -> None:
-    """Have an optimizer keep these means.
+    """Put means in place of what an optimizer keeps for each parameter.
 
     Args:
         parameters: As given to :func:`mean_states`.

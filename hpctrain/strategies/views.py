@@ -1,4 +1,4 @@
-"""Parameters and gradients as views of flat tensors, which are exchanged in one piece."""
+"""Make parameters and gradients views of flat tensors, which are exchanged in one piece."""
 
 from __future__ import annotations
 

@@ -33,15 +33,25 @@ class CharLM(Task):
     }
 
     def model(self) -> nn.Module:
-        """A byte in, scores for the next byte out."""
+        """Return a decoder that takes bytes and scores the next byte."""
         return Decoder(self.width, self.layers, self.heads, self.context)
 
     def transform(self, batch: Batch, training: bool) -> Batch:
-        """Tokens as the embedding wants them."""
+        """Convert tokens to the type that the embedding wants.
+
+        Args:
+            batch: With ``tokens`` of shape (n, context + 1), uint8.
+            training: Makes no difference.
+        """
         return batch.replace(tokens=batch["tokens"].long())
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Cross entropy of each next byte, in nats, and the same in bits."""
+        """Return the cross entropy of each next byte, in nats, and the same in bits.
+
+        Args:
+            model: The decoder.
+            batch: With ``tokens`` of shape (n, context + 1), int64.
+        """
         tokens = batch["tokens"]
         scores = model(tokens[:, :-1])
         loss = F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten())
@@ -49,7 +59,7 @@ class CharLM(Task):
 
 
 class Decoder(nn.Module):
-    """Pre-norm transformer blocks with learned positions and tied embeddings."""
+    """A transformer decoder: pre-norm blocks with learned positions and tied embeddings."""
 
     def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
         super().__init__()
@@ -61,7 +71,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """From (n, length) to scores of shape (n, length, 256)."""
+        """Return scores of the next byte: tokens of shape (n, length) to (n, length, 256)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embedding(tokens) + self.position(positions)
         for block in self.blocks:
@@ -70,7 +80,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal attention, then a perceptron, each beside a path that skips it."""
+    """A transformer block: causal attention, then a perceptron, each with a skip connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -84,7 +94,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (n, length, width), kept."""
+        """Apply the block to (n, length, width), whose shape is kept."""
         n, length, width = x.shape
         q, k, v = (
             part.view(n, length, self.heads, width // self.heads).transpose(1, 2)

@@ -1,9 +1,10 @@
-"""What a task gives, checked where it comes: one line says what was expected."""
+"""Check what a task gives where it comes: one line says what was expected."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from hpctrain.config import DataConfig, OptimizerConfig, RunConfig
+from hpctrain.data.batch import Batch
 from hpctrain.data.source import ArraySource, Source
 from hpctrain.errors import Error
 from hpctrain.tasks.task import Task
@@ -59,7 +61,8 @@ _NO_MEAN = re.compile(
     re.IGNORECASE,
 )
 _OWN = (
-    "model", "loss", "data", "transform", "optimizer", "metrics", "predictions", "defaults",
+    "model", "loss", "data", "transform", "optimizer", "metrics", "predictions", "callbacks",
+    "defaults",
     "monitor", "mode", "gathers", "world",
 )  # fmt: skip
 
@@ -85,7 +88,7 @@ def check_defined(task: Task) -> None:
 
 
 class Read:
-    """The sections of a configuration that a task is handed, and what it reads of them.
+    """The sections of a configuration that a task is handed, and a record of what it reads of them.
 
     Args:
         config: Of the run.
@@ -97,7 +100,7 @@ class Read:
         self.optimizer = _Reading(config.optimizer)
 
     def unread(self, task: Task) -> list[str]:
-        """What was set for this run, and the task did not look at; a line each."""
+        """Say what was set for this run, and the task did not look at; a line each."""
         said = []
         for section, method, names in (
             ("data", "data", ("path", "mixture", "weights")),
@@ -131,7 +134,11 @@ class _Reading:
 
 
 def splits_of(task: Task, read: Read) -> dict[str, Source]:
-    """The task's samples by split.
+    """Return the task's samples by split, checked.
+
+    Args:
+        task: Gives them.
+        read: What it is handed of the configuration.
 
     Raises:
         Error: There are none to train on, or there is a split that nothing reads.
@@ -166,7 +173,7 @@ def _source(task: str, split: str, samples: Any) -> Source:
 
 
 def model_of(task: Task, ranks: int) -> nn.Module:
-    """The task's model.
+    """Return the task's model, checked.
 
     Args:
         task: Makes it.
@@ -196,7 +203,12 @@ def model_of(task: Task, ranks: int) -> nn.Module:
 
 
 def optimizer_of(task: Task, model: nn.Module, read: Read) -> torch.optim.Optimizer:
-    """The task's optimizer.
+    """Return the task's optimizer, checked.
+
+    Args:
+        task: Gives it.
+        model: Whose parameters it trains.
+        read: What the task is handed of the configuration.
 
     Raises:
         Error: There is nothing to train, it is none, or it needs a closure.
@@ -226,7 +238,7 @@ def optimizer_of(task: Task, model: nn.Module, read: Read) -> torch.optim.Optimi
 def checked_loss(
     task: Task, result: Any, *, training: bool
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor | float]]:
-    """What ``loss()`` returned, as the loss and the other means by name.
+    """Return what ``loss()`` gave, as the loss and the other means by name, checked.
 
     Args:
         task: Whose it is.
@@ -256,6 +268,33 @@ def checked_loss(
     return loss.reshape(()), {key: _mean(name, key, value) for key, value in means.items()}
 
 
+def weighs(task: Task) -> bool:
+    """Return whether a task says itself what a batch counts for."""
+    return type(task).weight is not Task.weight
+
+
+def checked_weight(task: Task, batch: Batch) -> float:
+    """Return what a batch counts for in means over batches, as the task says.
+
+    Args:
+        task: Asked only where the batch has samples.
+        batch: On the CPU.
+
+    Raises:
+        Error: ``weight()`` returned something else than a number of at least 0.
+    """
+    if not batch.samples:
+        return 0.0
+    result: Any = task.weight(batch)
+    number = result.item() if isinstance(result, torch.Tensor) and result.numel() == 1 else result
+    if isinstance(number, numbers.Real) and 0 <= float(number) < math.inf:
+        return float(number)
+    raise Error(
+        f"weight() of task {type(task).__name__} returned {_described(result)}.",
+        hint="return how many targets the batch has: one number of at least 0.",
+    )
+
+
 def _mean(task: str, name: Any, value: Any) -> torch.Tensor | float:
     if not isinstance(name, str) or name in OWN_NAMES:
         why = "which records have of their own" if name in OWN_NAMES else "which is not text"
@@ -276,7 +315,7 @@ def _mean(task: str, name: Any, value: Any) -> torch.Tensor | float:
 
 
 def checked_predictions(task: Task, result: Any, samples: int) -> dict[str, torch.Tensor]:
-    """What ``predictions()`` returned, by name, on the CPU.
+    """Return what ``predictions()`` gave, by name, on the CPU, checked.
 
     Args:
         task: Whose it is.
@@ -307,7 +346,7 @@ def checked_predictions(task: Task, result: Any, samples: int) -> dict[str, torc
 
 
 def warnings_of(task: Task) -> list[str]:
-    """What a task defines, and nothing reads, one line each."""
+    """Say what a task defines, and nothing reads, one line each."""
     said = []
     kind = type(task)
     for each in kind.__mro__[: kind.__mro__.index(Task)]:
@@ -322,7 +361,7 @@ def warnings_of(task: Task) -> list[str]:
 
 
 def no_means(names: Iterable[str]) -> str:
-    """What to say of metrics that are, by their names, no means over samples; or nothing."""
+    """Say which metrics are, by their names, no means over samples; or nothing."""
     found = [name for name in names if _NO_MEAN.search(name)]
     if not found:
         return ""

@@ -21,7 +21,7 @@ PAD = 4
 
 @dataclass
 class Cifar10(Task):
-    """A narrow residual network, fast enough for a CPU."""
+    """CIFAR-10 with a narrow residual network, fast enough for a CPU."""
 
     classes: int = 10
     widths: tuple[int, int, int] = (16, 48, 96)
@@ -41,7 +41,7 @@ class Cifar10(Task):
     mode = "max"
 
     def model(self) -> nn.Module:
-        """Convolutions in channels-last order, which CPUs and GPUs alike prefer."""
+        """Return a residual network in channels-last order, which CPUs and GPUs alike prefer."""
         narrow, middle, wide = self.widths
         model = nn.Sequential(
             convolution(3, narrow),
@@ -60,7 +60,12 @@ class Cifar10(Task):
         return convert_conv2d_weight_memory_format(model, torch.channels_last)
 
     def transform(self, batch: Batch, training: bool) -> Batch:
-        """Normalise; when training, flip half of the images and shift each by up to 4 pixels."""
+        """Normalise; when training, flip half of the images and shift each by up to 4 pixels.
+
+        Args:
+            batch: With ``image`` of shape (n, height, width, 3), uint8.
+            training: Whether to augment.
+        """
         images = batch.empty(*batch["image"].shape)
         normalize(batch["image"], MEAN, STD, out=images)
         if training and batch.samples:
@@ -69,7 +74,12 @@ class Cifar10(Task):
         return batch.replace(image=images.permute(0, 3, 1, 2))
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Cross entropy with smoothed labels, and accuracy."""
+        """Return the cross entropy with smoothed labels, and accuracy.
+
+        Args:
+            model: The network.
+            batch: As :meth:`transform` returns it, with ``label`` of shape (n,).
+        """
         scores = model(batch["image"])
         correct = scores.argmax(dim=1) == batch["label"]
         loss = F.cross_entropy(scores, batch["label"], label_smoothing=self.label_smoothing)
@@ -93,12 +103,22 @@ def augment(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
 
 def reflect(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Fold indices outside ``[0, size)`` back in, the edge itself not repeated."""
+    """Fold indices outside ``[0, size)`` back in, the edge itself not repeated.
+
+    Args:
+        index: Of any shape, less than ``size`` beyond an edge.
+        size: Of the dimension.
+    """
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
 def convolution(inputs: int, outputs: int) -> nn.Module:
-    """3 x 3, normalised, rectified."""
+    """Return a convolution of 3 x 3, batch-normalised and rectified.
+
+    Args:
+        inputs: Channels.
+        outputs: Channels.
+    """
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
     )
@@ -112,6 +132,6 @@ class Residual(nn.Module):
         self.body = nn.Sequential(convolution(channels, channels), convolution(channels, channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (n, channels, height, width), kept."""
+        """Apply the block to (n, channels, height, width), whose shape is kept."""
         out: torch.Tensor = x + self.body(x)
         return out

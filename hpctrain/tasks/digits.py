@@ -52,7 +52,7 @@ class Digits(Task):
     mode = "max"
 
     def model(self) -> nn.Module:
-        """Two convolutions and a linear layer."""
+        """Return a network of two convolutions and a linear layer."""
         return nn.Sequential(
             nn.Unflatten(1, (1, 8, 8)),
             nn.Conv2d(1, self.channels, 3, padding=1),
@@ -65,17 +65,27 @@ class Digits(Task):
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Cross entropy, and accuracy."""
+        """Return the cross entropy, and accuracy.
+
+        Args:
+            model: The network.
+            batch: With ``pixels`` of shape (n, 64), float32, and ``label`` of shape (n,).
+        """
         scores = model(batch["pixels"])
         correct = scores.argmax(dim=1) == batch["label"]
         return F.cross_entropy(scores, batch["label"]), {"accuracy": correct.float().mean()}
 
     def predictions(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """The scores of the ten digits, and which it is."""
+        """Return the scores of the ten digits, and which it is.
+
+        Args:
+            model: The network.
+            batch: As of :meth:`loss`.
+        """
         return {"scores": model(batch["pixels"]), "target": batch["label"]}
 
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """The bundled digits, or the shard set at ``data.path`` with fields pixels and label."""
+        """Return the bundled digits, or a shard set at ``data.path`` with pixels and label."""
         if config.path is not None:
             return super().data(config)
         table = _bundled()

@@ -1,4 +1,4 @@
-"""ResNet-50 on images made up from their own numbers: measures speed where there are no data."""
+"""Train ResNet-50 on images made up from their own numbers: for speed where there are no data."""
 
 from __future__ import annotations
 
@@ -39,15 +39,20 @@ class ResNet50Synthetic(Task):
     }
 
     def model(self) -> nn.Module:
-        """25,557,032 parameters for 1,000 classes."""
+        """Return ResNet-50: 25,557,032 parameters for 1,000 classes."""
         return convert_conv2d_weight_memory_format(resnet50(self.classes), torch.channels_last)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Cross entropy."""
+        """Return the cross entropy of the classes.
+
+        Args:
+            model: The network.
+            batch: With ``image`` of shape (n, 3, size, size) and ``label`` of shape (n,).
+        """
         return F.cross_entropy(model(batch["image"]), batch["label"])
 
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """Images that cost next to nothing to make."""
+        """Return images that cost next to nothing to make."""
         return {"train": SyntheticImages(self.samples, self.image_size, self.classes)}
 
 
@@ -64,11 +69,16 @@ class SyntheticImages(Source):
 
     @property
     def digest(self) -> str:
-        """Of what the samples are made from."""
+        """A digest of what the samples are made from."""
         return f"synthetic {self._samples} {self._pattern.shape} {self._classes}"
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
-        """A pattern scaled by the label, of shape (n, 3, size, size)."""
+        """Make images: a pattern scaled by the label, of shape (n, 3, size, size).
+
+        Args:
+            indices: Shape (n,): numbers of samples.
+            empty: Makes no difference.
+        """
         draws = uniform(indices.astype(np.uint64), 1, key(0))
         labels: NDArray[Any] = (draws[:, 0] * self._classes).astype(np.int64)
         scale = (labels / self._classes).astype(np.float32)
@@ -76,7 +86,7 @@ class SyntheticImages(Source):
 
 
 def resnet50(classes: int) -> nn.Sequential:
-    """Four stages of 3, 4, 6 and 3 bottlenecks."""
+    """Build ResNet-50: four stages of 3, 4, 6 and 3 bottlenecks."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
         nn.BatchNorm2d(64),
@@ -94,7 +104,7 @@ def resnet50(classes: int) -> nn.Sequential:
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1 x 1, 3 x 3 and 1 x 1, beside a path that skips them."""
+    """A bottleneck: convolutions of 1 x 1, 3 x 3 and 1 x 1, beside a path that skips them."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -116,5 +126,5 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (n, inputs, height, width) to (n, outputs, height/stride, width/stride)."""
+        """Map (n, inputs, height, width) to (n, outputs, height/stride, width/stride)."""
         return F.relu(self.body(x) + self.skip(x))

@@ -1,4 +1,4 @@
-"""Random generators, set from numbers: nothing to save, nothing to lose."""
+"""Seed random generators from numbers: nothing to save, nothing to lose."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def set_seeds(*parts: int) -> None:
 
 
 def set_start_seeds(seed: int) -> None:
-    """Seed them for what every rank does alike before training: the task, its data, its model."""
+    """Seed for what every rank does alike before training: the task, its data, its model."""
     set_seeds(seed, -1, 0)

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from hpctrain.data.stage import folder_of
 from hpctrain.errors import Error, nearest
 from hpctrain.optim.lamb import Lamb
 from hpctrain.registry import Registry
+from hpctrain.tasks.callbacks.base import Callback
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World
@@ -82,6 +83,21 @@ class Task:
         """
         raise _undefined(self, "loss(model, batch)", "return the mean loss over the batch.")
 
+    def weight(self, batch: Batch) -> float | torch.Tensor:
+        """Return what a batch counts for in means over batches: by default, its samples.
+
+        Override it where ``loss`` is a mean over something else, such as targets that are not
+        padding: then return their number. The gradient, and what is logged, is the mean over all of
+        the global batch's, however they are divided over ranks and passes.
+
+        Args:
+            batch: As for ``loss``, on the CPU; it may have no samples.
+
+        Returns:
+            A number of at least 0.
+        """
+        return batch.samples
+
     def metrics(self) -> Mapping[str, Any]:
         """Metrics of a whole set by name, such as AUC or F1, that are no means over samples.
 
@@ -105,6 +121,10 @@ class Task:
         raise _undefined(
             self, "predictions(model, batch)", 'return tensors by name, such as {"preds": ...}.'
         )
+
+    def callbacks(self) -> Sequence[Callback]:
+        """What is done besides at the events of a run; ``--callback`` adds others."""
+        return ()
 
     def data(self, config: DataConfig) -> dict[str, Source]:
         """Samples by split: ``train``, and where there are some ``validation`` and ``test``.

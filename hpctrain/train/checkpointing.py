@@ -13,6 +13,7 @@ from hpctrain.errors import Error
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
 from hpctrain.strategies.buffer_averaging import average_buffers
 from hpctrain.tables.table import tables_of
+from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.evaluation import check_agreed
 from hpctrain.train.nonfinite import Health, all_finite
 from hpctrain.train.run_metrics import RunMetrics
@@ -33,6 +34,7 @@ class Checkpointing:
         store: Where checkpoints go; rank 0 alone writes there.
         metrics: Of the run.
         health: Whether the parameters are fit for a checkpoint.
+        callbacks: May have a state of their own, and are told.
 
     Attributes:
         launch: How often the run was started before.
@@ -47,6 +49,7 @@ class Checkpointing:
         store: CheckpointStore,
         metrics: RunMetrics,
         health: Health,
+        callbacks: Callbacks,
     ) -> None:
         self._strategy = strategy
         self._world = strategy.world
@@ -54,6 +57,7 @@ class Checkpointing:
         self._store = store
         self._metrics = metrics
         self._health = health
+        self._callbacks = callbacks
         self._averaged_at = 0  # samples of this rank when buffers were last the world's
         self.launch = 0
         self.strategy_state: dict[str, Any] = {}
@@ -84,6 +88,7 @@ class Checkpointing:
             has = bool(tables_of(self._state.model))
             self._state.load_state_dict(found)
             counters = self._state.counters
+            self._callbacks.load_state_dict(found.get("callbacks", {}))
             self.strategy_state = found.get("strategy", {}).get(self._strategy.name, {})
             # A checkpoint of a model without tables is refused by a model with some.
             self.tables = found.get("tables") or (
@@ -123,6 +128,11 @@ class Checkpointing:
             return
         if not self._strategy.agreement.in_step and self._world.rank != 0:
             return
+        self._save(optimizer, best=best)
+        if not self._health.unfit:
+            self._callbacks.tell("on_checkpoint")
+
+    def _save(self, optimizer: DistributedOptimizer, *, best: bool) -> None:
         snapshot = optimizer.snapshot()
         if self._strategy.agreement is Agreement.AT_ROUNDS:
             check_agreed(self._strategy, self._state, snapshot.parameters)
@@ -139,6 +149,8 @@ class Checkpointing:
         state["optimizer"] = snapshot.optimizer
         if snapshot.strategy:
             state["strategy"] = {self._strategy.name: snapshot.strategy}
+        if callbacks := self._callbacks.state_dict():
+            state["callbacks"] = callbacks
         step = self._state.counters.step
         LOG.info("checkpoint of step %d%s", step, ", the best so far" if best else "")
         rows = None

@@ -10,8 +10,9 @@ import torch
 from hpctrain.config import RunConfig
 from hpctrain.data.loader import Loader
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy, having
-from hpctrain.tasks.checks import no_means
+from hpctrain.tasks.checks import checked_weight, no_means
 from hpctrain.tasks.task import Task
+from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.model_setup import evaluating
 from hpctrain.train.recorder import Recorder
 from hpctrain.train.run_metrics import RunMetrics
@@ -33,6 +34,7 @@ class Evaluation:
         loader: Of the validation samples; None: there are none.
         step: Gives the loss of a batch.
         metrics: Of the run.
+        callbacks: Are told.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Evaluation:
         loader: Loader | None,
         step: TrainStep,
         metrics: RunMetrics,
+        callbacks: Callbacks,
     ) -> None:
         self._config = config
         self._task = task
@@ -52,6 +55,7 @@ class Evaluation:
         self._loader = loader
         self._step = step
         self._metrics = metrics
+        self._callbacks = callbacks
         self._of_set = SetMetrics(task, strategy.world.device, config.train.dtype)
 
     @property
@@ -75,26 +79,35 @@ class Evaluation:
         """
         if not self.takes_part:
             return False
+        prepare()
+        model = self._state.model if self._state.ema is None else self._state.ema
+        parameters = agreed_parameters(self._strategy, optimizer, self._state)
+        with evaluating(model), torch.no_grad(), having(parameters):
+            metrics = self._measure(model, recorder)
+            improved = self._judge(metrics, recorder)
+            self._callbacks.tell("on_validation", model)
+        if self._state.counters.stopped_early and not self._strategy.agreement.in_step:
+            self._strategy.world.comm.stop()
+        return improved
+
+    def _measure(self, model: torch.nn.Module, recorder: Recorder) -> dict[str, float]:
+        """The metrics of the whole set, by name, over all ranks that take part."""
         loader, meter = self._loader, self._metrics.validation
         assert loader is not None
         world, counters = self._strategy.world, self._state.counters
         in_step = self._strategy.agreement.in_step
         comm = world.comm if in_step else Alone()
-        prepare()
-        model = self._state.model if self._state.ema is None else self._state.ema
         loader.world.comm = Even(world.comm) if in_step else Alone()
         loader.epoch = loader.cursor = 0
         meter.clear()
         self._of_set.reset()
-        parameters = agreed_parameters(self._strategy, optimizer, self._state)
-        with evaluating(model), torch.no_grad(), having(parameters):
-            for batch in loader:
-                for part in batch.split(self._config.train.accumulate, empty=self._task.gathers):
-                    means = self._step.loss(model, part, training=False)[1]
-                    if part.samples:
-                        meter.add(means, part.samples)
-                    self._of_set.add(model, part)
-                self._of_set.gather(comm)
+        for batch in loader:
+            for part in batch.split(self._config.train.accumulate, empty=self._task.gathers):
+                means = self._step.loss(model, part, training=False)[1]
+                if part.samples:
+                    meter.add(means, checked_weight(self._task, part))
+                self._of_set.add(model, part)
+            self._of_set.gather(comm)
         known = self._metrics.names
         metrics = meter.read(comm)
         if self._metrics.names != known:
@@ -104,14 +117,23 @@ class Evaluation:
         recorder.write("validation", counters.step, metrics)
         if warning:
             recorder.say(f"warning: {warning}")
+        return metrics
+
+    def _judge(self, metrics: dict[str, float], recorder: Recorder) -> bool:
+        """Whether they are the best so far; the run may end early by them."""
+        counters, patience = self._state.counters, self._config.train.patience
         for name, value in metrics.items():
             if not math.isfinite(value):
                 recorder.say(f"warning: step {counters.step}: val_{name} is {value}.")
         named = {f"val_{name}": value for name, value in metrics.items()}
         counters.metrics |= named
-        improved = counters.judge(named, self._task, self._config.train.patience)
-        if counters.stopped_early and not in_step:
-            world.comm.stop()
+        before = counters.stopped_early
+        improved = counters.judge(named, self._task, patience)
+        if counters.stopped_early and not before and counters.best is not None:
+            recorder.say(
+                f"stopped early at step {counters.step}: no better {self._task.monitor} in "
+                f"{patience} validations; the best is of step {counters.best['step']}"
+            )
         return improved
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,8 +11,22 @@ from hpctrain.world.broadcast import gather_json
 from hpctrain.world.world import Communicator
 
 
+class Computed(NamedTuple):
+    """What a pass has computed.
+
+    Attributes:
+        means: By name, the loss among them.
+        samples: Of this rank, in the pass.
+        weight: What the means count for: the samples, or as the task says.
+    """
+
+    means: dict[str, Any]
+    samples: int
+    weight: float
+
+
 class Meter:
-    """Adds up batch means, each weighted by its samples; costs no transfer until it is read.
+    """Adds up batch means, each by what it counts for; costs no transfer until it is read.
 
     Attributes:
         names: What the metrics are called, as far as they were read.
@@ -19,16 +34,21 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor | float] = {}
-        self._samples: dict[str, int] = {}
+        self._weights: dict[str, float] = {}
         self._read = False
         self.names: list[str] = []
 
-    def add(self, means: Mapping[str, torch.Tensor | float], samples: int) -> None:
-        """Count a batch in; it need not have all the means that others have."""
+    def add(self, means: Mapping[str, torch.Tensor | float], weight: float) -> None:
+        """Count a batch in; it need not have all the means that others have.
+
+        Args:
+            means: By name.
+            weight: What the batch counts for: its samples, or as its task says.
+        """
         for name, mean in means.items():
             wide = mean.detach().to(torch.float64) if isinstance(mean, torch.Tensor) else mean
-            self._sums[name] = self._sums.get(name, 0.0) + wide * samples
-            self._samples[name] = self._samples.get(name, 0) + samples
+            self._sums[name] = self._sums.get(name, 0.0) + wide * weight
+            self._weights[name] = self._weights.get(name, 0) + weight
 
     def read(self, comm: Communicator, *, in_step: bool = True) -> dict[str, float]:
         """The world's means, each over the samples of the batches that had it.
@@ -59,7 +79,7 @@ class Meter:
         totals = torch.zeros(2, len(self.names) + 1, dtype=torch.float64)
         for place, name in enumerate(self.names):
             totals[0, place] = float(self._sums.get(name, 0.0))
-            totals[1, place] = float(self._samples.get(name, 0))
+            totals[1, place] = float(self._weights.get(name, 0))
         totals[0, -1] = float(not self._sums.keys() <= set(self.names))
         comm.all_reduce(totals)
         (*sums, news), (*samples, _) = totals.tolist()
@@ -73,12 +93,12 @@ class Meter:
     def clear(self) -> None:
         """Begin anew."""
         self._sums.clear()
-        self._samples.clear()
+        self._weights.clear()
         self._read = False
 
     def _read_pool(self, comm: Communicator) -> dict[str, float]:
         given = {f"sum.{name}": float(value) for name, value in self._sums.items()}
-        given |= {f"count.{name}": float(count) for name, count in self._samples.items()}
+        given |= {f"count.{name}": float(count) for name, count in self._weights.items()}
         self.clear()
         totals = comm.give("metrics", given)
         names = sorted(key.removeprefix("sum.") for key in totals if key.startswith("sum."))

@@ -27,7 +27,7 @@ def prepared(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
     Args:
         model: As the task made it.
         device: This rank's.
-        dtype: ``float32``, ``float64`` or ``bf16``.
+        dtype: ``float32``, ``float64``, ``bf16`` or ``fp16``.
     """
     model = model.to(device)
     if dtype == "float64":

@@ -7,12 +7,13 @@ ranks come together anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from hpctrain.errors import Error
+from hpctrain.train.metrics import Computed
 from hpctrain.train.state import Counters
 from hpctrain.world.broadcast import gather_numbers
 from hpctrain.world.world import Communicator
@@ -116,15 +117,15 @@ class Health:
         self._mode = mode
         self.unfit = False
 
-    def count(self, computed: list[tuple[dict[str, Any], int]]) -> None:
+    def count(self, computed: list[Computed]) -> None:
         """Count the losses of a step in, before the step counts.
 
         Args:
-            computed: Means over samples, ``loss`` among them.
+            computed: By its passes.
         """
         self._watch.settle()
-        for means, _ in computed:
-            self._watch.add(self._counters().step + 1, means["loss"])
+        for each in computed:
+            self._watch.add(self._counters().step + 1, each.means["loss"])
 
     def look(self, comm: Communicator | None, say: Callable[[str], None]) -> None:
         """Look whether all is finite still.

@@ -1,31 +1,32 @@
-"""What a run leaves behind for people and programs: metrics.jsonl, TensorBoard, the terminal."""
+"""What happens in a run, given to its loggers and to whoever watches the terminal."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import click
 from tqdm import tqdm
 
 from hpctrain.errors import Error
+from hpctrain.train.loggers.base import Logger
+from hpctrain.train.loggers.jsonl import JsonLines
 from hpctrain.world.world import World
 
-Kind = Literal["train", "timing", "validation", "exchange", "event"]
-QUIET = ("timing", "exchange")
-"""What is written, but not shown."""
+SHOWN = ("train", "validation", "event")
+"""Kinds of records that are shown as they are written."""
+
+_MARKS = {"train": "train     ", "validation": "VALIDATION"}
 
 
 class Recorder(Protocol):
     """Takes what happens during a run."""
 
-    def write(self, kind: Kind, step: int, values: dict[str, Any], text: str = "") -> None:
+    def write(self, kind: str, step: int, values: dict[str, Any], text: str = "") -> None:
         """Record values at a step; the text is shown in their place, if there is one."""
 
     def say(self, text: str) -> None:
@@ -41,7 +42,7 @@ class Recorder(Protocol):
 class Silent:
     """Records nothing."""
 
-    def write(self, kind: Kind, step: int, values: dict[str, Any], text: str = "") -> None:
+    def write(self, kind: str, step: int, values: dict[str, Any], text: str = "") -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
@@ -55,52 +56,67 @@ class Silent:
 
 
 class RunRecorder:
-    """Writes ``metrics.jsonl`` (one object a line: kind, step, time, values) and the rest.
+    """Gives records to ``metrics.jsonl`` and to loggers, and shows them.
+
+    A logger that fails is said once, and left out from then on.
 
     Args:
         folder: The run folder.
         steps: Of the whole run, for the progress bar.
-        tensorboard: Also write event files.
+        loggers: By name, besides ``metrics.jsonl``; opened here.
+        config: What loggers are told of the run.
+
+    Raises:
+        Error: A logger cannot be used here.
     """
 
-    def __init__(self, folder: Path, steps: int, *, tensorboard: bool) -> None:
-        # Line by line, so that a killed run keeps all but the line it was writing.
-        self._lines = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        loggers: Mapping[str, Logger],
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self._steps = steps
         self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True) if _terminal() else None
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self._own = JsonLines()
+        self._own.open(folder, {})
+        self._loggers = dict(loggers)
+        for name, each in loggers.items():
+            self._try(name, partial(each.open, folder, config or {}))
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(self, kind: Kind, step: int, values: dict[str, Any], text: str = "") -> None:
+    def write(self, kind: str, step: int, values: dict[str, Any], text: str = "") -> None:
         """Record values at a step, and show them, or the text in their place.
 
         Raises:
-            Error: The disk is full, or the like.
+            Error: ``metrics.jsonl`` cannot be written.
         """
-        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **plain(values)}
-        try:
-            self._lines.write(json.dumps(line) + "\n")
-            if self._board is not None:
-                for name, value in values.items():
-                    if isinstance(value, (int, float)):
-                        self._board.add_scalar(f"{kind}/{name}", value, step)
-        except OSError as error:
-            raise Error(
-                f"cannot write {self._lines.name}: {error.strerror}.",
-                hint="make room, then go on with --resume auto.",
-            ) from error
-        if kind in QUIET:
+        seconds = time.time()
+        self._own.write(kind, step, seconds, values)
+        for name, each in list(self._loggers.items()):
+            self._try(name, partial(each.write, kind, step, seconds, values))
+        if kind not in SHOWN:
             return
         text = text or " ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar is not None and kind == "train":
             self._bar.set_postfix_str(text)
         else:
             # An event's text says what it is.
-            what = f"{kind} " if kind != "event" else ""
-            self.say(f"step {step}/{self._steps} {what}{text}")
+            what = f"{_MARKS[kind]} " if kind != "event" else ""
+            self.say(f"step {step:>{len(str(self._steps))}}/{self._steps} {what}{text}")
+
+    def _try(self, name: str, action: Callable[[], None]) -> None:
+        """Have a logger do something; if it cannot, the run goes on without it."""
+        try:
+            action()
+        except Error:
+            raise
+        except Exception as error:
+            del self._loggers[name]
+            self.say(
+                f"warning: logger '{name}' is left out from here on: "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            )
 
     def say(self, text: str) -> None:
         """Tell the person who watches, without breaking the bar."""
@@ -116,11 +132,9 @@ class RunRecorder:
 
     def close(self) -> None:
         """Write out whatever is still held."""
-        with contextlib.suppress(OSError):  # said by write() already
-            self._lines.close()
-        if self._board is not None:
-            with contextlib.suppress(OSError):
-                self._board.close()
+        self._own.close()
+        for name, each in list(self._loggers.items()):
+            self._try(name, each.close)
         if self._bar is not None:
             self._bar.close()
 
@@ -145,7 +159,7 @@ class OnRankZero:
             self._made = self._make()
         return self._made
 
-    def write(self, kind: Kind, step: int, values: dict[str, Any], text: str = "") -> None:
+    def write(self, kind: str, step: int, values: dict[str, Any], text: str = "") -> None:
         """Record values at a step; the text is shown in their place, if there is one."""
         self._recorder().write(kind, step, values, text)
 
@@ -161,14 +175,6 @@ class OnRankZero:
         """Write out whatever is still held."""
         if self._made is not None:
             self._made.close()
-
-
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them: it knows no infinities and no NaN, which become null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
 
 
 def _terminal() -> bool:

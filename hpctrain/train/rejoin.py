@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hpctrain.config import RunConfig
 from hpctrain.elastic.membership import Meeting
 from hpctrain.strategies.base import DistributedOptimizer, ElasticOptimizer, Strategy
+from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.checkpointing import Checkpointing
 from hpctrain.train.state import TrainState
 from hpctrain.train.step_rollback import StepRollback
@@ -20,13 +21,30 @@ class Rejoin:
         strategy: Connected.
         state: What is trained.
         checkpointing: Knows how often the run was started.
+        callbacks: Have a state that a rank takes over which joins.
     """
 
-    def __init__(self, strategy: Strategy, state: TrainState, checkpointing: Checkpointing) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        state: TrainState,
+        checkpointing: Checkpointing,
+        callbacks: Callbacks,
+    ) -> None:
         self._strategy = strategy
         self._state = state
         self._checkpointing = checkpointing
+        self._callbacks = callbacks
         self._rollback = StepRollback(state) if strategy.recovery is not None else None
+
+    def settle(self, config: RunConfig) -> None:
+        """Divide batches as this world does, and remember where the next step begins.
+
+        Args:
+            config: Resolved; says whether ranks keep their part of a batch.
+        """
+        self._resize(config)
+        self.keep()
 
     def keep(self) -> None:
         """A step has ended: this is what the next one can be rolled back to."""
@@ -57,10 +75,9 @@ class Rejoin:
         self,
         optimizer: DistributedOptimizer,
         meeting: Meeting,
-        again: bool,
         begun: bool,
         count: Callable[[], None],
-    ) -> None:
+    ) -> bool:
         """Stand where the rank stands that has come farthest, so that no step of its is lost.
 
         A step ends for some ranks and fails for others, where one of them is lost in the midst of
@@ -69,51 +86,42 @@ class Rejoin:
         Args:
             optimizer: The wrapped one.
             meeting: Of the ranks that go on.
-            again: Whether what is due after the newest step has to be done again.
             begun: Whether this rank has begun to train.
             count: Counts what was computed in the step that was under way.
+
+        Returns:
+            Whether what is due after the newest step has to be done again: some rank has not.
         """
         world = self._strategy.world
         assert isinstance(optimizer, ElasticOptimizer) and self._rollback is not None
         optimizer.restart()
         newest = meeting.newest
+        again = any(0 <= each.attended < newest for each in meeting.progress)
         mine = meeting.progress[world.rank]
         if begun:
             self._rollback.undo(counters=again and mine.step == newest)
         steps = [each.step for each in meeting.progress]
         if min(steps) == newest:
-            return
+            return again
         root = steps.index(newest)
-        state = self._state.state_dict() if world.rank == root else None
-        told = broadcast_tree(
-            world.comm, {"state": state, "launch": self._checkpointing.launch}, root
-        )
+        mine_to_tell = {
+            "state": self._state.state_dict() if world.rank == root else None,
+            "launch": self._checkpointing.launch,
+            "callbacks": self._callbacks.share() if world.rank == root else None,
+        }
+        told = broadcast_tree(world.comm, mine_to_tell, root)
         self._checkpointing.launch = told["launch"]
         if mine.step < newest:
             if mine.step >= 0:  # this rank has done its part of the step
                 count()
+            else:
+                self._callbacks.take_over(told["callbacks"])
             self._state.load_state_dict(told["state"])
+        return again
 
-    def resize(self, config: RunConfig) -> None:
+    def _resize(self, config: RunConfig) -> None:
         """Have ranks keep their part of a batch, where that is asked for, in another world."""
         if config.elastic.batch == "keep-local":
             first = int(self._state.counters.world[0]["size"])
             batch = config.train.batch_size * self._strategy.world.size / first
             self._state.loader.batch_size = max(1, round(batch))
-
-
-def skip(state: TrainState, steps: int) -> None:
-    """Pass over batches that the other ranks have taken meanwhile.
-
-    Args:
-        state: Its place in the data moves, and its counters.
-        steps: How many.
-    """
-    counters, loader = state.counters, state.loader
-    counters.step += steps
-    for _ in range(steps):
-        start = loader.cursor if loader.cursor < loader.samples else 0
-        if loader.cursor >= loader.samples:
-            loader.epoch += 1
-        loader.cursor = min(start + loader.batch_size, loader.samples)
-        counters.samples += loader.cursor - start

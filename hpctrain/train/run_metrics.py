@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hpctrain.data.loader import Loader
 from hpctrain.strategies.base import DistributedOptimizer, Strategy
-from hpctrain.train.metrics import Meter, total
+from hpctrain.train.metrics import Computed, Meter, total
 from hpctrain.train.recorder import Recorder
 from hpctrain.train.state import TrainState
 from hpctrain.train.step_timer import PARTS, StepTimer
@@ -65,17 +65,17 @@ class RunMetrics:
         """Training begins: from here the first log line counts."""
         self._mark = self._now()
 
-    def count(self, computed: list[tuple[dict[str, Any], int]]) -> None:
+    def count(self, computed: list[Computed]) -> None:
         """A step is done: what was computed in it counts, and what was logged before is over.
 
         Args:
-            computed: Means over samples, and how many samples those are.
+            computed: By its passes.
         """
         self.train.settle()
         self._mark, self._next_mark = self._next_mark or self._mark, None
-        for means, samples in computed:
-            self.train.add(means, samples)
-            self.consumed += samples
+        for each in computed:
+            self.train.add(each.means, each.weight)
+            self.consumed += each.samples
 
     def remember(self) -> None:
         """Have the world keep what a rank has to know that joins later."""
@@ -123,6 +123,8 @@ class RunMetrics:
         for name in ("nonfinite_losses", "skipped_steps"):
             if name in counters.metrics:
                 values[name] = counters.metrics[name]
+        if counters.loss_scale:
+            values["loss_scale"] = counters.loss_scale
         if optimizer.grad_norm is not None:
             values["grad_norm"] = float(optimizer.grad_norm)
         values["samples_per_second"] = sums["samples"] / seconds

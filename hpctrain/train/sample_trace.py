@@ -14,9 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.config import RunConfig
 from hpctrain.data.batch import Batch
 from hpctrain.errors import Error
 from hpctrain.files import json_lines
+from hpctrain.strategies.base import Strategy
 
 FOLDER = "trace"
 
@@ -66,6 +69,31 @@ class SampleTrace:
             raise Error(
                 f"cannot write {self._file.name}: {error.strerror}.", hint="make room."
             ) from error
+
+
+def begin_trace(
+    config: RunConfig, strategy: Strategy, store: CheckpointStore, launch: int
+) -> SampleTrace:
+    """Begin this process's part of the trace of a run.
+
+    Args:
+        config: Resolved.
+        strategy: Connected.
+        store: Stands in the run folder.
+        launch: How often the run had been started before.
+
+    Raises:
+        Error: A trace of this run would mean nothing, or cannot be written.
+    """
+    if not strategy.agreement.in_step or config.data.weights is not None:
+        raise Error(
+            "samples cannot be traced where ranks do not take steps together, or where samples "
+            "are drawn by weight.",
+            hint="drop --trace-samples.",
+        )
+    recovery = strategy.recovery
+    number = recovery.membership.number if recovery is not None else strategy.world.rank
+    return SampleTrace(store.folder.parent, number, launch)
 
 
 def launches(out: Path) -> int:

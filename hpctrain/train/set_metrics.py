@@ -33,7 +33,7 @@ class SetMetrics:
     Args:
         task: Whose they are.
         device: Of the model.
-        dtype: The run's: ``float32``, ``float64`` or ``bf16``.
+        dtype: The run's: ``float32``, ``float64``, ``bf16`` or ``fp16``.
 
     Raises:
         Error: What ``metrics()`` gives is none, or has a name that is taken.

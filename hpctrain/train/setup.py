@@ -22,9 +22,11 @@ from hpctrain.tasks.checks import (
     optimizer_of,
     splits_of,
     warnings_of,
+    weighs,
 )
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, TaskTransform
+from hpctrain.train.block_setup import set_up_blocks
 from hpctrain.train.model_setup import averaged, prepared
 from hpctrain.train.state import TrainState
 from hpctrain.train.sync_batchnorm import has_batchnorm, synchronize_batchnorm
@@ -64,7 +66,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     check_defined(task)
-    _check_together(config, strategy)
+    _check_together(config, task, strategy)
     world = strategy.world
     set_start_seeds(config.seed)
     read = Read(config)
@@ -75,6 +77,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     _check_tables(config, model, strategy)
     if config.train.sync_batchnorm:
         synchronize_batchnorm(model, world)
+    set_up_blocks(config.train, model, task)
     optimizer = optimizer_of(task, model, read)
     scale = peak_scale(config.optimizer, config.train.batch_size)
     loader = Loader(
@@ -121,16 +124,23 @@ def join_world(task: Task, strategy: Strategy) -> None:
     task.world.no_gathers = refused
 
 
-def _check_together(config: RunConfig, strategy: Strategy) -> None:
+def _check_together(config: RunConfig, task: Task, strategy: Strategy) -> None:
+    if weighs(task) and strategy.agreement is Agreement.ON_SERVERS:
+        raise Error(
+            f"weight() of task {type(task).__name__} cannot be used with strategy "
+            f"'{strategy.name}': no rank knows what the others' samples count for.",
+            hint="use --strategy horovod.",
+        )
     if strategy.averages_gradients and strategy.agreement is Agreement.ALWAYS:
         return
     refused = f"cannot be used with strategy '{strategy.name}'"
-    if config.train.nonfinite == "skip":
-        raise Error(
-            f"train.nonfinite=skip {refused}: no rank knows the world's gradient before it is "
-            "used.",
-            hint="use stop or allow, or --strategy horovod.",
-        )
+    for key, value, instead in (("nonfinite", "skip", "stop or allow"), ("dtype", "fp16", "bf16")):
+        if getattr(config.train, key) == value:
+            raise Error(
+                f"train.{key}={value} {refused}: no rank knows the world's gradient before it is "
+                "used.",
+                hint=f"use {instead}, or --strategy horovod.",
+            )
     if config.train.sync_batchnorm:
         raise Error(
             f"train.sync_batchnorm {refused}.",
@@ -142,6 +152,12 @@ def _check_tables(config: RunConfig, model: nn.Module, strategy: Strategy) -> No
     for table in tables_of(model):
         if not strategy.holds_tables:
             raise no_tables(f"strategy '{strategy.name}'", table.spec.name)
+        if config.train.dtype == "fp16":
+            raise Error(
+                f"train.dtype=fp16 is not for models with embedding tables, such as "
+                f"'{table.spec.name}': gradients of rows are not scaled.",
+                hint="use bf16.",
+            )
         if config.train.ema_decay is not None:
             raise Error(
                 f"train.ema_decay is not for models with embedding tables, such as "

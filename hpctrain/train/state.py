@@ -32,6 +32,8 @@ class Counters:
         world: Sizes the world has had: ``step``, ``size`` and ``reason`` of each change.
         nonfinite_losses: Losses that were no numbers, each rank's counting by itself.
         skipped_steps: Steps left out because their gradient was not finite.
+        loss_scale: With ``fp16``, what the next step's loss is multiplied by; 0: nothing yet.
+        good_steps: Steps in a row with that scale, and a finite gradient.
     """
 
     step: int = 0
@@ -43,6 +45,8 @@ class Counters:
     world: list[dict[str, Any]] = field(default_factory=list)
     nonfinite_losses: int = 0
     skipped_steps: int = 0
+    loss_scale: float = 0.0
+    good_steps: int = 0
 
     def judge(self, metrics: dict[str, float], task: Task, patience: int | None) -> bool:
         """Compare a validation with the best so far; whether it is better.

@@ -13,17 +13,27 @@ from hpctrain.config import RunConfig
 from hpctrain.data.batch import Batch
 from hpctrain.errors import Error
 from hpctrain.optim.schedule import factor
-from hpctrain.strategies.base import DistributedOptimizer, Strategy
-from hpctrain.tasks.checks import checked_loss
+from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
+from hpctrain.tasks.checks import checked_loss, checked_weight, weighs
 from hpctrain.tasks.seeds import set_seeds
 from hpctrain.tasks.task import Task
+from hpctrain.train import loss_scale
+from hpctrain.train.metrics import Computed
 from hpctrain.train.nonfinite import HINT, all_finite
 from hpctrain.train.sample_trace import SampleTrace
 from hpctrain.train.state import TrainState
 from hpctrain.train.step_timer import StepTimer
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+}
 """Of samples."""
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What is computed with where it suits."""
 
 SKIPPED_IN_A_ROW = 100
 """Steps left out one after the other, because their gradients are not finite, that end a run."""
@@ -43,9 +53,9 @@ def applied(
         model: On the device.
         batch: On the CPU.
         device: This rank's.
-        dtype: ``float32``, ``float64`` or ``bf16``.
+        dtype: ``float32``, ``float64``, ``bf16`` or ``fp16``.
     """
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
+    with torch.autocast(device.type, AUTOCAST.get(dtype), enabled=dtype in AUTOCAST):
         return method(model, batch.to(device, DTYPES[dtype]))
 
 
@@ -61,7 +71,7 @@ class TrainStep:
         timer: Told where a step's time goes.
 
     Attributes:
-        computed: Of the step under way: means over samples, and how many samples those are.
+        computed: By the passes of the step under way.
         trace: Of the samples, where that is asked for.
     """
 
@@ -80,8 +90,10 @@ class TrainStep:
         self._state = state
         self._peaks = peaks
         self._timer = timer
+        self._weighs = weighs(task)
+        self._scales = config.train.dtype == "fp16"
         self._skipped_in_a_row = 0
-        self.computed: list[tuple[dict[str, Any], int]] = []
+        self.computed: list[Computed] = []
         self.trace: SampleTrace | None = None
 
     def take(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
@@ -101,14 +113,15 @@ class TrainStep:
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
         optimizer.rate_factor = multiplier
+        if self._scales:
+            self._begin_scaled(optimizer)
         optimizer.zero_grad()
-        optimizer.weight, optimizer.samples = batch.weight, batch.samples
         self.computed = []
         if self.trace is not None:
             self.trace.begin(counters.step + 1, self._world()[0], self._state.loader.epoch, batch)
         self._forward_backward(optimizer, batch)
         self._timer.lap("compute")
-        if self._config.train.nonfinite == "skip" and not self._gradients_are_finite(optimizer):
+        if not self._usable(optimizer):
             self._leave_out(optimizer)
         else:
             self._skipped_in_a_row = 0
@@ -118,13 +131,37 @@ class TrainStep:
                 self._state.ema.update_parameters(self._state.model)
 
     def _forward_backward(self, optimizer: DistributedOptimizer, batch: Batch) -> None:
-        parts = self._parts(batch)
-        for number, part in enumerate(parts, start=1):
+        parts, counters = self._parts(batch), self._state.counters
+        weights = self._weights(optimizer, batch, parts)
+        for number, (part, (weight, share)) in enumerate(zip(parts, weights, strict=True), start=1):
             with contextlib.nullcontext() if number == len(parts) else optimizer.no_sync():
                 loss, means = self.loss(self._state.model, part, training=True)
-                (loss * part.weight).backward()
+                (loss * (share * counters.loss_scale if self._scales else share)).backward()
             if part.samples:
-                self.computed.append((means, part.samples))
+                self.computed.append(Computed(means, part.samples, weight))
+
+    def _weights(
+        self, optimizer: DistributedOptimizer, batch: Batch, parts: list[Batch]
+    ) -> list[tuple[float, float]]:
+        """Return of each pass what it counts for, and what its loss is multiplied by.
+
+        The average over ranks of what the passes then add up to is the gradient of the mean over
+        the global batch. Tells the optimizer what this rank's passes count for together.
+        """
+        optimizer.weight, optimizer.samples = batch.weight, batch.samples
+        if not self._weighs:
+            return [(float(part.samples), part.weight) for part in parts]
+        weights = [checked_weight(self._task, part) for part in parts]
+        mine = sum(weights)
+        whole, rest = mine, batch.weight  # where ranks step by themselves
+        if self._strategy.agreement is Agreement.ALWAYS:
+            comm = self._strategy.world.comm
+            total = torch.tensor([mine], dtype=torch.float64)
+            comm.all_reduce(total)
+            whole, rest = total.item(), float(comm.size)
+            optimizer.weight = mine * rest / whole if whole else 0.0
+        optimizer.samples = mine
+        return [(weight, weight / whole * rest if whole else 0.0) for weight in weights]
 
     def count(self, batch: Batch) -> None:
         """Count a step in, after all ranks have taken it."""
@@ -178,12 +215,36 @@ class TrainStep:
             passes *= -(-first // self._strategy.world.size)
         return passes
 
+    def _begin_scaled(self, optimizer: DistributedOptimizer) -> None:
+        if optimizer.carries_gradients:
+            raise Error(
+                "train.dtype=fp16 with compressed gradients that keep what they leave out: the "
+                "scale of the loss would change under it.",
+                hint="use train.dtype=bf16, or horovod.compression=fp16 or bf16.",
+            )
+        if not self._state.counters.loss_scale:
+            self._state.counters.loss_scale = self._config.train.loss_scale
+
+    def _usable(self, optimizer: DistributedOptimizer) -> bool:
+        """Whether the world's gradient is to be used; it has its true size then."""
+        if not self._scales and self._config.train.nonfinite != "skip":
+            return True
+        finite = self._gradients_are_finite(optimizer)
+        counters = self._state.counters
+        if self._scales:
+            if finite:
+                loss_scale.unscale(self._gradients(), counters.loss_scale)
+            loss_scale.adjust(counters, finite=finite)
+        return finite
+
     def _gradients_are_finite(self, optimizer: DistributedOptimizer) -> bool:
         """Whether the world's gradient is: the same on every rank; waits for the device."""
         optimizer.synchronize()
+        return optimizer.on_all_ranks(all_finite(self._gradients()))
+
+    def _gradients(self) -> list[torch.Tensor]:
         parameters = self._state.model.parameters()
-        gradients = (p.grad for p in parameters if p.requires_grad and p.grad is not None)
-        return optimizer.on_all_ranks(all_finite(gradients))
+        return [p.grad for p in parameters if p.requires_grad and p.grad is not None]
 
     def _leave_out(self, optimizer: DistributedOptimizer) -> None:
         """Let a step change nothing.

@@ -1,4 +1,4 @@
-"""Whether all ranks mean the same: by what the result is decided, and the parameters it came to.
+"""Check that all ranks agree on what decides the result, and on the parameters they came to.
 
 Both are questions of one small sum over ranks as long as the answer is yes. Only where it is no,
 ranks tell each other more, to find out what differs, and who differs.
@@ -112,6 +112,10 @@ def checksum(tensor: torch.Tensor) -> int:
 
     It is a weighted sum of the bytes taken as integers, so NaNs are compared by their bits, and
     strides do not count.
+
+    Example:
+        >>> checksum(torch.tensor([0.0])) == checksum(torch.tensor([-0.0]))  # other bits
+        False
     """
     sums = _weigh([_columns(part) for part in _parts(tensor.detach())])
     # Each part has its place among the others.
@@ -129,7 +133,7 @@ def _first_other(digests: Sequence[list[float]]) -> int | None:
 
 
 def _alike(digests: Sequence[list[float]], rank: int, *, same: bool = True) -> list[int]:
-    """The ranks whose digest is (not) that of a rank."""
+    """Return the ranks whose digest is (not) that of a rank."""
     return [r for r, digest in enumerate(digests) if (digest == digests[rank]) is same]
 
 
@@ -161,7 +165,7 @@ def _sums(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The strided tensors that a tensor consists of."""
+    """Return the strided tensors that a tensor consists of."""
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce()
         return [tensor.indices(), tensor.values()]

@@ -1,4 +1,4 @@
-"""Giving every rank one rank's state, or each rank's, as bytes that cannot carry code."""
+"""Broadcast and gather state, JSON and tensors over ranks, as bytes that cannot carry code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _WORD = 8  # bytes of an integer that is summed
 
 
 def broadcast_bytes(comm: Communicator, data: bytes, root: int = 0) -> bytes:
-    """The root's bytes on every rank; what the others pass is ignored."""
+    """Return the root's bytes on every rank.
+
+    Args:
+        comm: Of the world; every rank calls this.
+        data: What the root sends; what other ranks pass is ignored.
+        root: The rank that sends.
+    """
     if comm.size == 1:
         return data
     length = torch.tensor([len(data)], dtype=torch.int64)
@@ -36,14 +42,24 @@ def broadcast_bytes(comm: Communicator, data: bytes, root: int = 0) -> bytes:
 
 
 def broadcast_json(comm: Communicator, value: Any, root: int = 0) -> Any:
-    """The root's JSON-able value on every rank."""
+    """Return the root's JSON-able value on every rank.
+
+    Args:
+        comm: Of the world; every rank calls this.
+        value: What the root sends; other ranks' need only be JSON-able.
+        root: The rank that sends.
+    """
     return json.loads(broadcast_bytes(comm, json.dumps(value).encode(), root))
 
 
 def gather_numbers(comm: Communicator, numbers: Sequence[float]) -> list[list[float]]:
-    """Every rank's numbers, by rank; each rank gives as many.
+    """All-gather numbers: return every rank's, by rank, on every rank.
 
-    A sum of vectors in which each rank has its own place: one small all-reduce.
+    It is one small all-reduce, of vectors in which each rank has a place of its own.
+
+    Args:
+        comm: Of the world; every rank calls this.
+        numbers: This rank's, as many as every other rank's.
     """
     rank, size = comm.rank, comm.size
     table = torch.zeros(size, len(numbers), dtype=torch.float64)
@@ -54,7 +70,17 @@ def gather_numbers(comm: Communicator, numbers: Sequence[float]) -> list[list[fl
 
 
 def gather_json(comm: Communicator, value: Any) -> list[Any]:
-    """Every rank's JSON-able value, by rank."""
+    """All-gather JSON-able values: return every rank's, by rank, on every rank.
+
+    Args:
+        comm: Of the world; every rank calls this.
+        value: This rank's; they may differ in size.
+
+    Example:
+        >>> from hpctrain.world.communicator import Alone
+        >>> gather_json(Alone(), {"samples": 3})
+        [{'samples': 3}]
+    """
     data = json.dumps(value).encode()
     sizes = [int(row[0]) for row in gather_numbers(comm, [len(data)])]
     ends = list(itertools.accumulate(sizes))
@@ -67,19 +93,24 @@ def gather_json(comm: Communicator, value: Any) -> list[Any]:
 
 
 def broadcast_tree(comm: Communicator, state: Any, root: int = 0) -> Any:
-    """The root's tree of tensors and plain values on every rank, tensors on the CPU.
+    """Return the root's tree of tensors and plain values on every rank, its tensors on the CPU.
 
     What the others pass is ignored: they may hold nothing yet. Tensors travel as the bytes of their
     elements in C's order, with shapes and types, and nothing that a peer sends is executed. Where
     there is one rank, its state is returned as it is, not copied.
 
     Args:
-        comm: Of the world.
+        comm: Of the world; every rank calls this.
         state: As ``state_dict()`` methods return it.
-        root: Whose.
+        root: The rank that sends.
 
     Raises:
         Error: The root's holds what cannot be sent; all ranks raise it.
+
+    Example:
+        >>> from hpctrain.world.communicator import Alone
+        >>> broadcast_tree(Alone(), {"weight": torch.ones(2), "step": 7})
+        {'weight': tensor([1., 1.]), 'step': 7}
     """
     kept: dict[str, torch.Tensor] = {}
     told: dict[str, Any] = {}

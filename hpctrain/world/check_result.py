@@ -1,4 +1,4 @@
-"""What a check of the machine found."""
+"""Results of a check of the machine, and how they are printed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing looked at.
+    """What one check of the machine found.
 
     Attributes:
         level: ``problem`` makes the command exit with 2; a ``note`` is worth knowing.

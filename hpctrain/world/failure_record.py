@@ -1,4 +1,4 @@
-"""What a failing rank leaves for whoever looks after the job: one small file.
+"""Record why a rank failed: one small file for whoever looks after the job.
 
 A launcher's exit code says little (``srun`` makes another rank's SIGTERM of one rank's error), and
 of many ranks that fail the first is the cause.
@@ -61,7 +61,12 @@ class Failure:
 
 
 def note(error: BaseException, exit_code: int) -> None:
-    """Leave the reason of this rank's end, where somebody wants to know."""
+    """Write down why this rank ends, in the job's folder; where there is none, do nothing.
+
+    Args:
+        error: What ended it.
+        exit_code: What the process ends with.
+    """
     folder = os.environ.get(FOLDER)
     if not folder:
         return
@@ -82,7 +87,7 @@ def note(error: BaseException, exit_code: int) -> None:
 
 
 def read_notes(folder: Path) -> list[Failure]:
-    """What ranks left, the first one first."""
+    """Read what failed ranks left in a job's folder, the earliest first."""
     from pydantic import TypeAdapter
 
     found = []

@@ -1,4 +1,4 @@
-"""What the launcher told this process: rank and size from environment variables, without torch."""
+"""Detect the launcher: rank and size from environment variables, without torch."""
 
 from __future__ import annotations
 
@@ -82,6 +82,10 @@ def detect(environment: Mapping[str, str] = os.environ) -> Launch:
 
     Precedence: that of ``_CONVENTIONS``, then Slurm's. Slurm's count only inside a step
     (``SLURM_STEP_ID``), because the batch shell has ``SLURM_PROCID=0`` too.
+
+    Example:
+        >>> detect({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "4"}).size
+        4
     """
     in_step = _slurm(environment) if "SLURM_STEP_ID" in environment else None
     for name, variables in _CONVENTIONS:
@@ -103,7 +107,7 @@ def detect(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def _number(environment: Mapping[str, str], names: str) -> int | None:
-    """The first of some variables that is a number."""
+    """Return the first of some variables that is a number."""
     values = (environment.get(name, "") for name in names.split())
     return next((int(value) for value in values if value.isdigit()), None)
 
@@ -125,7 +129,12 @@ def _slurm(environment: Mapping[str, str]) -> Launch | None:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's run-length form of tasks per node: ``2(x2),1`` is ``[2, 2, 1]``."""
+    """Expand Slurm's run-length form of tasks per node.
+
+    Example:
+        >>> tasks_per_node("2(x2),1")
+        [2, 2, 1]
+    """
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())

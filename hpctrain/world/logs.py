@@ -50,7 +50,7 @@ def logger(name: str) -> logging.LoggerAdapter[logging.Logger]:
 
 
 def follow(place: Callable[[], tuple[int, int]]) -> None:
-    """Have records tell where this process is from now on.
+    """Set where log records take this process's rank and the world's size from.
 
     Args:
         place: Returns its rank and the world's size, which may change.

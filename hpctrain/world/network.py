@@ -1,4 +1,4 @@
-"""This host's addresses, whether others are there, and how MPI goes over TCP."""
+"""This host's addresses, whether other hosts are up, and how MPI uses TCP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TCP = {"flags": "send,inplace", "sndbuf": "131072"}
 
 
 def both_ways() -> None:
-    """Have Open MPI carry both directions of a TCP link at once; it reads this at its start.
+    """Set Open MPI to carry both directions of a TCP link at once; it reads this at its start.
 
     Else it puts a message on its way in one piece, and what the other direction waits for (that a
     message may be sent; an acknowledgement) behind it, or behind megabytes in a socket: then one
@@ -20,7 +20,7 @@ def both_ways() -> None:
 
 
 def address_towards(other: str) -> str:
-    """The address of this host from which it reaches another one.
+    """Return the address of this host from which it reaches another one.
 
     Raises:
         OSError: It does not know the other one.
@@ -31,7 +31,7 @@ def address_towards(other: str) -> str:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface of this host that has that address."""
+    """Return the network interface of this host that has an address; None: there is none."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():
@@ -41,7 +41,13 @@ def interface_of(address: str) -> str | None:
 
 
 def answers(host: str, port: int, seconds: float) -> bool:
-    """Whether a host is there, even if nothing listens at the port."""
+    """Tell whether a host is up, even if nothing listens at the port.
+
+    Args:
+        host: Its name or address.
+        port: Any port; a refused connection proves the host, too.
+        seconds: Longest wait.
+    """
     try:
         socket.create_connection((host, port), timeout=seconds).close()
     except ConnectionRefusedError:

@@ -33,7 +33,7 @@ _COLLECT = _Info(b"pmix.collect", 0, _Value(_BOOL, _Data(flag=True)))
 
 
 def fence(timeout_seconds: float) -> None:
-    """Return when every process of this launch has come here; to be called right after MPI's start.
+    """Wait until every process of this launch has called this; to be called right after MPI starts.
 
     Open MPI 5 ends ``MPI_Init`` with a fence, and readies its world only after it: who leaves the
     fence early and sends at once crashes who leaves it late (open-mpi/ompi issue 12495, pull

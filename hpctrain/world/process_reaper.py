@@ -1,4 +1,4 @@
-"""Cutting off a process that the others count as lost, so that it cannot hold up the job's end."""
+"""Kill processes that the others count as lost, so that they cannot hold up the job's end."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ProcessReaper:
 
 
 def identity(pid: int | None = None) -> list[int]:
-    """A process's number, when it began, its space of numbers, and its host: ``IDENTITY_WORDS``."""
+    """Return what identifies a process: number, start, PID namespace, host (``IDENTITY_WORDS``)."""
     pid = pid or os.getpid()
     try:
         began = int(_stat(pid)[19])

@@ -23,12 +23,23 @@ def spawned() -> bool:
 
 
 def send_json(comm: MPI.Comm, value: object, tag: int) -> None:
-    """Send a plain value to the other side."""
+    """Send a JSON-able value to rank 0 of the other side.
+
+    Args:
+        comm: The intercommunicator that MPI spawn has made.
+        value: What to send.
+        tag: The message's MPI tag.
+    """
     comm.Send([json.dumps(value).encode(), MPI.BYTE], 0, tag)
 
 
 def receive_json(comm: MPI.Comm, tag: int, seconds: float = START_SECONDS) -> Any:
-    """What ``send_json`` sent.
+    """Receive what ``send_json`` has sent.
+
+    Args:
+        comm: The intercommunicator that MPI spawn has made.
+        tag: The message's MPI tag.
+        seconds: Longest wait.
 
     Raises:
         PeerLost: It does not come.
@@ -45,7 +56,7 @@ def receive_json(comm: MPI.Comm, tag: int, seconds: float = START_SECONDS) -> An
 
 
 def disconnect(comms: list[MPI.Intercomm]) -> None:
-    """Disconnect from all, for a bounded time: the other side may be gone."""
+    """Disconnect from communicators, in a bounded time: the other side may be gone."""
 
     def part() -> None:
         for comm in comms:

@@ -1,4 +1,4 @@
-"""How a program of the user's own ends where an exception is caught by nobody.
+"""End a program of the user's own where an exception is caught by nobody, on all ranks.
 
 `hpctrain train` catches them itself. Here too bad input is one line and exit code 2; and on several
 ranks a process leaves at once, because tearing MPI down would wait for the others, or find memory
@@ -22,7 +22,7 @@ RELUCTANT_SECONDS = 1.0
 
 
 def install(launch: Launch, abort: Callable[[str, int], None]) -> None:
-    """Have uncaught exceptions end this process so, from here on.
+    """Install the hook by which an uncaught exception ends this process and tells its peers.
 
     Args:
         launch: How this process was started.

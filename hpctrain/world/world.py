@@ -1,4 +1,4 @@
-"""Who takes part: rank, size, local rank, device, and the communicator under them.
+"""The world: rank, size, local rank, device, and the communicator under them.
 
 The world is not a constant. Ask it each time: nothing may keep a rank or a size of its own.
 """
@@ -26,7 +26,7 @@ from hpctrain.world.launcher import ALONE, Launch, detect
 
 
 class Unconnected:
-    """Before a strategy connects: the launcher's word on rank and size, and no collectives."""
+    """The communicator before a strategy connects: the launcher's rank and size, no collectives."""
 
     def __init__(self, launch: Launch) -> None:
         self.rank = launch.rank
@@ -35,37 +35,75 @@ class Unconnected:
         self.local_size = launch.local_size
 
     def part(self, epoch: int, batch: int) -> Part:
-        """As much as every other rank has."""
+        """Return a part as large as every other rank's.
+
+        Args:
+            epoch: Makes no difference.
+            batch: Makes no difference.
+        """
         return equal_part(self.rank, self.size)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Refused."""
+        """Refuse, because no strategy has connected the ranks.
+
+        Raises:
+            Error: Always.
+        """
         raise self._error()
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
-        """Refused."""
+        """Refuse, because no strategy has connected the ranks.
+
+        Args:
+            tensor: Is left as it is.
+            root: Makes no difference.
+
+        Raises:
+            Error: Always.
+        """
         raise self._error()
 
     def barrier(self) -> None:
-        """Refused."""
+        """Refuse, because no strategy has connected the ranks.
+
+        Raises:
+            Error: Always.
+        """
         raise self._error()
 
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
-        """Refused."""
+        """Refuse, because no strategy has connected the ranks.
+
+        Args:
+            pool: Makes no difference.
+            values: Go nowhere.
+
+        Raises:
+            Error: Always.
+        """
         raise self._error()
 
     def remember(self, value: Any) -> None:
-        """Nobody will join."""
+        """Do nothing: nobody will join."""
 
     def stop(self) -> None:
-        """Refused."""
+        """Refuse, because no strategy has connected the ranks.
+
+        Raises:
+            Error: Always.
+        """
         raise self._error()
 
     def abort(self, reason: str, code: int = 1) -> None:
-        """Nobody to tell."""
+        """Do nothing: there is nobody to tell.
+
+        Args:
+            reason: Makes no difference.
+            code: Makes no difference.
+        """
 
     def close(self) -> None:
-        """Nothing to leave."""
+        """Do nothing: there is no connection to close."""
 
     def _error(self) -> Error:
         return Error(
@@ -75,13 +113,20 @@ class Unconnected:
 
 
 class World:
-    """Who takes part in this run, as this process sees it.
+    """The world of this run, as this process sees it: rank, size, device, and communicator.
 
     Attributes:
         launch: What the launcher said at the start.
         comm: The engine under the world; a strategy replaces it when it connects.
         no_gathers: Why ranks do not wait for each other in :meth:`all_gather`, and what to do;
             None: they do.
+
+    Example:
+        >>> world = World(Launch("alone", rank=0, size=1, local_rank=0, local_size=1))
+        >>> world.rank, world.size
+        (0, 1)
+        >>> world.gather_object({"loss": 0.5})
+        [{'loss': 0.5}]
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -110,7 +155,7 @@ class World:
         return self.comm.local_size
 
     def once(self, action: Callable[[], None]) -> None:
-        """Have rank 0 do something while the others wait; if it is lost, the next one does it."""
+        """Run an action on rank 0 while the others wait; if that rank is lost, on the next one."""
         done = torch.zeros(1)
         while not done:
             if first := self.rank == 0:
@@ -119,7 +164,12 @@ class World:
             self.comm.all_reduce(done)
 
     def part(self, epoch: int, batch: int) -> Part:
-        """What of an epoch's global batch of that number falls to this rank."""
+        """Return the part of a global batch that falls to this rank.
+
+        Args:
+            epoch: The epoch, counted from 0.
+            batch: The number of the global batch within it, counted from 0.
+        """
         return self.comm.part(epoch, batch)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -197,6 +247,11 @@ def init() -> World:
 
     Also divides the host's cores among its ranks, unless ``OMP_NUM_THREADS`` is set, because each
     torch process would otherwise start a thread on every core.
+
+    Example:
+        >>> world = init()
+        >>> 0 <= world.rank < world.size
+        True
     """
     launch = detect()
     if "OMP_NUM_THREADS" not in os.environ:
@@ -210,7 +265,7 @@ def init() -> World:
 
 
 def threads_per_rank(launch: Launch, allowed: int, present: int) -> int:
-    """Threads a rank should compute with.
+    """Return how many threads a rank should compute with.
 
     Args:
         launch: Tells how many ranks share the host.

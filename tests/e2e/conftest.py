@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import pytest
 from hpctrain.process import mpirun, run
 from tests.processes import started
 from tests.waiting import SECONDS, wait_until
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +52,21 @@ class Command:
             env={**os.environ, **(env or {})},
         )
 
+    def each(self, lists):
+        """Run each list of arguments on one rank, in less time than so many commands take."""
+        lists = list(lists)
+        done = run(
+            [sys.executable, "-m", "tests.e2e.forks", json.dumps([[*map(str, a)] for a in lists])],
+            timeout_seconds=SECONDS,
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        )
+        assert done.returncode == 0, done.stdout
+        return [
+            subprocess.CompletedProcess(a, *end)
+            for a, end in zip(lists, json.loads(done.stdout), strict=True)
+        ]
+
     @contextlib.contextmanager
     def training(self, *arguments, ranks=0):
         """A run in the background, once its first checkpoint is there; never left behind."""
@@ -74,6 +93,15 @@ class Command:
 @pytest.fixture
 def hpctrain(tmp_path):
     return Command(tmp_path)
+
+
+def cut_back(folder, step, to):
+    """A copy of a run's folder, as it was after its checkpoint of that step."""
+    shutil.copytree(folder, to, symlinks=True)
+    (to / "result.json").unlink()
+    for checkpoint in (to / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
 
 
 def result_of(folder):

@@ -1,23 +1,12 @@
 """Periodic averaging by the installed command: trained, resumed, and gone on with by another."""
 
-import shutil
-
 import pytest
 
-from tests.e2e.conftest import result_of
+from tests.e2e.conftest import cut_back, result_of
 
 CHOSEN = ["--strategy", "averaging", "--set", "averaging.every=10", "--steps", "45",
     "--set", "log.tensorboard=false", "--set", "log.every_steps=10",
     "--set", "checkpoint.every_steps=15", "--set", "checkpoint.keep=9"]  # fmt: skip
-
-
-def cut_back(folder, step, to):
-    """A copy of a run's folder, as it was after its checkpoint of that step."""
-    shutil.copytree(folder, to, symlinks=True)
-    (to / "result.json").unlink()
-    for checkpoint in (to / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.rpartition("-")[2]) > step:
-            shutil.rmtree(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -32,35 +32,35 @@ def complaint(result, code=2):
     return lines[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nonsense"], "there is no task 'nonsense'"),
-        (["digit"], "did you mean 'digits'?"),
-        (["missing.py"], "missing.py does not exist"),
-        (["raises.py"], "raises.py cannot be loaded: ValueError: no, line 2 of raises.py"),
-        (["two.py"], "two.py defines 2 tasks"),
-        (["two.py:C"], "defines no task 'C'"),
-        (["digits", "--set", "train.epoch=1"], "unknown key 'train.epoch'"),
-        (["digits", "--config", "bad.toml"], "bad.toml: unknown key 'trian.epochs'"),
-        (["digits", "--config", "missing.toml"], "cannot read missing.toml"),
-        (["digits", "--epochs", "0"], "train.epochs = 0"),
-        (
-            ["digits", "--strategy", "horvod"],
-            "there is no strategy 'horvod'. HINT: did you mean 'horovod'?",
-        ),
-        (["digits", "--set", "options.chanels=3"], "did you mean 'channels'?"),
-        (["digits", "--set", "options.channels=many"], "options.channels = 'many'"),
-        (["digits", "--world-size", "2"], "asks for 2 ranks, but alone started 1"),
-        (["digits", "--out", "file/run"], "cannot write file/run"),
-        (["digits", "--resume", "missing"], "cannot be read: No such file"),
-        (["digits", "--resume", "auto"], "--resume auto without --out"),
-        (["mine.py"], "this task needs data"),
-        (["mine.py", "--data", "missing"], "missing is not a shard set"),
-        (["mine.py", "--data", "truncated"], "train-000000.h5 has 100 bytes"),
-    ],
-)
-def test_one_line(hpctrain, arguments, message):
+TRAIN = [
+    (["nonsense"], "there is no task 'nonsense'"),
+    (["digit"], "did you mean 'digits'?"),
+    (["missing.py"], "missing.py does not exist"),
+    (["raises.py"], "raises.py cannot be loaded: ValueError: no, line 2 of raises.py"),
+    (["two.py"], "two.py defines 2 tasks"),
+    (["two.py:C"], "defines no task 'C'"),
+    (["digits", "--set", "train.epoch=1"], "unknown key 'train.epoch'"),
+    (["digits", "--config", "bad.toml"], "bad.toml: unknown key 'trian.epochs'"),
+    (["digits", "--config", "missing.toml"], "cannot read missing.toml"),
+    (["digits", "--epochs", "0"], "train.epochs = 0"),
+    (
+        ["digits", "--strategy", "horvod"],
+        "there is no strategy 'horvod'. HINT: did you mean 'horovod'?",
+    ),
+    (["digits", "--set", "options.chanels=3"], "did you mean 'channels'?"),
+    (["digits", "--set", "options.channels=many"], "options.channels = 'many'"),
+    (["digits", "--world-size", "2"], "asks for 2 ranks, but alone started 1"),
+    (["digits", "--out", "file/run"], "cannot write file/run"),
+    (["digits", "--resume", "missing"], "cannot be read: No such file"),
+    (["digits", "--resume", "auto"], "--resume auto without --out"),
+    (["mine.py"], "this task needs data"),
+    (["mine.py", "--data", "missing"], "missing is not a shard set"),
+    (["mine.py", "--data", "truncated"], "train-000000.h5 has 100 bytes"),
+]
+"""Arguments of `hpctrain train`, and what it says of them."""
+
+
+def test_one_line(hpctrain):
     folder = hpctrain.folder
     (folder / "raises.py").write_text("x = 1\nraise ValueError('no')\n")
     (folder / "two.py").write_text(
@@ -72,7 +72,13 @@ def test_one_line(hpctrain, arguments, message):
     with ShardWriter(folder / "truncated") as writer:
         writer.write("train", {"x": np.zeros((20, 2), "float32")})
     os.truncate(folder / "truncated" / "train-000000.h5", 100)
-    assert message in complaint(hpctrain("train", *arguments))
+    every = hpctrain.each([["train", *arguments] for arguments, _ in TRAIN])
+    for result, (_, message) in zip(every, TRAIN, strict=True):
+        assert message in complaint(result), result.args
+
+
+def test_the_command_says_it_in_one_line(hpctrain):
+    assert "did you mean 'digits'?" in complaint(hpctrain("train", "digit"))
 
 
 def test_own_task_trains(hpctrain):
@@ -199,23 +205,25 @@ def test_full_disk(hpctrain):
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["import", "missing", "shards"], "missing does not exist"),
-        (["import", "text.txt", "file/shards"], "cannot write file/shards"),
-        (["info", "."], "is not a shard set"),
-        (["adopt", "missing.h5", "--out", "index"], "missing.h5 does not exist"),
-        (["adopt", "text.txt", "--out", "index"], "text.txt cannot be read as HDF5"),
-        (["verify", "missing"], "missing is not a shard set"),
-        (["stage", "missing", "local"], "missing is not a shard set"),
-        (["bench", "missing"], "missing is not a shard set"),
-    ],
-)
-def test_data_commands(hpctrain, arguments, message):
+DATA = [
+    (["import", "missing", "shards"], "missing does not exist"),
+    (["import", "text.txt", "file/shards"], "cannot write file/shards"),
+    (["info", "."], "is not a shard set"),
+    (["adopt", "missing.h5", "--out", "index"], "missing.h5 does not exist"),
+    (["adopt", "text.txt", "--out", "index"], "text.txt cannot be read as HDF5"),
+    (["verify", "missing"], "missing is not a shard set"),
+    (["stage", "missing", "local"], "missing is not a shard set"),
+    (["bench", "missing"], "missing is not a shard set"),
+]
+"""Arguments of `hpctrain data`, and what it says of them."""
+
+
+def test_data_commands(hpctrain):
     (hpctrain.folder / "file").write_text("not a folder")
     (hpctrain.folder / "text.txt").write_text("a" * 1000)
-    assert message in complaint(hpctrain("data", *arguments))
+    every = hpctrain.each([["data", *arguments] for arguments, _ in DATA])
+    for result, (_, message) in zip(every, DATA, strict=True):
+        assert message in complaint(result), result.args
 
 
 def test_usage(hpctrain):

@@ -26,6 +26,17 @@ def written(folder):
     return document, {(each["case"], each["delivery"]): each for each in document["records"]}
 
 
+def test_two_cases(tmp_path):
+    result = benchmark(
+        "--folder", tmp_path, "--cases", "memory,hpctrain", "--out", tmp_path / "out"
+    )
+    assert result.returncode == 0, result.stdout
+    _, cases = written(tmp_path / "out")
+    assert all(cases["hpctrain", delivery]["exact"] for delivery in ("uint8", "float32"))
+    assert cases["hpctrain", "uint8"]["over_limit"] > 0 and "samples/s" in result.stdout
+
+
+@pytest.mark.long
 def test_quick(tmp_path):
     result = benchmark(
         *("--folder", tmp_path / "new" / "data", "--cases", ",".join(CASES)),

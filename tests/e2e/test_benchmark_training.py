@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from hpctrain.process import run
 from tests.waiting import SECONDS
 
@@ -21,6 +23,7 @@ def written(folder, name):
     return json.loads((folder / f"{name}.json").read_text())["records"]
 
 
+@pytest.mark.long
 def test_peers(tmp_path):
     options = ("--networks", "here", "--models", "mlp_2M", "--rounds", 1, "--steps", 2)
     result = benchmark("peers", "--cases", "horovod,ddp", *options, "--out", tmp_path)

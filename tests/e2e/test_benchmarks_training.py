@@ -19,6 +19,7 @@ def benchmark(name, *arguments, prefix=()):
     return run(command, timeout_seconds=SECONDS, cwd=ROOT)
 
 
+@pytest.mark.long
 def test_scaling(tmp_path):
     options = ("--quick", "--scaling", "weak", "--emulate", 0.05)
     result = benchmark("scaling", *options, "--out", tmp_path)

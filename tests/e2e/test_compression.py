@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.e2e.conftest import result_of
+from tests.e2e.conftest import cut_back, result_of
 
 FIXED = ("digits", "--strategy", "horovod", "--set", "schedule.name=constant")
 COMPRESSED = {
@@ -26,10 +26,10 @@ def exchanges(folder):
 @pytest.mark.parametrize("compression", COMPRESSED)
 def test_it_trains_and_goes_on_bit_for_bit(hpctrain, compression):
     whole, pieces = hpctrain.folder / "whole", hpctrain.folder / "pieces"
-    hpctrain.train(*arguments(compression, "--steps", 46, "--out", whole), ranks=2)
-    hpctrain.train(*arguments(compression, "--steps", 20, "--out", pieces), ranks=2)
-    resumed = ("--steps", 46, "--out", pieces, "--resume", "auto")
-    hpctrain.train(*arguments(compression, *resumed), ranks=2)
+    chosen = arguments(compression, "--steps", 46, "--set", "checkpoint.every_steps=20")
+    hpctrain.train(*chosen, "--out", whole, ranks=2)
+    cut_back(whole, 20, pieces)
+    hpctrain.train(*chosen, "--out", pieces, "--resume", "auto", ranks=2)
     ended, whole_ended = result_of(pieces), result_of(whole)
     assert ended["parameters_sha256"] == whole_ended["parameters_sha256"]
     assert whole_ended["metrics"]["final"]["val_accuracy"] > 0.7

@@ -116,10 +116,10 @@ def test_adopted_files_train(hpctrain, shards):
     "settings",
     [
         ["data.order=full"],
-        ["data.order=none"],
-        ["data.workers=0"],
-        ["data.worker_kind=process"],
-        ["data.weights=importance"],
+        pytest.param(["data.order=none"], marks=pytest.mark.long),
+        pytest.param(["data.workers=0"], marks=pytest.mark.long),
+        pytest.param(["data.worker_kind=process"], marks=pytest.mark.long),
+        pytest.param(["data.weights=importance"], marks=pytest.mark.long),
         ['data.mixture=[{path="shards",weight=2},{path="other",weight=1}]'],
     ],
 )

@@ -36,6 +36,21 @@ def sizes(result):
     return [change["size"] for change in result["world"]]
 
 
+DIARY = """
+import os
+
+import hpctrain
+
+
+class Diary(hpctrain.Callback):
+    ranks = "all"
+
+    def on_step(self, run):
+        with open(f"told-{os.getpid()}", "a") as file:
+            file.write(f"{run.step} ")
+"""
+
+
 @pytest.mark.parametrize(
     ("plan", "left"),
     [
@@ -44,15 +59,25 @@ def sizes(result):
     ],
 )
 def test_losses(hpctrain, plan, left):
+    """The ranks that are left go on, and their callbacks are told of each step once."""
+    (hpctrain.folder / "diary.py").write_text(DIARY)
     losses = plan.count("rank")
-    result, outcome = trained(hpctrain, 4, plan, *slow_until("lost", losses, at=100))
+    more = ("--callback", "diary:Diary", *slow_until("lost", losses, at=100))
+    result, outcome = trained(hpctrain, 4, plan, *more)
     assert sizes(result)[-1] == left
     assert result["steps"] == EPOCHS * 23
     assert result["metrics"]["final"]["val_accuracy"] > 0.97
     assert len(outcome["faults"]) == losses == len(outcome["recovery_ms"])
+    told = [list(map(int, path.read_text().split())) for path in hpctrain.folder.glob("told-*")]
+    whole = list(range(1, EPOCHS * 23 + 1))
+    assert len(told) == 4
+    assert sorted(told, key=len)[-left:] == left * [whole]
+    assert all(steps == whole[: len(steps)] for steps in told)
 
 
-@pytest.mark.parametrize("compression", ["none", "powersgd:2"])
+@pytest.mark.parametrize(
+    "compression", ["none", pytest.param("powersgd:2", marks=pytest.mark.long)]
+)
 def test_a_new_rank_takes_the_place_of_a_lost_one(hpctrain, compression):
     """With compression, what the lost one had not sent yet is lost, and said to be."""
     more = ("--set", "elastic.workers=2", "--set", f"horovod.compression={compression}")

@@ -31,7 +31,7 @@ def launched(hpctrain, ranks, *arguments, seconds=SECONDS):
 @pytest.mark.parametrize(
     ("plan", "ranks"),
     [
-        ("kill:rank=0@step=20", 2),
+        pytest.param("kill:rank=0@step=20", 2, marks=pytest.mark.long),
         ("kill:rank=2@step=20 kill:rank=0@step=20+0.02 stop:rank=1@step=60", 4),
     ],
 )

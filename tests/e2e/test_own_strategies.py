@@ -72,21 +72,21 @@ def test_a_broken_promise(outside):
     assert not (outside.folder / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--strategy", "horvod"], "there is no strategy 'horvod'. HINT: did you mean 'horovod'?"),
-        (["--strategy", "local_sgd:Local"], "did you mean 'LocalSgd'?"),
-        (["--strategy", "local_sgd:LocalSgdConfig"], "'local_sgd:LocalSgdConfig' is no strategy."),
-        (
-            ["--strategy", "local_sgd:LocalSgd", "--set", "local-sgd.evry=3"],
-            "unknown key 'local-sgd.evry'. HINT: did you mean 'local-sgd.every'?",
-        ),
-    ],
-)
-def test_mistakes(outside, arguments, message):
-    told = outside("train", "digits", *arguments)
-    assert told.returncode == 2 and message in told.stdout and "Traceback" not in told.stdout
+MISTAKES = [
+    (["--strategy", "horvod"], "there is no strategy 'horvod'. HINT: did you mean 'horovod'?"),
+    (["--strategy", "local_sgd:Local"], "did you mean 'LocalSgd'?"),
+    (["--strategy", "local_sgd:LocalSgdConfig"], "'local_sgd:LocalSgdConfig' is no strategy."),
+    (
+        ["--strategy", "local_sgd:LocalSgd", "--set", "local-sgd.evry=3"],
+        "unknown key 'local-sgd.evry'. HINT: did you mean 'local-sgd.every'?",
+    ),
+]
+
+
+def test_mistakes(outside):
+    every = outside.each([["train", "digits", *arguments] for arguments, _ in MISTAKES])
+    for told, (_, message) in zip(every, MISTAKES, strict=True):
+        assert told.returncode == 2 and message in told.stdout and "Traceback" not in told.stdout
 
 
 def test_the_list(outside):

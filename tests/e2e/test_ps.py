@@ -93,7 +93,7 @@ FAR_AND_ODD = [
 @pytest.mark.parametrize(
     ("optimizer", "workers", "servers", "settings"),
     [
-        ("adamw", 2, 1, ["ps.shares=[1,3]"]),
+        pytest.param("adamw", 2, 1, ["ps.shares=[1,3]"], marks=pytest.mark.long),
         ("adamw", 3, 2, FAR_AND_ODD),
         ("sgd, clipped", 2, 2, ["ps.slice_bytes=1000", "ps.shares=speed", "ps.share_steps=7"]),
         ("lamb", 2, 2, ["ps.colocate=true", "ps.slice_bytes=1000"]),
@@ -112,7 +112,7 @@ def test_same_as_one_process(hpctrain, reference, optimizer, workers, servers, s
     assert result["metrics"]["final"]["val_accuracy"] > 0.5
 
 
-@pytest.mark.parametrize("consistency", ["async", "ssp:2"])
+@pytest.mark.parametrize("consistency", [pytest.param("async", marks=pytest.mark.long), "ssp:2"])
 def test_learning_without_waiting(hpctrain, consistency):
     arguments, ranks = ps(4, 1, "ps.colocate=true")
     hpctrain.train(
@@ -141,7 +141,7 @@ def test_learning_without_waiting(hpctrain, consistency):
     assert consistency == "async" or max(leads) <= 2
 
 
-@pytest.mark.parametrize("consistency", ["async", "ssp:2"])
+@pytest.mark.parametrize("consistency", ["async", pytest.param("ssp:2", marks=pytest.mark.long)])
 def test_early_stopping_stops_every_worker(hpctrain, consistency):
     """A rate of nearly nothing learns nothing. Nobody waits for the pushes of one that stopped."""
     arguments, ranks = ps(2)
@@ -210,10 +210,10 @@ KEY = "c0ffee" + 58 * "0"
 @pytest.mark.parametrize(
     ("compression", "consistency", "settings", "least"),
     [
-        ("fp16", "async", ["ps.pull_every=2"], 1.3),
-        ("bf16", "backup:1", [], 1.3),
+        pytest.param("fp16", "async", ["ps.pull_every=2"], 1.3, marks=pytest.mark.long),
+        pytest.param("bf16", "backup:1", [], 1.3, marks=pytest.mark.long),
         ("int8", "sync", ["ps.pull_every=[1,2]"], 1.5),
-        ("topk:0.1", "ssp:1", [], 1.5),
+        pytest.param("topk:0.1", "ssp:1", [], 1.5, marks=pytest.mark.long),
     ],
 )
 def test_learning_from_fewer_bytes(hpctrain, compression, consistency, settings, least):
@@ -336,23 +336,26 @@ def test_said_once_by_several_ranks(hpctrain, task, workers, servers, settings, 
     assert message in complaint(hpctrain("train", task, *arguments, ranks=ranks))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ([], "too few ranks: 1"),
-        (["ps.consistency=spp:3"], "there is no consistency 'spp:3'"),
-        (["ps.consistency=backup:1"], "1 workers cannot go on without 1 of them"),
-        (["ps.replicas=1"], "1 replicas need more than 1 servers"),
-        (["ps.compression=topk:2"], "codec 'topk:2' does not say which fraction"),
-        (["ps.key_file=key"], "the key file key is open to others than its owner (mode 640)"),
-    ],
-)
-def test_one_line(hpctrain, settings, message):
+MISTAKES = [
+    ([], "too few ranks: 1"),
+    (["ps.consistency=spp:3"], "there is no consistency 'spp:3'"),
+    (["ps.consistency=backup:1"], "1 workers cannot go on without 1 of them"),
+    (["ps.replicas=1"], "1 replicas need more than 1 servers"),
+    (["ps.compression=topk:2"], "codec 'topk:2' does not say which fraction"),
+    (["ps.key_file=key"], "the key file key is open to others than its owner (mode 640)"),
+]
+
+
+def test_one_line(hpctrain):
     """One process is enough where it both serves and works."""
     (hpctrain.folder / "key").write_text(KEY)
     (hpctrain.folder / "key").chmod(0o640)
-    arguments, _ = ps(1, 1, *settings, *(["ps.colocate=true"] if settings else []))
-    assert message in complaint(hpctrain("train", "digits", *arguments))
+    every = hpctrain.each(
+        ["train", "digits", *ps(1, 1, *settings, *(["ps.colocate=true"] if settings else []))[0]]
+        for settings, _ in MISTAKES
+    )
+    for result, (_, message) in zip(every, MISTAKES, strict=True):
+        assert message in complaint(result), result.args
 
 
 def test_mpi_that_sees_other_ranks(hpctrain):

@@ -57,11 +57,17 @@ def assert_completed(job):
 
 # Worker 0 writes the records and the checkpoints; another does when it is lost.
 @pytest.mark.parametrize(
-    ("consistency", "rank"), [("sync", 0), ("async", 1), ("ssp:2", 1), ("backup:1", 0)]
+    ("consistency", "rank"),
+    [
+        ("sync", 0),
+        ("async", 1),
+        pytest.param("ssp:2", 1, marks=pytest.mark.long),
+        pytest.param("backup:1", 0, marks=pytest.mark.long),
+    ],
 )
 def test_a_killed_worker(start, consistency, rank):
     job = start(2, 1, "--consistency", consistency)
-    assert job.reached(HIT_AT) and job.hit(rank, "SIGKILL")
+    assert job.reached(HIT_AT) and job.hit(rank, "SIGKILL"), job.output()
     result = assert_completed(job)
     assert [(e["lost"], e["role"], e["size"]) for e in events(job)] == [(rank, "worker", 1)]
     assert f"worker {rank} on " in job.output()
@@ -73,7 +79,7 @@ def test_a_killed_worker(start, consistency, rank):
 def test_a_stopped_worker_and_a_resume(start):
     """The process lives, its sockets too, and only the clock tells."""
     job = start(3, 1, "--set", "ps.silence_seconds=4")
-    assert job.reached(HIT_AT) and job.hit(2, "SIGSTOP")
+    assert job.reached(HIT_AT) and job.hit(2, "SIGSTOP"), job.output()
     assert_completed(job)
     (event,) = events(job)
     assert event["lost"] == 2 and "silent for " in event["reason"]
@@ -93,7 +99,7 @@ def test_two_workers_at_once(start):
 
 def test_the_last_worker(start):
     job = start(1, 2, "--replicas", 1)
-    assert job.reached(HIT_AT) and job.hit(0, "SIGKILL")
+    assert job.reached(HIT_AT) and job.hit(0, "SIGKILL"), job.output()
     assert job.wait(SECONDS) == "", job.output()
     assert job.process.returncode != 0
     assert not (job.folder / "run" / "result.json").exists()
@@ -114,7 +120,7 @@ def test_a_killed_server_changes_nothing(start):
 
 def test_a_killed_server_without_replicas(start):
     job = start(2, 2)
-    assert job.reached(HIT_AT) and job.hit(3, "SIGKILL")
+    assert job.reached(HIT_AT) and job.hit(3, "SIGKILL"), job.output()
     assert job.wait(SECONDS) == "", job.output()
     assert job.process.returncode != 0
     assert not (job.folder / "run" / "result.json").exists()
@@ -133,7 +139,7 @@ def test_a_new_worker_for_a_lost_one(start):
     # Most of the time between two steps of theirs is that of collectives, which it must not join.
     always = ("--set", "train.validate_every_steps=1", "--set", "log.every_steps=1")
     job = start(2, 2, "--set", "ps.workers=2", *always, until="joined")
-    assert job.reached(HIT_AT) and job.hit(1, "SIGKILL")
+    assert job.reached(HIT_AT) and job.hit(1, "SIGKILL"), job.output()
     result = assert_completed(job)
     assert changes(result) == [(2, "start"), (1, "worker 1"), (2, "worker 4")]
     assert "worker 4 joined; going on with 2 workers" in job.output()

@@ -3,8 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e.conftest import result_of
-from tests.e2e.test_averaging import cut_back
+from tests.e2e.conftest import cut_back, result_of
 
 CHOSEN = ["--steps", "40", "--set", "log.tensorboard=false", "--set", "checkpoint.every_steps=20",
     "--set", "checkpoint.keep=9", "--set", "train.dtype=float64",

@@ -1,5 +1,8 @@
 """What people do between backward() and step() ends as in one process, with every strategy."""
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -361,3 +364,12 @@ def test_habits_of_one_worker(world, habit, consistency):
     loop.wrapped()
     assert_same(loop.run(), expected)
     strategy.world.comm.close()
+
+
+def test_two_optimizers_in_a_loop():
+    """A generator and a discriminator over Horovod end as in one process."""
+    folder = Path(__file__).parents[2] / "examples"
+    ours, plain = (runpy.run_path(str(folder / f"{name}.py")) for name in ("gan", "gan_plain"))
+    for name in ("make", "judge"):
+        for one, other in zip(ours[name].parameters(), plain[name].parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

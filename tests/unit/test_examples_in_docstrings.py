@@ -14,7 +14,7 @@ SKIPPED = {"hpctrain.elastic.selftest", "hpctrain.launch.worker_slot"}  # progra
 
 def with_examples():
     for found in pkgutil.walk_packages(hpctrain.__path__, "hpctrain."):
-        if found.name not in SKIPPED and not found.ispkg:
+        if found.name not in SKIPPED:
             path = importlib.util.find_spec(found.name).origin
             if ">>> " in Path(path).read_text():
                 yield found.name

@@ -285,6 +285,18 @@ class Npz(Import):
         return file.getvalue()
 
 
+class Arrow(Import):
+    name = "a.feather"
+
+    def seed(self, folder):
+        import pyarrow.feather
+
+        file = io.BytesIO()
+        table = pyarrow.table({"n": [1, 2, 3], "word": ["a", "b", "a"], "row": [[1.0], [], [2.0]]})
+        pyarrow.feather.write_feather(table, file, compression="uncompressed")
+        return file.getvalue()
+
+
 class Submission:
     def seed(self, folder):
         return json.dumps(
@@ -368,7 +380,7 @@ class Hdf5:
         assert os.waitstatus_to_exitcode(status) == 0
 
 
-READERS = [Index, Checkpoint, Tensors, Toml, Tar, WebDataset, Npz, Submission, Run, Hdf5]
+READERS = [Index, Checkpoint, Tensors, Toml, Tar, WebDataset, Npz, Arrow, Submission, Run, Hdf5]
 FOUND = {
     # Counts that are none, negative, not finite or too large; paths that are none; no chunk at all.
     Index: [[("json", 166, 0)], [("json", 38, 90)], [("json", 38, 65)], [("json", 38, 33)],

@@ -19,7 +19,7 @@ from hpctrain.errors import Error
 from hpctrain.inference.evaluate import evaluate
 from hpctrain.inference.passes import Passes, Wanted, passes
 from hpctrain.inference.predict import predict
-from hpctrain.trained_model import open_trained
+from hpctrain.inference.trained_model import open_trained
 from hpctrain.world.launcher import ALONE
 from hpctrain.world.world import World
 from tests.unit.test_ranks import single

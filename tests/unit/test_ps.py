@@ -8,6 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.examples import examples
 from tests.unit.ps_simulation import SIZES, Simulation
 
 # A failing example is whole runs long: not worth making smaller.
@@ -48,7 +49,7 @@ def difference(one, two):
     return float((one - two).norm() / two.norm())
 
 
-@settings(max_examples=40, phases=PHASES)
+@settings(max_examples=examples(40), phases=PHASES)
 @given(
     workers=st.integers(1, 4), servers=st.integers(1, 3), near=st.booleans(),
     slice_bytes=st.sampled_from([64, 200, 4096]), name=st.sampled_from(sorted(OPTIMIZERS)),
@@ -140,7 +141,7 @@ topologies = {
 
 
 @pytest.mark.slow
-@settings(max_examples=100, phases=PHASES)
+@settings(max_examples=examples(100), phases=PHASES)
 @given(
     **topologies,
     consistency=st.sampled_from(["async", "ssp:0", "ssp:1", "ssp:3", "backup:1", "backup:2"]),
@@ -173,7 +174,7 @@ def slow_choice(seed, workers):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, phases=PHASES)
+@settings(max_examples=examples(1000), phases=PHASES)
 @given(
     workers=st.integers(2, 4), servers=st.integers(1, 2), bound=st.integers(0, 4),
     seed=st.integers(0, 10**6),
@@ -196,7 +197,7 @@ def test_without_a_bound_they_do_run_ahead():
     assert ahead >= 3
 
 
-@settings(max_examples=60, phases=PHASES)
+@settings(max_examples=examples(60), phases=PHASES)
 @given(
     workers=st.integers(2, 4), servers=st.integers(1, 3), seed=st.integers(0, 10**6),
     consistency=st.sampled_from(["sync", "async", "ssp:2", "backup:1"]), tick=st.integers(1, 800),
@@ -213,7 +214,7 @@ def test_a_lost_worker_is_forgotten(workers, servers, seed, consistency, tick, s
 
 
 @pytest.mark.slow
-@settings(max_examples=100, phases=PHASES)
+@settings(max_examples=examples(100), phases=PHASES)
 @given(
     workers=st.integers(1, 3), servers=st.integers(2, 4), seed=st.integers(0, 10**6),
     consistency=st.sampled_from(["sync", "async", "ssp:2", "backup:1"]), tick=st.integers(1, 800),
@@ -238,7 +239,7 @@ def test_a_lost_servers_slices_come_back_from_their_replicas(
     assert difference(simulation.final(), replay(simulation, logs)) < 1e-12
 
 
-@settings(max_examples=100, phases=PHASES)
+@settings(max_examples=examples(100), phases=PHASES)
 @given(
     **topologies, consistency=st.sampled_from(["sync", "async", "ssp:2", "backup:1"]),
     tick=st.integers(0, 600), clip=st.booleans(),

@@ -87,7 +87,7 @@ def test_the_mode_of_the_documentation_trains(tmp_path, monkeypatch):
 
 def test_what_a_mode_says_of_itself_is_asked_everywhere():
     mode = consistency_of(PsConfig(consistency=f"{HERE}:2"))
-    assert (mode.number, mode.shares, mode.lockstep) == (2, "speed", False)
+    assert (mode.number, mode.shares, mode.same_weights) == (2, "speed", False)
     with pytest.raises(Error, match="1 workers cannot go on without 1 of them"):
         mode.check(1)
     cost = strategy_of(f"ps:2+{HERE}:2", lambda name: Compression(name))
@@ -99,9 +99,9 @@ def test_the_modes_that_there_are():
     assert relaxed() == ["ssp:3", "async"]
     modes = [parse(text) for text in ("sync", "ssp:3", "async", "backup:1")]
     assert [mode.example for mode in modes] == ["sync", "ssp:3", "async", "backup:1"]
-    assert [mode.lockstep for mode in modes] == [True, False, False, False]
+    assert [mode.same_weights for mode in modes] == [True, False, False, False]
     assert [mode.staleness for mode in modes] == [0, 3, float("inf"), 0]
-    assert not consistency_of(PsConfig(pull_every=[1, 2])).lockstep
+    assert not consistency_of(PsConfig(pull_every=[1, 2])).same_weights
 
 
 @pytest.mark.parametrize(

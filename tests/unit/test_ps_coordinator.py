@@ -12,6 +12,7 @@ from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.messages import AGAIN
 from hpctrain.ps.server.coordinator import SHIFT, Coordinator
 from hpctrain.strategies.parameter_server import PsCommunicator
+from tests.examples import examples
 
 WORKERS = [0, 1, 2, 5]  # ranks between them serve
 
@@ -67,7 +68,7 @@ def sums(answer):
 SPEEDS = st.lists(st.floats(0.05, 20.0), min_size=4, max_size=4)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(values=SPEEDS)
 def test_shares_follow_speeds(values):
     asking = Asking()
@@ -115,7 +116,7 @@ def test_a_worker_that_turns_slow_is_noticed():
     assert after[1] == pytest.approx(after[0] / 4, rel=0.05)
 
 
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 @given(data=st.data())
 def test_a_round_is_divided_alike_for_everybody(data):
     asking = Asking()
@@ -324,7 +325,7 @@ def test_who_pushes_meanwhile_is_given_more_time(monkeypatch):
     assert asking.coordinator.overdue() == "1"
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(order=st.permutations(WORKERS), root=st.sampled_from(WORKERS))
 def test_everybody_gets_a_broadcast_once(order, root):
     asking = Asking()

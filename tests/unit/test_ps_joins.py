@@ -14,6 +14,7 @@ from hpctrain.ps.client.client import Client
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import LocalLink
 from hpctrain.strategies.parameter_server import PsCommunicator
+from tests.examples import examples
 from tests.unit.ps_simulation import Simulation
 
 STEPS = 6
@@ -138,25 +139,25 @@ class Meeting(Simulation):
 
     def _work(self, worker, steps):
         client, program = self.clients[worker], self.programs[worker]
-        if steps == 0 and not client._consistency.lockstep:
+        if steps == 0 and not client._consistency.same_weights:
             self.between_steps(worker, client, last=True)
         for _ in self.work(worker, steps):
             program.pause()
 
     def between_steps(self, worker, client, *, last):
         """All of them add up ones."""
-        lockstep = client._consistency.lockstep
-        if last and not lockstep:
+        same_weights = client._consistency.same_weights
+        if last and not same_weights:
             client.rest()
-        if last or lockstep:
+        if last or same_weights:
             comm, ones = self.comms[worker], torch.ones(1)
             comm.all_reduce(ones)
-            self.met[client.clock if lockstep else STEPS][worker] = (comm.size, int(ones))
+            self.met[client.clock if same_weights else STEPS][worker] = (comm.size, int(ones))
         return iter(())
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     consistency=st.sampled_from(["sync", "async", "ssp:1", "backup:1"]),
     workers=st.integers(1, 3),
@@ -173,13 +174,13 @@ def test_a_worker_that_joins(consistency, workers, servers, seed, tick, lose, pa
         # The coordinator, about then.
         faults.append((max(1, tick + lose), lambda faults: meeting.kill(100)))
     meeting.train(faults, pace)
-    lockstep = consistency == "sync"
+    same_weights = consistency == "sync"
     clocks = sorted(meeting.met)
-    assert clocks == (list(range(1, STEPS + 1)) if lockstep else [STEPS])
+    assert clocks == (list(range(1, STEPS + 1)) if same_weights else [STEPS])
     for there in meeting.met.values():
         assert {*range(workers)} <= set(there)
         sizes, sums = ({*each} for each in zip(*there.values(), strict=True))
         assert sums == {len(there)}
-        assert sizes == {len(there)} or not lockstep
+        assert sizes == {len(there)} or not same_weights
     late = [NEWCOMER in meeting.met[clock] for clock in clocks]
     assert late == sorted(late)  # from its first step on it missed none

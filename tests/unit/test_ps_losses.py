@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hpctrain.ps.protocol import messages
+from tests.examples import examples
 from tests.unit.ps_simulation import Simulation
 from tests.unit.test_ps import OPTIMIZERS, PHASES, slow_choice
 
@@ -73,7 +74,7 @@ class Lossy(Simulation):
             while not client.settled():
                 yield
             client.end()
-            if client._consistency.lockstep:
+            if client._consistency.same_weights:
                 yield from self._add_up(worker, client)
             if self._leads(worker, client):
                 yield from self._take_whole_snapshot(client)
@@ -119,7 +120,7 @@ class Lossy(Simulation):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, phases=PHASES)
+@settings(max_examples=examples(300), phases=PHASES)
 @given(
     workers=st.integers(2, 4), servers=st.integers(2, 4), seed=st.integers(0, 10**6),
     consistency=st.sampled_from(["sync", "async", "ssp:2", "backup:1"]),

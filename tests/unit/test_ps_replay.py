@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.server.order_log import Record, check_unused
+from tests.examples import examples
 from tests.unit.ps_simulation import Simulation
 from tests.unit.test_ps import OPTIMIZERS, PHASES, slow_choice
 
@@ -59,7 +60,7 @@ def contents(folder, workers):
 
 
 @pytest.mark.slow
-@settings(max_examples=150, phases=PHASES)
+@settings(max_examples=examples(150), phases=PHASES)
 @given(
     workers=st.integers(1, 4), servers=st.tuples(st.integers(1, 3), st.integers(1, 4)),
     near=st.tuples(st.booleans(), st.booleans()), turns=st.tuples(st.integers(), st.integers()),

@@ -161,3 +161,40 @@ def test_parquet_with_nulls_dictionaries_and_numbers_that_are_none(tmp_path):
         pyarrow.parquet.write_table(pa.table({name: column}), tmp_path / "o.parquet")
         with pytest.raises(Error, match=f"column {name} of .* is of type .*--fields"):
             look(tmp_path / "o.parquet", ImportOptions())
+
+
+@pytest.mark.parametrize("form", ["file", "stream", "feather"])
+def test_arrow_files(tmp_path, form):
+    """In several batches, one of them empty; compressed, with dictionaries, lists and nulls."""
+    import pyarrow.feather
+
+    table = pa.table(
+        {
+            "n": pa.array([3, None, 5, 7, 8], pa.int16()),
+            "word": pa.array(["a", "b", "a", None, "c"]).dictionary_encode(),
+            "pair": pa.array([[1.0, 2.0]] * 5, pa.list_(pa.float64(), 2)),
+        }
+    )
+    file = tmp_path / ("t.feather" if form == "feather" else "t.arrow")
+    if form == "feather":
+        pyarrow.feather.write_feather(table, file, compression="zstd", chunksize=2)
+    else:
+        make = pa.ipc.new_file if form == "file" else pa.ipc.new_stream
+        with make(str(file), table.schema) as writer:
+            for part in (table.slice(0, 2), table.slice(2, 0), table.slice(2)):
+                writer.write_table(part.combine_chunks() if len(part) else part)
+    found = values(tmp_path / "a", file.read_bytes(), file.name, missing="-1")
+    assert found["n"] == [3, -1, 5, 7, 8] and found["pair"] == [[1.0, 2.0]] * 5
+    assert found["word"] == ["a", "b", "a", "", "c"]
+
+
+def test_damaged_arrow_files_are_named(tmp_path):
+    with pa.ipc.new_file(str(tmp_path / "t.arrow"), pa.schema({"x": pa.int64()})) as writer:
+        writer.write_table(pa.table({"x": list(range(1000))}))
+    whole = (tmp_path / "t.arrow").read_bytes()
+    (tmp_path / "t.arrow").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Error, match="t.arrow"):
+        look(tmp_path / "t.arrow", ImportOptions())
+    (tmp_path / "old.feather").write_bytes(b"FEA1" + bytes(40) + b"FEA1")
+    with pytest.raises(Error, match="Feather of version 1"):
+        look(tmp_path / "old.feather", ImportOptions())

@@ -14,7 +14,7 @@ from hpctrain.data.writer import Ragged, ShardWriter
 from hpctrain.errors import Error
 
 # docs/shards.md speaks of 2,000; so many take minutes.
-CORRUPTIONS = int(os.environ.get("HPCTRAIN_TEST_CORRUPTIONS", "200"))
+CORRUPTIONS = int(os.environ.get("HPCTRAIN_TEST_CORRUPTIONS", "60"))
 
 
 def write(path, compression):

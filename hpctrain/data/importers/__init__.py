@@ -1,4 +1,4 @@
-"""Turning what people have into a shard set: images, arrays, tables, text, WebDataset, HDF5."""
+"""Import what people have as a shard set: images, arrays, tables, text, WebDataset, HDF5."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["ImportOptions", "import_data", "look"]
 
 TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
-TABLES = (".parquet", *TEXT_TABLES, *(f"{suffix}.gz" for suffix in TEXT_TABLES))
+TABLES = (
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".ipc",
+    *TEXT_TABLES,
+    *(f"{suffix}.gz" for suffix in TEXT_TABLES),
+)
 HDF5 = (".h5", ".hdf5", ".hdf")
 TEXTS = (".txt", ".md")
 HEAD_BYTES = 2**16
@@ -40,7 +47,7 @@ def import_data(
 
     Args:
         source: A folder of images by class, or a tar of one; WebDataset tars; an ``.npz`` or
-            ``.npy``; HDF5; Parquet, CSV or JSON Lines, one or a folder; or text.
+            ``.npy``; HDF5; Parquet, Arrow, CSV or JSON Lines, one or a folder; or text.
         destination: The shard set to be.
         options: How.
         launch: This process among those that import together; None: as the launcher says.
@@ -65,7 +72,7 @@ def import_data(
 
 
 def look(source: Path, options: ImportOptions) -> list[str]:
-    """The summary of a source: the lines that an import would begin with. Nothing is written.
+    """Return the summary of a source that an import would begin with; nothing is written.
 
     Args:
         source: As of :func:`import_data`.
@@ -87,7 +94,11 @@ def _check(source: Path) -> None:
 
 
 def open_source(source: Path, options: ImportOptions) -> Importer:
-    """What reads a source.
+    """Return the importer that reads a source.
+
+    Args:
+        source: A file or folder.
+        options: How to import it; ``kind`` None: what it holds tells.
 
     Raises:
         Error: It is of no kind that can be imported, or of several; or a library is missing.
@@ -127,7 +138,7 @@ def _kind_of_file(source: Path, options: ImportOptions) -> str:
 
 
 def _kind_of_content(source: Path) -> str:
-    """Of a file whose name does not tell."""
+    """Tell the kind of a file whose name does not."""
     with reading(source), source.open("rb") as file:
         head = file.read(HEAD_BYTES)
     for magic, kind in _MAGIC.items():
@@ -164,7 +175,7 @@ def _kind_of_folder(source: Path, tree: Tree) -> str:
 
 
 def importer(kind: str, source: Path, options: ImportOptions, tree: Tree | None = None) -> Importer:
-    """What reads a source of a kind. The libraries of its format are loaded here, no others.
+    """Return the importer of a kind; the libraries of its format are loaded here, no others.
 
     Args:
         kind: A name of ``IMPORTERS``, or "images" for a folder of them.

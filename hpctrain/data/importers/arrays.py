@@ -1,4 +1,4 @@
-"""Arrays with one row a sample, from an npz or npy; a piece at a time, so of any size.
+"""Import arrays with one row a sample, from an npz or npy; a piece at a time, so of any size.
 
 ``train_x``, ``x_train`` and ``train/x`` are field ``x`` of split ``train``; ``x`` has no split, but
 its file's name may tell one.
@@ -54,7 +54,7 @@ BROKEN = (
 
 
 class Arrays(Importer):
-    """What all files of arrays have in common."""
+    """An importer of files of arrays: what all their formats have in common."""
 
     what = "rows"
 
@@ -62,7 +62,7 @@ class Arrays(Importer):
 
     @abstractmethod
     def arrays(self, found: Found) -> dict[str, Array]:
-        """Name -> rows, and what they are.
+        """List the arrays: name -> rows, and what they are.
 
         Args:
             found: Where to note what is no array.
@@ -70,7 +70,7 @@ class Arrays(Importer):
 
     @abstractmethod
     def open(self, names: list[str]) -> contextlib.AbstractContextManager[Mapping[str, Rows]]:
-        """These arrays, to be read."""
+        """Open arrays to be read: name -> function that returns a range of rows."""
 
     def survey(self) -> Survey:
         """See what arrays there are."""
@@ -113,7 +113,7 @@ class Arrays(Importer):
         )
 
     def _chosen(self, arrays: dict[str, Array]) -> dict[str, Array]:
-        """Those asked for."""
+        """Return the arrays that were asked for."""
         missing = [name for name in self.options.fields if name not in arrays]
         if missing or not arrays:
             what = f"no array {missing[0]}" if missing else "no arrays"
@@ -150,11 +150,16 @@ class Arrays(Importer):
         return spec
 
     def errors(self) -> contextlib.AbstractContextManager[None]:
-        """Turns what the reading of a broken file raises into one error."""
+        """Turn what the reading of a broken file raises into one error."""
         return reading(self.path, *BROKEN)
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
-        """Read them in blocks of rows."""
+        """Read the samples of these numbers in blocks of rows.
+
+        Args:
+            survey: As found.
+            items: Numbers in the source's own order, rising.
+        """
         total = sum(count for _, count in survey.runs)
         rows = max(1, BLOCK_BYTES * total // max(1, survey.bytes))
         first = 0
@@ -174,13 +179,22 @@ class Arrays(Importer):
 
 
 def array_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Rows, and what they are in this machine's byte order."""
+    """Describe an array: its rows, and the field that they are in this machine's byte order.
+
+    Args:
+        shape: Of the array; empty: a single value, without rows.
+        dtype: Of the array.
+    """
     kind = dtype.newbyteorder("=").str
     return (shape[0], FieldSpec(kind, shape[1:])) if shape else (None, FieldSpec(kind))
 
 
 def check_type(dtype: np.dtype[Any], where: str) -> None:
-    """See that a field can be of a type.
+    """Refuse a type that a field cannot have.
+
+    Args:
+        dtype: Of the array.
+        where: What to call it in an error.
 
     Raises:
         Error: It is of objects, text, records, dates, or of numbers that torch has not.
@@ -193,42 +207,42 @@ def check_type(dtype: np.dtype[Any], where: str) -> None:
 
 
 def native(column: Column) -> Column:
-    """The same in this machine's byte order."""
+    """Return a column in this machine's byte order."""
     if isinstance(column, Ragged):
         return Ragged(in_order(column.values), column.offsets)
     return in_order(column)
 
 
 def in_order(array: NDArray[Any]) -> NDArray[Any]:
-    """The same in this machine's byte order."""
+    """Return an array in this machine's byte order; the array itself where it is already."""
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 class Npy(Arrays):
-    """One array; the file's name is the field's."""
+    """An importer of a npy file: one array; the file's name is the field's."""
 
     said = "an array of numpy's"
 
     def arrays(self, found: Found) -> dict[str, Array]:
-        """As its head says."""
+        """Read from the file's header what the array is."""
         with self.path.open("rb") as file:
             shape, _, dtype = npy_head(file, self.path.stat().st_size)
         return {self.path.stem: array_of(shape, dtype)}
 
     @contextlib.contextmanager
     def open(self, names: list[str]) -> Iterator[Mapping[str, Rows]]:
-        """Mapped."""
+        """Map the array into memory."""
         array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         yield {names[0]: lambda start, stop: np.asarray(array[start:stop])}
 
 
 class Npz(Arrays):
-    """Arrays in a zip, which is read as a stream: compressed or not, none need fit in memory."""
+    """An importer of a npz file: arrays in a zip, read as streams; none need fit in memory."""
 
     said = "arrays of numpy's"
 
     def arrays(self, found: Found) -> dict[str, Array]:
-        """As their heads say."""
+        """Read from the members' headers what the arrays are."""
         arrays = {}
         with zipfile.ZipFile(self.path) as archive:
             for member in archive.infolist():
@@ -239,7 +253,7 @@ class Npz(Arrays):
 
     @contextlib.contextmanager
     def open(self, names: list[str]) -> Iterator[Mapping[str, Rows]]:
-        """Each a stream of its own."""
+        """Open each array as a stream of its own."""
         with zipfile.ZipFile(self.path) as archive, contextlib.ExitStack() as stack:
             members = set(archive.namelist())
             arrays: dict[str, Rows] = {}
@@ -265,7 +279,7 @@ def _rows_of(array: NDArray[Any]) -> Rows:
 
 
 def npy_head(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran's order, and type of the array that a npy file holds.
+    """Read the header of a npy file: shape, whether in Fortran's order, and type of its array.
 
     Args:
         file: At its beginning; it is left where the array begins.

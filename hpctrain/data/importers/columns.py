@@ -1,4 +1,4 @@
-"""Columns of Arrow tables as columns of samples."""
+"""Turn columns of Arrow tables into columns of samples."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def is_undecided(field: Any) -> bool:
 
 
 def decode(name: Any) -> str:
-    """A class's name; bytes that are no UTF-8 are kept as Python keeps those of file names."""
+    """Return a class's name; bytes that are no UTF-8 are kept as Python keeps file names."""
     return name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
 
 
 def spec_of_field(
     field: Any, lengths: set[int], lacking: int, missing: str | None, where: str
 ) -> FieldSpec:
-    """What an Arrow field becomes.
+    """Return the field that an Arrow field becomes.
 
     Args:
         field: Its name and type.
@@ -81,7 +81,12 @@ def spec_of_field(
 
 
 def check_missing(kind: Any, missing: str | None, where: str) -> None:
-    """See that something stands for what is not there.
+    """Refuse missing values where nothing is to stand for them.
+
+    Args:
+        kind: The Arrow type of the column.
+        missing: What stands for them; None: nothing.
+        where: What to call these rows in an error.
 
     Raises:
         Error: Nothing does.
@@ -99,7 +104,7 @@ def check_missing(kind: Any, missing: str | None, where: str) -> None:
 
 
 def lengths_of(column: Any) -> set[int]:
-    """Shortest and longest list of a column; empty where it holds no lists."""
+    """Return the shortest and longest list of a column; empty where it holds no lists."""
     if not _is_list(column.type) or not len(column):
         return set()
     found = pc.min_max(pc.list_value_length(column)).as_py()
@@ -109,7 +114,7 @@ def lengths_of(column: Any) -> set[int]:
 def column_of(
     column: Any, spec: FieldSpec, classes: list[str] | None, missing: str | None, where: str
 ) -> Column:
-    """The samples that an Arrow array holds.
+    """Return the samples that an Arrow array holds.
 
     Args:
         column: The array.

@@ -42,14 +42,14 @@ _NUMBERS = re.compile(r"\s*[-+.\deE]+(\s+[-+.\deE]+)+\s*")
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a file is cut into rows and columns."""
+    """How a file of delimited text is cut into rows and columns."""
 
     delimiter: str
     header: bool
     decimal: str
 
     def open(self, file: Path, kinds: dict[str, Any] | None, names: list[str] | None) -> Any:
-        """A reader of batches.
+        """Open a file to be read in batches of rows.
 
         Args:
             file: To read.
@@ -71,7 +71,11 @@ class Dialect:
 
 
 def dialect(file: Path, options: ImportOptions) -> Dialect:
-    """How a file is cut.
+    """Find out how a file is cut into rows and columns, from its first bytes.
+
+    Args:
+        file: To look at.
+        options: What the user says of it, which has the last word.
 
     Raises:
         Error: It is not UTF-8, seems to be cut in another way, or to have no header.
@@ -128,7 +132,7 @@ def _check_header(cells: list[str], file: Path) -> None:
 
 
 class Inference:
-    """What a column is, from the text of all its rows."""
+    """Type inference of one column, from the text of all its rows."""
 
     def __init__(self) -> None:
         self.rows = self.missing = 0
@@ -137,7 +141,12 @@ class Inference:
         self._least = self._most = 0
 
     def see(self, column: Any, decimal: str) -> None:
-        """Some more rows: an Arrow array of bytes, the decimal mark in them."""
+        """Take account of some more rows.
+
+        Args:
+            column: An Arrow array of bytes.
+            decimal: The decimal mark in them, as a regular expression.
+        """
         self.rows += len(column)
         values = column.filter(pc.invert(pc.is_in(column, pa.array(MISSING, pa.binary()))))
         self.missing += len(column) - len(values)
@@ -156,7 +165,11 @@ class Inference:
                 self._least, self._most = min(number, self._least), max(number, self._most)
 
     def kind(self, where: str, dialect: Dialect) -> Any:
-        """The Arrow type.
+        """Return the narrowest Arrow type that all rows seen fit.
+
+        Args:
+            where: What to call the column in an error.
+            dialect: Of the files.
 
         Raises:
             Error: It can be none, or there is nothing in the column.
@@ -189,7 +202,11 @@ class Inference:
 def infer(
     files: list[tuple[Path, Dialect]], names: list[str]
 ) -> tuple[dict[str, Inference], list[int]]:
-    """What the columns are, and how many rows each file has.
+    """Read all rows of some columns, and return what each is, and how many rows each file has.
+
+    Args:
+        files: Each with how it is cut.
+        names: Of the columns.
 
     Raises:
         Error: A file cannot be read.
@@ -209,6 +226,13 @@ def infer(
 def batches(
     file: Path, cut: Dialect, kinds: dict[str, Any] | None, names: list[str]
 ) -> Iterator[Any]:
-    """Batches of some columns, in this order."""
+    """Yield batches of some columns, in this order.
+
+    Args:
+        file: To read.
+        cut: Its dialect.
+        kinds: Column -> Arrow type; None: bytes, as they are written.
+        names: Of the columns.
+    """
     with reading(file, pa.ArrowException, ValueError), cut.open(file, kinds, names) as table:
         yield from table

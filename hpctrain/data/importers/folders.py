@@ -1,4 +1,4 @@
-"""Telling an image's split and class from the folders it is in."""
+"""Tell an image's split and class from the folders it is in."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Place:
 
 
 def folders_of(name: str) -> Folders:
-    """The folders that a file is in."""
+    """Return the folders that a file is in, from a path within the source."""
     return tuple(part for part in name.split("/")[:-1] if part not in ("", "."))
 
 
 def places(
     folders: Sequence[Folders], where: str, *, classes: Classes | None, told: bool
 ) -> dict[Folders, Place | None]:
-    """What each of the folders that hold images stands for; None: it is of no class.
+    """Tell what each of the folders that hold images stands for; None: it is of no class.
 
     A folder's level whose names are all words of splits tells them. Of the others, those that are
     the same everywhere tell nothing; what is left is the class, if it is one level.
@@ -71,7 +71,7 @@ def places(
 def _split_level(
     folders: Sequence[Folders], where: str, classes: Classes | None, told: bool
 ) -> int | None:
-    """The level whose folders' names are words of splits; None: there is none."""
+    """Find the level whose folders' names are words of splits; None: there is none."""
     if not told:
         return None
     for level in range(max(map(len, folders), default=0)):

@@ -1,4 +1,4 @@
-"""HDF5 files whose datasets have one row a sample, such as others' tools write.
+"""Import HDF5 files whose datasets have one row a sample, such as others' tools write.
 
 ``x_train`` and ``train/x`` are field ``x`` of split ``train``. Text, and HDF5's rows of varying
 length, become ragged fields.
@@ -35,12 +35,12 @@ CACHE_BYTES = 128 * 2**20
 
 
 class Hdf5(Arrays):
-    """One HDF5 file."""
+    """An importer of one HDF5 file."""
 
     said = "datasets of HDF5"
 
     def arrays(self, found: Found) -> dict[str, Array]:
-        """All datasets, in groups and out of them, or those asked for, which may be links."""
+        """List all datasets, in groups and out of them, or those asked for, which may be links."""
         if self.options.fields:
             return {name: self._array(name) for name in self.options.fields}
         with open_file(self.path) as file:
@@ -79,7 +79,7 @@ class Hdf5(Arrays):
             yield opened
 
     def errors(self) -> contextlib.AbstractContextManager[None]:
-        """What HDF5 raises where a file is broken."""
+        """Turn what HDF5 raises where a file is broken into one error."""
         return reading(self.path, ValueError, KeyError, RuntimeError, TypeError)
 
 

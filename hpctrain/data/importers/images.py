@@ -1,4 +1,4 @@
-"""Images in folders by class, unpacked or in a tar: ``[.../][SPLIT/]CLASS/NAME.jpg``."""
+"""Import images in folders by class, unpacked or in a tar: ``[.../][SPLIT/]CLASS/NAME.jpg``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,13 @@ def is_image(name: str) -> bool:
 
 
 def image_spec(data: bytes, where: str, options: ImportOptions) -> FieldSpec:
-    """What an image is stored as."""
+    """Return the field that an image is stored as.
+
+    Args:
+        data: The bytes of its file.
+        where: What to call it in an error.
+        options: How it is decoded, resized and stored.
+    """
     pixels = decode(data, where, options.pixels, options.resize)
     return ENCODED if options.keep_encoded else FieldSpec(pixels.dtype.str, pixels.shape)
 
@@ -53,7 +59,7 @@ def image_spec(data: bytes, where: str, options: ImportOptions) -> FieldSpec:
 def image_column(
     images: Iterable[tuple[str, bytes]], count: int, spec: FieldSpec, options: ImportOptions
 ) -> Column:
-    """A column of images, each given by what it is called and the bytes of its file.
+    """Decode images into a column, each given by what it is called and the bytes of its file.
 
     Args:
         images: As they come.
@@ -94,7 +100,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 def _checked(data: bytes, where: str) -> bytes:
-    """The same, if it begins as an image does."""
+    """Return the bytes of an image's file, if it begins as an image does."""
     try:
         open_image(data)
     except Exception as error:  # see decode
@@ -103,7 +109,12 @@ def _checked(data: bytes, where: str) -> bytes:
 
 
 def describe_pixels(images: Iterable[tuple[str, bytes]], options: ImportOptions) -> list[str]:
-    """What becomes of images' pixels, and what some of the images are; lines for a summary."""
+    """Describe for a summary what becomes of images' pixels, and what some of the images are.
+
+    Args:
+        images: Each by what it is called and the bytes of its file.
+        options: How they are decoded and stored.
+    """
     kinds: Counter[str] = Counter()
     frames = 0
     for where, data in images:
@@ -126,19 +137,19 @@ def describe_pixels(images: Iterable[tuple[str, bytes]], options: ImportOptions)
 
 
 def batch_rows(survey: Survey) -> int:
-    """Samples to read at a time."""
+    """Return how many samples to read at a time."""
     total = sum(count for _, count in survey.runs)
     return min(MOST_BATCH, max(1, BLOCK_BYTES * total // max(1, survey.bytes)))
 
 
 class Images(Importer):
-    """What folders and tars of images have in common."""
+    """An importer of images: what folders and tars of them have in common."""
 
     what = "images"
 
     @abstractmethod
     def find(self, found: Found) -> dict[str, list[Any]]:
-        """Lists of what :meth:`fetch` needs of all images; that of their "names" is one.
+        """List the images: what :meth:`fetch` needs of each, one list of which is "names".
 
         Args:
             found: Where to note what is no image.
@@ -146,7 +157,12 @@ class Images(Importer):
 
     @abstractmethod
     def fetch(self, details: dict[str, Any], items: Items) -> Iterator[tuple[str, bytes]]:
-        """What to call each of these images in an error, and the bytes of its file."""
+        """Yield what to call each of these images in an error, and the bytes of its file.
+
+        Args:
+            details: As :meth:`find` returned them.
+            items: Numbers of images, rising.
+        """
 
     @abstractmethod
     def seeks(self) -> bool:
@@ -154,11 +170,11 @@ class Images(Importer):
 
     @abstractmethod
     def stamp(self) -> list[list[Any]]:
-        """Tells the source from what it was before."""
+        """Return what tells the source from what it was before."""
 
     @abstractmethod
     def encoded_bytes(self, details: dict[str, Any]) -> int:
-        """Of all images, as they are encoded."""
+        """Return the bytes of all images, as they are encoded."""
 
     def survey(self) -> Survey:
         """List the images; the first one says what size and kind all must have."""
@@ -221,7 +237,12 @@ class Images(Importer):
         return {"label": FieldSpec("<i8")}, {"classes": classes}
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
-        """Decode them, or not."""
+        """Yield the samples of these numbers: images, decoded or not, and labels.
+
+        Args:
+            survey: As found.
+            items: Numbers in the source's own order, rising.
+        """
         images = self.fetch(survey.details, items)
         labels = np.array(survey.details.get("labels", ()), dtype=np.int64)
         rows = batch_rows(survey)
@@ -236,10 +257,10 @@ class Images(Importer):
 
 
 class FolderImages(Images):
-    """A folder of images."""
+    """An importer of a folder of images."""
 
     def find(self, found: Found) -> dict[str, list[Any]]:
-        """By walking through it."""
+        """List the images by walking through the folder."""
         for why, name in self.tree.left_out:
             if why == NOWHERE and is_image(name):
                 raise Error(
@@ -256,15 +277,23 @@ class FolderImages(Images):
         return {"names": names}
 
     def seeks(self) -> bool:
-        """They can."""
+        """Tell that any file can be read without reading those before it."""
         return True
 
     def stamp(self) -> list[list[Any]]:
-        """Names alone tell one folder from another: an image may be mended between two runs."""
+        """Return nothing: names alone tell one folder from another.
+
+        An image may be mended between two runs.
+        """
         return []
 
     def fetch(self, details: dict[str, Any], items: Items) -> Iterator[tuple[str, bytes]]:
-        """Read the files."""
+        """Read the images' files one by one.
+
+        Args:
+            details: As :meth:`find` returned them.
+            items: Numbers of images.
+        """
         names = details["names"]
         folder = str(self.path)
         for item in items.tolist():
@@ -272,7 +301,7 @@ class FolderImages(Images):
             yield path, _content(path)
 
     def encoded_bytes(self, details: dict[str, Any]) -> int:
-        """By asking some."""
+        """Estimate the bytes of all images from the sizes of some files."""
         names: list[str] = details["names"]
         probes = names[:: max(1, len(names) // PROBES)]
         size = sum((self.path / name).stat().st_size for name in probes)
@@ -300,10 +329,10 @@ def _content(path: str) -> bytes:
 
 
 class TarImages(Images):
-    """A tar of a folder of images."""
+    """An importer of a tar of a folder of images."""
 
     def find(self, found: Found) -> dict[str, list[Any]]:
-        """By one pass over the headers, and in the order in which one pass reads them."""
+        """List the images by one pass over the headers, in the order in which a pass reads them."""
         members = []
         for member in files_in(self.path, found):
             if any(map(is_hidden, member.name.removeprefix("./").split("/"))):
@@ -320,7 +349,12 @@ class TarImages(Images):
         }
 
     def fetch(self, details: dict[str, Any], items: Items) -> Iterator[tuple[str, bytes]]:
-        """By one pass over what is wanted."""
+        """Read the images in one pass over the tar.
+
+        Args:
+            details: As :meth:`find` returned them.
+            items: Numbers of images, rising.
+        """
         names, offsets, sizes = (details[key] for key in ("names", "offsets", "sizes"))
         numbers = items.tolist()
         wanted = ((offsets[item], sizes[item]) for item in numbers)
@@ -328,13 +362,13 @@ class TarImages(Images):
             yield f"{names[item]} in {self.path}", data
 
     def seeks(self) -> bool:
-        """Where it is not compressed."""
+        """Tell whether the tar is not compressed, so that any image can be read by itself."""
         return is_plain(self.path)
 
     def stamp(self) -> list[list[Any]]:
-        """The tar's."""
+        """Return what tells the tar from what it was before."""
         return stamp(self.path)
 
     def encoded_bytes(self, details: dict[str, Any]) -> int:
-        """As the headers say."""
+        """Return the bytes of all images, as the headers give them."""
         return int(sum(details["sizes"]))

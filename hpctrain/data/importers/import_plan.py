@@ -1,4 +1,4 @@
-"""What an import is made of: what was found in a source, and which of it makes which shard.
+"""Plan an import: what was found in a source, and which of it makes which shard.
 
 Both are functions of the source and the options alone, never of how many ranks there are. So any
 number of ranks writes the same bytes, and an interrupted import goes on where it was.
@@ -40,7 +40,7 @@ Items = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """How to import.
+    """How to import a source.
 
     Attributes:
         shard_bytes: About the size of a shard; None: a 64th of the whole, within 16 MiB and 1 GiB.
@@ -100,7 +100,7 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found in a source. One rank looks; all ranks get this, as JSON.
+    """What was found in a source. One rank surveys it; all ranks get this, as JSON.
 
     Attributes:
         runs: Split and number of samples, run by run, in the source's own order; the split is ""
@@ -120,20 +120,20 @@ class Survey:
     found: Found = field(default_factory=lambda: Found(""))
 
     def tree(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the survey as JSON-able values; :meth:`of` makes a survey of them again."""
         fields = {name: asdict(spec) for name, spec in self.fields.items()}
         tree = {**vars(self), "fields": fields}
         del tree["found"]
         return tree
 
     def summary(self, options: ImportOptions) -> list[str]:
-        """Its lines."""
+        """Return the lines of the summary that is shown."""
         splits = {split: len(items) for split, items in _splits(self, options).items()}
         return self.found.lines(self.fields, splits)
 
     @staticmethod
     def of(tree: Mapping[str, Any]) -> Survey:
-        """From :meth:`tree`."""
+        """Make a survey of what :meth:`tree` returned."""
         fields = {
             name: FieldSpec(spec["dtype"], tuple(spec["shape"]), spec["ragged"])
             for name, spec in tree["fields"].items()
@@ -143,7 +143,7 @@ class Survey:
 
 
 class Importer(ABC):
-    """Reads one kind of source.
+    """Reads one kind of source; derive a class from this to add one.
 
     Args:
         path: The source.
@@ -188,7 +188,7 @@ class Importer(ABC):
 
     @abstractmethod
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
-        """The samples of these numbers, in this order, any number of them at a time.
+        """Yield the samples of these numbers, in this order, any number of them at a time.
 
         Args:
             survey: As found.
@@ -200,17 +200,22 @@ class Importer(ABC):
 
 
 def runs_of(splits: Iterable[str]) -> list[tuple[str, int]]:
-    """The runs of a :class:`Survey` from each sample's split."""
+    """Return the runs of a :class:`Survey` from each sample's split."""
     return [(split, sum(1 for _ in run)) for split, run in groupby(splits)]
 
 
 def stamp(*paths: Path) -> list[list[Any]]:
-    """Tells files from what they were before: place, bytes, and time of change."""
+    """Return what tells files from what they were before: place, bytes, and time of change."""
     return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def blocks(items: Items, rows: int) -> Iterator[Items]:
-    """The items cut so that each part lies within as many rows of the source."""
+    """Cut the items so that each part lies within as many rows of the source.
+
+    Args:
+        items: Numbers of samples, rising.
+        rows: How many rows of the source a part may reach over.
+    """
     position = 0
     while position < len(items):
         end = int(np.searchsorted(items, items[position] + rows))
@@ -220,7 +225,7 @@ def blocks(items: Items, rows: int) -> Iterator[Items]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard to be.
+    """A shard to be made, and the samples of the source that it gets.
 
     Attributes:
         split: It belongs to.
@@ -234,12 +239,17 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its file."""
         return shard_name(self.split, self.number)
 
 
 def layout(survey: Survey, options: ImportOptions) -> list[Shard]:
-    """All shards, in order; those of a split are as large as each other."""
+    """Plan all shards, in order; those of a split are as large as each other.
+
+    Args:
+        survey: What was found.
+        options: Size of shards, compression, and the split for validation.
+    """
     total = sum(count for _, count in survey.runs)
     target = options.shard_bytes or min(
         MOST_SHARD_BYTES, max(LEAST_SHARD_BYTES, survey.bytes // SHARDS)
@@ -279,7 +289,15 @@ def _splits(survey: Survey, options: ImportOptions) -> dict[str, Items]:
 
 
 def held_out(samples: int, options: ImportOptions) -> NDArray[np.bool_]:
-    """Which samples become the validation split."""
+    """Choose which samples become the validation split.
+
+    Args:
+        samples: How many there are.
+        options: Their ``validation_fraction``, and the seed by which they are drawn.
+
+    Returns:
+        Shape (samples,): true for those of the validation split.
+    """
     held = np.zeros(samples, dtype=bool)
     count = round(samples * options.validation_fraction)
     held[EpochOrder(samples, options.seed, epoch=0).indices(np.arange(count, dtype=np.uint64))] = 1
@@ -287,7 +305,12 @@ def held_out(samples: int, options: ImportOptions) -> NDArray[np.bool_]:
 
 
 def pick(column: Column, rows: NDArray[np.bool_]) -> Column:
-    """Some samples of a column."""
+    """Select some samples of a column.
+
+    Args:
+        column: Of all samples.
+        rows: Shape (samples,): which to take.
+    """
     if not isinstance(column, Ragged):
         return column[rows]
     lengths = np.diff(column.offsets)

@@ -1,4 +1,4 @@
-"""Ordinary JPEGs, decoded by Pillow without its parsing every marker in Python first.
+"""Decode ordinary JPEGs by Pillow, without its parsing every marker in Python first.
 
 That parsing takes longer than decoding a small image. Pillow's decoder needs the size alone, which
 is a few bytes in. https://www.w3.org/Graphics/JPEG/itu-t81.pdf, B.2.2.
@@ -18,7 +18,7 @@ _SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
 
 
 def decode_jpeg(data: bytes) -> Image.Image | None:
-    """The image, as ``Image.open`` gives it; None where that has to look, or to say what is wrong.
+    """Decode a JPEG as ``Image.open`` does; None where that has to look, or to say what is wrong.
 
     Args:
         data: Of a file of any kind.

@@ -1,4 +1,4 @@
-"""JSON Lines: an object a line, its members the columns.
+"""Read JSON Lines: an object a line, its members the columns.
 
 https://jsonlines.org
 """
@@ -21,7 +21,7 @@ MOST_LEVELS = 50
 
 
 def batches(file: Path, schema: Any = None) -> Iterator[Any]:
-    """Tables of some rows each, in order.
+    """Yield tables of some rows each, in order.
 
     Args:
         file: To read.

@@ -1,4 +1,4 @@
-"""An image file's pixels: which files are opened, how, and what becomes of every kind of pixel."""
+"""Decode image files: which are opened, how, and what becomes of every kind of pixel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SAID = {
 
 
 def decode(data: bytes, where: str, pixels: Pixels, resize: int | None) -> NDArray[Any]:
-    """The pixels of an image, upright by its EXIF orientation; the first one's of several frames.
+    """Decode an image to pixels, upright by its EXIF orientation; of several frames the first.
 
     Args:
         data: Of the file.
@@ -78,7 +78,12 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def unreadable(where: str, error: Exception) -> Error:
-    """An image cannot be read."""
+    """Return the error to raise where an image cannot be read.
+
+    Args:
+        where: What to call it.
+        error: What the decoder raised.
+    """
     # Pillow's own words for this one end in an address in memory.
     unknown = isinstance(error, UnidentifiedImageError)
     why = f"it is none of {', '.join(FORMATS)}" if unknown else error or type(error).__name__
@@ -86,7 +91,7 @@ def unreadable(where: str, error: Exception) -> Error:
 
 
 def bits(image: Image.Image) -> str:
-    """What an opened image's pixels are, in words that a person knows."""
+    """Name the kind of an opened image's pixels, in words that a person knows."""
     if _is_deep(image):
         return "16-bit grey"
     if _is_deep_colour(image):

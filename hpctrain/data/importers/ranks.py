@@ -1,4 +1,4 @@
-"""Ranks that import together, and meet in one folder: files are all they need of each other.
+"""Ranks that import together and meet in one folder: files are all they need of each other.
 
 Every rank has a file there, which holds a word of its own and grows as long as the rank lives. Rank
 0 starts a run by publishing the words of all ranks, so none takes what an earlier run left for its
@@ -32,13 +32,18 @@ T = TypeVar("T")
 
 
 def put(path: Path, what: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON, whole or not at all.
+
+    Args:
+        path: Of the file.
+        what: What JSON can hold.
+    """
     with writing(path):
         write_text(path, json.dumps(what))
 
 
 class Ranks:
-    """One rank among those of an import; use it as a context manager.
+    """One rank among those of an import, with a heartbeat; use it as a context manager.
 
     Args:
         folder: Where they meet; rank 0 may find there what an earlier run has left.
@@ -94,7 +99,7 @@ class Ranks:
         put(self.folder / f"failed-{self.rank}", {"words": self._words, "why": why})
 
     def publish(self, what: dict[str, Any]) -> None:
-        """On rank 0: start the run, once all ranks are there."""
+        """Wait for all ranks, then start the run and give them what they need; on rank 0."""
         if self.size > 1:
             self._words = self.wait(
                 lambda: words if len(words := self._present()) == self.size else None,
@@ -103,7 +108,7 @@ class Ranks:
         put(self.folder / "run", {"words": self._words, "what": what})
 
     def receive(self) -> Any:
-        """On other ranks: what rank 0 publishes."""
+        """Wait for what rank 0 publishes, and return it; on the other ranks."""
 
         def published() -> Any:
             self._say_here()  # rank 0 may have taken the file for an old one's
@@ -115,7 +120,7 @@ class Ranks:
         return run["what"]
 
     def check(self) -> None:
-        """Now and then: has another rank failed?
+        """Look now and then whether another rank has failed.
 
         Raises:
             Error: It has.
@@ -132,7 +137,7 @@ class Ranks:
                 )
 
     def wait(self, done: Callable[[], T | None], whom: set[int]) -> T:
-        """Until ``done`` gives something.
+        """Wait until ``done`` gives something, as long as the ranks it depends on show a heartbeat.
 
         Args:
             done: What is waited for.

@@ -1,7 +1,8 @@
-"""Tables: Parquet, CSV, JSON Lines; one file or a folder of them. Columns are fields, rows samples.
+"""Import tables: Parquet, Arrow, CSV, JSON Lines; a file or a folder.
 
-Numbers and booleans stay what they are; text becomes its UTF-8 bytes (ragged), unless it is the
-column of classes, which becomes their numbers; lists become rows of fixed or of varying length.
+Columns are fields, rows samples. Numbers and booleans stay what they are; text becomes its UTF-8
+bytes (ragged), unless it is the column of classes, which becomes their numbers; lists become rows
+of fixed or of varying length.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hpctrain.data.importers import delimited, json_lines
+from hpctrain.data.importers import arrow_files, delimited, json_lines
 from hpctrain.data.importers.columns import (
     column_of,
     counts_classes,
@@ -34,14 +35,14 @@ from hpctrain.errors import Error
 
 DELIMITED = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-TABLES = (".parquet", *DELIMITED, *JSON_LINES)
+TABLES = (".parquet", *arrow_files.SUFFIXES, *DELIMITED, *JSON_LINES)
 BATCH_ROWS = 65_536
 MOST_ROWS_A_BYTE = 2**13
 """Of a Parquet file: columns of one value take few bytes, but a damaged file may claim anything."""
 
 
 class Tables(Importer):
-    """One table, in one file or several."""
+    """An importer of one table, in one file or several."""
 
     what = "rows"
 
@@ -115,7 +116,7 @@ class Tables(Importer):
         )
 
     def _look(self, found: Found) -> tuple[Any, list[int], int, dict[str, int]]:
-        """The schema of all files, rows of each, bytes of all, and how much columns lack."""
+        """Return the schema of all files, rows of each, bytes of all, and how much columns lack."""
         schemas = [self._schema(file) for file in self._files]
         names = self._common_names(schemas)
         texts = [file for file in self._files if _is_delimited(file)]
@@ -164,7 +165,12 @@ class Tables(Importer):
         return lengths, classes
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
-        """Batch by batch; of Parquet only the row groups that hold what is wanted."""
+        """Yield the samples of these numbers; of Parquet only the row groups with some are read.
+
+        Args:
+            survey: As found.
+            items: Numbers of rows, rising.
+        """
         schema = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(survey.details["schema"])))
         files = [self.path / name for name in survey.details["names"]]
         first = 0
@@ -198,7 +204,7 @@ class Tables(Importer):
         return delimited.dialect(file, self.options)
 
     def _schema(self, file: Path) -> Any:
-        """Of one file; the types of delimited text are not known yet."""
+        """Return the schema of one file; the types of delimited text are not known yet."""
         if _is_parquet(file):
             with _parquet(file) as table:
                 return table.schema_arrow
@@ -206,11 +212,13 @@ class Tables(Importer):
             cut = self._dialect(file)
             with reading(file, pa.ArrowException, ValueError), cut.open(file, None, None) as table:
                 return table.schema
+        if _is_arrow(file):
+            return arrow_files.schema(file)
         schemas = [batch.schema for batch in json_lines.batches(file)]
         return _unified(schemas, file) if schemas else pa.schema([])
 
     def _common_names(self, schemas: list[Any]) -> list[str]:
-        """The columns to take, which all files must have."""
+        """Return the columns to take, which all files must have."""
         for file, schema in zip(self._files, schemas, strict=True):
             twice = [name for name, count in Counter(schema.names).items() if count > 1]
             if twice:
@@ -232,10 +240,10 @@ class Tables(Importer):
         ]
 
     def _common(self, schemas: list[Any], names: list[str]) -> Any:
-        """The schema of all files that say their types; those of JSON may be widened."""
+        """Return the schema of all files that say their types; those of JSON may be widened."""
         chosen = [pa.schema([schema.field(name) for name in names]) for schema in schemas]
         for file, schema in zip(self._files, chosen, strict=True):
-            for name in names if _is_parquet(file) else ():
+            for name in names if _is_parquet(file) or _is_arrow(file) else ():
                 if schema.field(name).type != chosen[0].field(name).type:
                     raise Error(
                         f"column {name} of {file} is of type {schema.field(name).type}, that of "
@@ -254,6 +262,8 @@ class Tables(Importer):
         if _is_delimited(file):
             kinds = {field.name: field.type for field in schema}
             found = delimited.batches(file, self._dialect(file), kinds, names)
+        elif _is_arrow(file):
+            found = (batch.select(names) for batch in arrow_files.batches(file))
         else:
             found = (
                 batch
@@ -283,6 +293,10 @@ def _is_parquet(file: Path) -> bool:
     return file.name.lower().endswith(".parquet")
 
 
+def _is_arrow(file: Path) -> bool:
+    return file.name.lower().endswith(arrow_files.SUFFIXES)
+
+
 def _is_delimited(file: Path) -> bool:
     return file.name.lower().endswith(DELIMITED)
 
@@ -300,7 +314,8 @@ def _extent(file: Path, schema: Any) -> tuple[int, int, dict[str, int]]:
     lacking: Counter[str] = Counter()
     if not _is_parquet(file):
         rows = size = 0
-        for table in json_lines.batches(file, schema):
+        tables = arrow_files.batches(file) if _is_arrow(file) else json_lines.batches(file, schema)
+        for table in tables:
             rows += table.num_rows
             size += table.nbytes
             lacking.update({name: table[name].null_count for name in schema.names})

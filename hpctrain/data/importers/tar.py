@@ -1,4 +1,4 @@
-"""Where in a tar, compressed or not, its files' bytes are; and these bytes.
+"""Find where in a tar, compressed or not, its files' bytes are; and read these bytes.
 
 A listing by ``tarfile`` costs as much for each member as decoding a small image. Here a header is
 looked at for its name, size and type. Formats: v7, ustar, GNU's long names, pax's path and size.
@@ -55,7 +55,7 @@ class Member(NamedTuple):
 
 
 class reading:  # noqa: N801 - reads as a statement
-    """Turns the ways in which a file can be broken into one error."""
+    """Turns the ways in which a file can be broken into one error; a context manager."""
 
     def __init__(self, path: Path, *more: type[Exception]) -> None:
         self.path = path
@@ -104,7 +104,7 @@ def is_tar(path: Path) -> bool:
 
 
 def members(path: Path, found: Found | None = None) -> Iterator[Member]:
-    """The regular files and links of a tar, in its order.
+    """Yield the regular files and links of a tar, in its order.
 
     Args:
         path: The tar.
@@ -162,7 +162,7 @@ def members(path: Path, found: Found | None = None) -> Iterator[Member]:
 
 
 def files_in(path: Path, found: Found) -> list[Member]:
-    """The files of a tar, links taken for what they lead to, in its order.
+    """List the files of a tar, links taken for what they lead to, in its order.
 
     Args:
         path: The tar.
@@ -223,7 +223,11 @@ def _normal(name: str) -> str:
 
 
 def contents(path: Path, wanted: Iterable[tuple[int, int]]) -> Iterator[bytes]:
-    """The bytes of members by offset and size, in rising order: one pass where it is compressed.
+    """Yield the bytes of members in rising order: in one pass where the tar is compressed.
+
+    Args:
+        path: The tar.
+        wanted: Offset and size of each, in bytes of what is not compressed.
 
     Raises:
         Error: It is damaged, or ends too early.

@@ -1,4 +1,4 @@
-"""Text for a language model: rows of bytes."""
+"""Import text for a language model, as rows of bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpctrain.errors import Error
 
 
 class Text(Importer):
-    """Bytes in rows of ``sequence_length + 1``, each row's last byte the next one's first.
+    """An importer of text: rows of ``sequence_length + 1`` bytes that overlap by one byte.
 
     The end of the text is the validation split: text drawn at random would be its neighbours' twin.
     """
@@ -29,7 +29,7 @@ class Text(Importer):
     what = "rows of text"
 
     def survey(self) -> Survey:
-        """Count the rows."""
+        """Count the rows of the text, and divide them into splits."""
         length = self.options.sequence_length
         rows = (self.path.stat().st_size - 1) // length
         validation = round(rows * self.options.validation_fraction)
@@ -47,7 +47,12 @@ class Text(Importer):
         )
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
-        """Cut them out of the file."""
+        """Cut the rows of these numbers out of the file.
+
+        Args:
+            survey: As found.
+            items: Numbers of rows, rising.
+        """
         length = self.options.sequence_length
         try:
             with self.path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""WebDataset tars: the members of a sample stand side by side, named alike up to the first dot.
+"""Import WebDataset tars: a sample's members stand side by side, named alike up to the first dot.
 
 ``0001.jpg``, ``0001.cls`` and ``0001.json`` are one sample.
 https://github.com/webdataset/webdataset#the-webdataset-format
@@ -60,7 +60,7 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _field(extension: str, images: int) -> str:
-    """Of a member, where so many of its sample's are images."""
+    """Return the field's name of a member, where so many of its sample's members are images."""
     if extension in SUFFIXES and images == 1:
         return "image"
     return "label" if extension == "cls" else extension.replace(".", "_")
@@ -71,7 +71,7 @@ def _is_array(field: str) -> bool:
 
 
 class WebDataset(Importer):
-    """One tar, or a folder of them, whose names may tell their split (``train-0001.tar``)."""
+    """An importer of one tar, or a folder of them, whose names may tell their split."""
 
     def _names(self) -> list[str]:
         if not self.path.is_dir():
@@ -178,7 +178,7 @@ class WebDataset(Importer):
     def _samples(
         self, details: dict[str, Any], items: Items
     ) -> Iterator[dict[str, tuple[str, bytes]]]:
-        """Of each sample, field -> what to call it in an error, and its bytes."""
+        """Yield for each sample, field -> what to call it in an error, and its bytes."""
         keys = [key for tar in details["keys"] for key in tar]
         places = details["places"]
         tars = [self.path / name for name in details["tars"]]
@@ -203,7 +203,12 @@ class WebDataset(Importer):
                 yield {name: (where, data) for _, name, where, data in sample}
 
     def read(self, survey: Survey, items: Items) -> Iterator[Columns]:
-        """In one pass."""
+        """Yield the samples of these numbers, in one pass over each tar.
+
+        Args:
+            survey: As found.
+            items: Numbers of samples, rising.
+        """
         samples = self._samples(survey.details, items)
         rows = batch_rows(survey)
         while batch := list(islice(samples, rows)):

@@ -1,4 +1,4 @@
-"""Doing an import: each rank makes its part of the shards, rank 0 the index.
+"""Do an import: each rank makes its part of the shards, rank 0 the index.
 
 What is finished is on record in ``.import`` inside the shard set to be, and not made again.
 """
@@ -58,7 +58,7 @@ def make(
     launch: Launch,
     say: Callable[[str], None] | None = None,
 ) -> Index | None:
-    """Import with all ranks; on rank 0 the index, on others None.
+    """Import with all ranks, and return the index on rank 0, None on others.
 
     Args:
         open_as: Gives what reads the source as a kind; asked for None, it looks of what kind it is.
@@ -140,7 +140,7 @@ def _record(destination: Path, shard: Shard) -> Path:
 
 
 def _entry(destination: Path, shard: Shard) -> ShardEntry | None:
-    """The index's entry for a shard that is finished; None if it is not."""
+    """Return the index's entry for a shard that is finished; None if it is not."""
     try:
         entry = ShardEntry(**json.loads(_record(destination, shard).read_bytes()))
         finished = (destination / shard.name).stat().st_size == entry.bytes
@@ -150,7 +150,12 @@ def _entry(destination: Path, shard: Shard) -> ShardEntry | None:
 
 
 def share(shards: list[Shard], launch: Launch) -> list[Shard]:
-    """The shards that fall to a rank: neighbours, so that it reads one part of the source."""
+    """Return the shards that a rank makes: neighbours, so that it reads one part of the source.
+
+    Args:
+        shards: Of the whole import, in order.
+        launch: The rank, and how many there are.
+    """
     total = sum(len(shard.items) for shard in shards)
     mine, before = [], 0
     for shard in shards:

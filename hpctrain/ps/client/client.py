@@ -192,7 +192,7 @@ class Client:
         before: this worker's first are those after its own first step.
         """
         self.clock = self.counted
-        since = self.clock + 1 if self._consistency.lockstep else 0
+        since = self.clock + 1 if self._consistency.same_weights else 0
         members = dict(self.ask("joined", since).value)
         # Before this worker's pushes: who ends the step that they are part of has heard of it.
         self._do(lambda: self._tell(messages.Joined(self.me, since)))
@@ -307,7 +307,7 @@ class Client:
 
         Where all take each step together the step is part of it, so that a worker may join.
         """
-        clock = self.clock if self._consistency.lockstep else 0
+        clock = self.clock if self._consistency.same_weights else 0
         if clock != self._collective[0]:
             self._collective = (clock, 0)
         self._collective = (clock, self._collective[1] + 1)

@@ -154,7 +154,7 @@ class Consistency(ABC):
         self.fresh = fresh
 
     @property
-    def lockstep(self) -> bool:
+    def same_weights(self) -> bool:
         """Whether all workers take each step together, from the same weights."""
         return self.synchronous and self.fresh
 

@@ -31,7 +31,7 @@ class Sharing:
     Args:
         node: The host's ranks.
         workers: Their numbers, and places among the host's ranks.
-        lockstep: Whether they use one set of weights.
+        same_weights: Whether they use one set of weights.
         watch: What ends a rank of the host that is stopped, while the others block.
 
     Attributes:
@@ -43,10 +43,10 @@ class Sharing:
         self,
         node: MPI.Intracomm,
         workers: dict[int, int],
-        lockstep: bool,
+        same_weights: bool,
         watch: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
-        self.common = min(workers) if lockstep else None
+        self.common = min(workers) if same_weights else None
         self.regions = Regions()
         self.done = threading.Event()
         self._node = node

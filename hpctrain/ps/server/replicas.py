@@ -74,7 +74,7 @@ class Replicas:
         """
         store, index = self._store, held.piece.number
         held.replicas = list(store.placement[index][1:])
-        common = store.regions.common(held.piece) if store.consistency.lockstep else None
+        common = store.regions.common(held.piece) if store.consistency.same_weights else None
         if common is not None:  # which may hold an update that the lost server had just begun
             held.weights = common.copy_(held.weights)
         known = held.acknowledged

@@ -87,7 +87,7 @@ class Replies:
         """Copy the weights where the next update would change them while they are being sent."""
         if held.width:
             held.sent[worker] = held.news(worker)
-        elif self._store.consistency.lockstep:
+        elif self._store.consistency.same_weights:
             held.sent[worker] = held.weights
         elif worker in held.sent:
             held.sent[worker].copy_(held.weights)

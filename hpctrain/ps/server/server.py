@@ -385,7 +385,7 @@ class Server:
         self.peers.workers[worker] = link
         self._begun.add(worker)
         self._scheduler.join(worker)
-        if not self.store.consistency.lockstep:
+        if not self.store.consistency.same_weights:
             self.coordinator.expect(worker)
 
     def _joined(self, worker: int, message: messages.Joined) -> None:

@@ -85,7 +85,7 @@ class Store:
         if self.layout is None:
             return
         regions.lay_out(self.layout)
-        for held in self.held.values() if self.consistency.lockstep else ():
+        for held in self.held.values() if self.consistency.same_weights else ():
             common = regions.common(held.piece) if self.primary(held.piece.number) else None
             if common is not None:
                 held.weights = common.copy_(held.weights)
@@ -110,7 +110,7 @@ class Store:
         piece = self.layout.slices[index]
         flat = self.layout.flats[piece.flat]
         weights = None
-        if self.consistency.lockstep and self.placement[index][0] == self._peers.me:
+        if self.consistency.same_weights and self.placement[index][0] == self._peers.me:
             weights = self.regions.common(piece)
         if weights is None:
             weights = zeros(self.sizes[index]).view(flat.torch_dtype)

@@ -125,7 +125,7 @@ def open_trained(
 
 
 def _config_beside(checkpoint: Path) -> Path:
-    """The configuration of the run that a checkpoint is of."""
+    """Return the configuration's path of the run that a checkpoint is of."""
     path = checkpoint.resolve().parent.parent / CONFIG
     if not path.is_file():
         raise Error(

@@ -1,0 +1,1 @@
+"""What users have done at the events of a run: the base class, and ready ones by name."""
