@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hpctrain.run import fit as fit
     from hpctrain.strategies import strategy as strategy
     from hpctrain.strategies.base import Strategy as Strategy
+    from hpctrain.tables.table import Table as Table
     from hpctrain.tasks.callbacks.base import Callback as Callback
     from hpctrain.tasks.task import Task as Task
     from hpctrain.train.loggers.base import Logger as Logger
@@ -40,6 +41,7 @@ _PLACES = {
     "ShardSet": "hpctrain.data.shards",
     "Source": "hpctrain.data.source",
     "Strategy": "hpctrain.strategies.base",
+    "Table": "hpctrain.tables.table",
     "Task": "hpctrain.tasks.task",
     "Trainer": "hpctrain.train.loop",
     "Windows": "hpctrain.data.windows",

@@ -118,7 +118,8 @@ def train(
     """Train TASK: a ready one, my_task.py[:Name], or package.module:Name.
 
     \b
-    Ready tasks: digits (default; needs no data), cifar10, charlm, gpt, resnet50-synthetic.
+    Ready tasks: digits (default; needs no data), dlrm (likewise), cifar10, charlm, gpt,
+    resnet50-synthetic.
 
     \b
     Every rank runs this same command; the launcher says how many there are:

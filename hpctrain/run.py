@@ -398,13 +398,23 @@ def _snapshot(
             )
         return None
     if config.resume == "auto":
-        return store.newest(
+        newest = store.newest(
             lambda damage: say(f"{damage} Going back to the one before."), state.tensors()
         )
+        return newest and _with_tables(newest, store.path(newest["counters"]["step"]))
     try:
-        return load_verified(Path(config.resume), state.tensors())
+        return _with_tables(
+            load_verified(Path(config.resume), state.tensors()), Path(config.resume)
+        )
     except Error as error:
         raise Error(error.message, hint="name another checkpoint, or use --resume auto.") from error
+
+
+def _with_tables(snapshot: Any, folder: Path) -> Any:
+    """Say where the rows of a checkpoint's tables are: servers read them."""
+    if isinstance(snapshot, dict) and snapshot.get("tables"):
+        snapshot["tables"]["folder"] = str(folder.resolve())
+    return snapshot
 
 
 def _write(path: Path, text: str) -> None:

@@ -59,10 +59,13 @@ def save(folder: Path, state: Any) -> None:
     _write(folder, copy_piece(state, Memory()))
 
 
-def _write(folder: Path, piece: Piece) -> None:
+def _write(folder: Path, piece: Piece, beside: Path | None = None) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
+        if beside is None:
+            temporary.mkdir(parents=True)
+        else:
+            beside.rename(temporary)
         write_index(temporary, [write_file(temporary, TENSORS, piece)])
         publish(temporary, folder)
     finally:
@@ -121,23 +124,37 @@ class CheckpointStore:
         """Return the folder of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, state: Any, *, best: bool = False) -> None:
+    def has(self, step: int) -> bool:
+        """Whether the last checkpoint that was saved is of this step."""
+        return step == self._saved_step
+
+    def pending(self, step: int) -> Path:
+        """Return a new place for files that are to be part of a checkpoint: see ``save``."""
+        folder = self.folder / f".{self.path(step).name}.beside.{os.getpid()}"
+        shutil.rmtree(folder, ignore_errors=True)
+        return folder
+
+    def save(
+        self, step: int, state: Any, *, best: bool = False, beside: Path | None = None
+    ) -> None:
         """Copy a state now and write it in the background, after the one before is written.
 
         Args:
             step: Names the checkpoint; one that is there already is only marked best.
             state: A tree; its tensors may change once this returns.
             best: Keep it until a better one comes.
+            beside: A folder from ``pending``, whose files are on disk and become part of the
+                checkpoint.
 
         Raises:
             Error: The checkpoint before this one could not be written.
         """
         self.wait()
-        piece = copy_piece(state, self._memory) if step != self._saved_step else None
+        piece = None if self.has(step) else copy_piece(state, self._memory)
 
         def write() -> None:
             if piece is not None:
-                _write(self.path(step), piece)
+                _write(self.path(step), piece, beside)
             if best:
                 self._mark_best(step)
             self._prune()

@@ -32,11 +32,13 @@ class Weights(NamedTuple):
         averaged: Whether they are the exponential moving average of the weights, as validation and
             the reported metric are where ``train.ema_decay`` is set.
         state: What the model's ``load_state_dict`` takes.
+        tables: How many files of rows of embedding tables the checkpoint has.
     """
 
     folder: Path
     averaged: bool
     state: dict[str, Any]
+    tables: int = 0
 
     @property
     def kind(self) -> str:
@@ -89,7 +91,8 @@ def _weights_of(folder: Path) -> Weights:
         if not isinstance(rest, dict) or rest.get("model") is None:
             raise Error(f"checkpoint {folder} has no model.", hint="name one of a training run.")
         if rest.get("ema") is None:
-            return Weights(folder, False, checkpoint.state("model"))
+            tables = rest.get("tables") or {}
+            return Weights(folder, False, checkpoint.state("model"), int(tables.get("files", 0)))
         state: Any = OrderedDict()
         averaged = checkpoint.state("ema")
         for name, value in averaged.items():
@@ -115,8 +118,15 @@ def export(weights: Weights, out: Path) -> list[str]:
         Names of what is left out as it is no tensor: extra state of modules.
 
     Raises:
-        Error: A tensor is of a kind that safetensors does not know, or the file cannot be written.
+        Error: The model has tables, a tensor is of a kind that safetensors does not know, or the
+            file cannot be written.
     """
+    if weights.tables:
+        raise Error(
+            f"the model of {weights.folder} has embedding tables, whose rows are no tensor.",
+            hint="take the model by hpctrain.load(); the rows lie in the checkpoint's "
+            "tables-*.safetensors.",
+        )
     tensors: dict[str, torch.Tensor] = {}
     left_out = []
     for name, value in weights.state.items():

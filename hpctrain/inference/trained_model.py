@@ -18,6 +18,8 @@ from hpctrain.config import Layer, RunConfig, read_toml, resolve
 from hpctrain.data.source import Source
 from hpctrain.errors import Error
 from hpctrain.run_folder import CONFIG
+from hpctrain.tables import files
+from hpctrain.tables.table import tables_of
 from hpctrain.tasks.checks import Read, model_of, splits_of
 from hpctrain.tasks.seeds import set_start_seeds
 from hpctrain.tasks.task import Task, load_task, make_task
@@ -105,6 +107,7 @@ def open_trained(
         try:
             model = prepared(model_of(task, 1), torch.device("cpu"), config.train.dtype)
             model.load_state_dict(weights.state)
+            files.load(weights.folder, weights.tables, tables_of(model))
         except Exception as error:
             if isinstance(splits, Exception):
                 raise Error(

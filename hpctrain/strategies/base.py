@@ -8,6 +8,7 @@ import inspect
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
@@ -20,6 +21,8 @@ from hpctrain.elastic.choose import Choice
 from hpctrain.elastic.membership import Meeting, Membership, Progress
 from hpctrain.errors import Error
 from hpctrain.mesh.passes import Computed, Passes
+from hpctrain.tables import files
+from hpctrain.tables.table import Table, tables_of
 from hpctrain.world.agreement import check_tensors
 from hpctrain.world.world import World
 
@@ -98,6 +101,9 @@ class DistributedOptimizer(torch.optim.Optimizer):
             looks at them or changes them before ``step()``, and each step has one pass outside of
             ``no_sync()``. Read by the parameter server; the trainer says so.
         needs_closure: Whether the user's optimizer evaluates the loss by itself, as LBFGS does.
+        tables: The model's embedding tables, which are updated beside its parameters.
+        rate_factor: What the schedule multiplies learning rates by at this step: tables have rates
+            of their own.
         mark: Called when a part of a step has ended, with its name: of
             :data:`hpctrain.train.step_timer.PARTS`.
     """
@@ -118,6 +124,8 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.samples: float | None = None
         self.missed = 0
         self.overlaps = False
+        self.tables: list[Table] = []
+        self.rate_factor = 1.0
         self.mark: Callable[[str], None] = lambda part: None
 
     def __getattr__(self, name: str) -> Any:
@@ -186,12 +194,16 @@ class DistributedOptimizer(torch.optim.Optimizer):
         self.mark("exchange")
         self._clip()
         result = self.inner.step()
+        for table in self.tables:
+            table.step(self.rate_factor)
         self.mark("update")
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         self.inner.zero_grad(set_to_none)
+        for table in self.tables:
+            table.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state."""
@@ -215,6 +227,33 @@ class DistributedOptimizer(torch.optim.Optimizer):
         Called like :meth:`world_parameters`; other ranks may return anything.
         """
         return self.inner.state_dict()
+
+    def keep_tables(self, folder: Path) -> int:
+        """Write the rows of the model's tables into a folder; return how many files of them.
+
+        Called like :meth:`world_parameters`, on rank 0.
+
+        Args:
+            folder: Made if it is not there.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        stores = {table.spec.name: table.store for table in self.tables if table.store is not None}
+        files.finish(files.write(folder, 0, stores))
+        return 1
+
+    def restore_tables(self, folder: Path, count: int) -> None:
+        """Take over the rows of a checkpoint, before the first step; every rank calls this.
+
+        Args:
+            folder: Of the checkpoint.
+            count: How many files of rows it has.
+
+        Raises:
+            Error: A file is missing or damaged, or of other tables.
+        """
+        files.load(folder, count, self.tables)
 
     def strategy_state(self) -> dict[str, Any]:
         """Return what else has to be saved to go on, on rank 0: tensors and plain values.
@@ -303,12 +342,14 @@ class Strategy(ABC):
         takes_closures: Whether ``step(closure)`` may evaluate the loss again and again, as LBFGS
             wants it.
         fault_tolerance: How losses are outlived, where that was to be chosen.
+        holds_tables: Whether a model may have embedding tables (:class:`hpctrain.Table`).
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[Section]] = Section
     averages_gradients: ClassVar[bool] = True
     takes_closures: ClassVar[bool] = False
+    holds_tables: ClassVar[bool] = False
     agreement: Agreement = Agreement.ALWAYS
     fault_tolerance: Choice | None = None
 
@@ -446,18 +487,37 @@ def _closure_error(optimizer: torch.optim.Optimizer, where: str) -> Error:
     )
 
 
-def check_shareable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def no_tables(strategy: str, name: str) -> Error:
+    """Return why a strategy does not train a model with a table.
+
+    Args:
+        strategy: Its name.
+        name: The table's.
+    """
+    return Error(
+        f"{strategy} holds no embedding tables, and this model has '{name}'.",
+        hint="use --strategy ps, or one process; a table that fits into each rank can be an "
+        "nn.EmbeddingBag(sparse=True).",
+    )
+
+
+def check_shareable(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, tables: bool = False
+) -> None:
     """Refuse what cannot be trained across ranks.
 
     Args:
         model: The model.
         optimizer: To be wrapped.
+        tables: Whether the model may have embedding tables.
 
     Raises:
         Error: The optimizer evaluates the model by itself, or a parameter has no shape yet.
     """
     if needs_closure(optimizer):
         raise _closure_error(optimizer, "across ranks")
+    for table in () if tables else tables_of(model):
+        raise no_tables("this strategy", table.spec.name)
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise Error(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,8 @@ from hpctrain.strategies.gradient_averaging import (
 )
 from hpctrain.strategies.start import check_alike, share_rest
 from hpctrain.strategies.views import adopt, dense_view
+from hpctrain.tables.table import tables_of
+from hpctrain.world.agreement import compare
 from hpctrain.world.broadcast import broadcast_bytes
 from hpctrain.world.world import Part, World, part_of
 
@@ -259,6 +263,7 @@ class PsOptimizer(DistributedOptimizer):
         self._consistency = consistency_of(ends.config)
         self._local_only = False
         self._begun = False
+        self.tables = tables_of(model)
         self._warm = False  # whether a step has been made
         self._reentrant = False  # whether passes have been seen within others
         self._clip_here = clip_norm is not None and not self._consistency.rounds
@@ -291,6 +296,10 @@ class PsOptimizer(DistributedOptimizer):
         self._number = {parameter: n for n, parameter in enumerate(self._ordered)}
         self._slices_of, self._parts_of = self._find_slices()
         self._client = self._open(clip_norm)
+        if self.tables:
+            self._client.open_tables([table.spec for table in self.tables])
+        for number, table in enumerate(self.tables):
+            table.attach(functools.partial(self._client.tables.pull, number))
         self._told = 0 if ends.recruit is None else len(self._client.lost)
         self._met: set[int] = set()  # of those that joined later
         # The model's own: a change of them is seen, and is not made to what others compute with.
@@ -554,8 +563,13 @@ class PsOptimizer(DistributedOptimizer):
         if not self._begun:
             self._begin()
         self._push([parameter for parameter in self._ordered if parameter in self._pending])
+        if self.tables:
+            weight = 1.0 if self._averages else self.weight
+            touched = [table.take() for table in self.tables]
+            self._client.tables.push(weight, self.rate_factor, touched)
         self._comm.computed(self.weight, time.perf_counter() - self._ended)
         self._client.wait()
+        self._client.tables.settle()
         self._client.end()
         self.missed = self._client.behind
         if self._client.norm is not None:
@@ -659,6 +673,16 @@ class PsOptimizer(DistributedOptimizer):
                 state[numbers[parameter]] = entry
         return Snapshot(weights, {**self.inner.state_dict(), "state": state}, {})
 
+    def keep_tables(self, folder: Path) -> int:
+        """Have each server write its rows into a folder; return how many files there are."""
+        return self._client.tables.keep(folder)
+
+    def restore_tables(self, folder: Path, count: int) -> None:
+        """Have each server take over its rows of a checkpoint; every worker calls this."""
+        if self._comm.rank == 0:
+            self._client.tables.keep(folder, count)
+        self._comm.barrier()
+
     def changes(self) -> list[Change]:
         """Return who was lost, and who joined, since the last time."""
         client, roles = self._client, self._ends.roles
@@ -708,6 +732,8 @@ class PsOptimizer(DistributedOptimizer):
                 values[f"{name}_histogram"] = dict(sorted(counts.items()))
         if sums.get("dense_bytes"):
             values["moved_bytes"] = int(sums["moved_bytes"])
+        if self.tables:
+            values["tables"] = self._client.tables.summary()
         if sums.get("moved_bytes"):  # else all is exchanged through shared memory
             values["compression"] = sums["dense_bytes"] / sums["moved_bytes"]
         return values
@@ -731,6 +757,7 @@ class ParameterServer(Strategy):
     name = "ps"
     Config = PsConfig
     averages_gradients = False
+    holds_tables = True
 
     def __init__(
         self,
@@ -809,7 +836,7 @@ class ParameterServer(Strategy):
                 has wrapped one already.
         """
         check_trainable(optimizer)
-        check_shareable(model, optimizer)
+        check_shareable(model, optimizer, tables=True)
         comm = self.world.comm
         if not isinstance(comm, PsCommunicator):
             raise Error(
@@ -817,6 +844,9 @@ class ParameterServer(Strategy):
                 hint="on such ranks call strategy.serve() instead: `if strategy.serves: "
                 "strategy.serve()`; or use PsConfig(colocate=True).",
             )
+        tables = tables_of(model)
+        if tables:
+            _check_tables(self.config)
         if self._wrapped:
             raise Error(
                 "this parameter server trains a model already.",
@@ -825,10 +855,34 @@ class ParameterServer(Strategy):
             )
         if self.ends.recruit is None:
             check_alike(comm, model, optimizer)
+            specs = {f"table '{t.spec.name}'": t.spec.describe() for t in tables}
+            compare(comm, specs, hint="build the same tables, of the same seed, on every rank.")
             share_rest(comm, model, optimizer)
         wrapped = PsOptimizer(model, optimizer, self.ends, comm, clip_norm)
         self._wrapped = True
         return wrapped
+
+
+def _check_tables(config: PsConfig) -> None:
+    """Refuse what rows of tables do not have.
+
+    Raises:
+        Error: It was asked for.
+    """
+    refused = {
+        f"ps.replicas={config.replicas}": config.replicas > 1,
+        "ps.workers": config.workers is not None,
+        "ps.record_order": config.record_order is not None,
+        "ps.replay": config.replay is not None,
+        f"ps.consistency={config.consistency}": consistency_of(config).backups > 0,
+    }
+    for name, wanted in refused.items():
+        if wanted:
+            raise Error(
+                f"{name} is not for models with embedding tables.",
+                hint="leave it out: rows of tables have one copy at most, no recorded order and no "
+                "late workers, and wait for every worker's push or for none.",
+            )
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from hpctrain.config import ElasticConfig, Section
 from hpctrain.errors import Error
 from hpctrain.strategies.base import DistributedOptimizer, Strategy, check_trainable
+from hpctrain.tables.table import tables_of
 from hpctrain.world.world import World
 
 
@@ -23,10 +24,15 @@ class SingleOptimizer(DistributedOptimizer):
             closure: Evaluates the model again, and returns the loss.
 
         Raises:
-            Error: The optimizer needs a closure, and there is none.
+            Error: The optimizer needs a closure, and there is none; or there is one, and tables.
         """
         if closure is None:
             return super().step()
+        if self.tables:
+            raise Error(
+                "optimizer.step(closure) is not supported for a model with tables.",
+                hint="use an optimizer that steps once per gradient.",
+            )
         given = closure
 
         def clipped() -> float:
@@ -48,6 +54,7 @@ class Single(Strategy):
 
     name = "single"
     takes_closures = True
+    holds_tables = True
 
     def __init__(
         self,
@@ -79,4 +86,6 @@ class Single(Strategy):
             clip_norm: Largest norm of the gradient; None: no clipping.
         """
         check_trainable(optimizer)
-        return SingleOptimizer(optimizer, clip_norm)
+        wrapped = SingleOptimizer(optimizer, clip_norm)
+        wrapped.tables = tables_of(model)
+        return wrapped

@@ -38,6 +38,7 @@ TASKS = Registry(
         "cifar10": "hpctrain.tasks.cifar10:Cifar10",
         "charlm": "hpctrain.tasks.charlm:CharLM",
         "gpt": "hpctrain.tasks.gpt:Gpt",
+        "dlrm": "hpctrain.tasks.dlrm:Dlrm",
         "resnet50-synthetic": "hpctrain.tasks.resnet50_synthetic:ResNet50Synthetic",
     },
 )

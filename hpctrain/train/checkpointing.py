@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hpctrain.checkpoint.store import CheckpointStore
+from hpctrain.errors import Error
 from hpctrain.strategies.base import Agreement, DistributedOptimizer, Strategy
 from hpctrain.strategies.buffer_averaging import average_buffers
+from hpctrain.tables.table import tables_of
 from hpctrain.train.callbacks import Callbacks
 from hpctrain.train.evaluation import check_agreed
 from hpctrain.train.nonfinite import Health, all_finite
@@ -36,6 +39,7 @@ class Checkpointing:
     Attributes:
         launch: How often the run was started before.
         strategy_state: What the strategy is to go on from, until it has it.
+        tables: Where the rows of tables are to be read from, until they are.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Checkpointing:
         self._averaged_at = 0  # samples of this rank when buffers were last the world's
         self.launch = 0
         self.strategy_state: dict[str, Any] = {}
+        self.tables: dict[str, Any] = {}
 
     def restore(self, snapshot: Any | None, *, prepared: bool) -> dict[str, Any] | None:
         """Take over rank 0's snapshot, if it has one; what other ranks pass is ignored.
@@ -80,10 +85,15 @@ class Checkpointing:
         counters = self._state.counters = Counters()
         reason = "start"
         if found is not None:
+            has = bool(tables_of(self._state.model))
             self._state.load_state_dict(found)
             counters = self._state.counters
             self._callbacks.load_state_dict(found.get("callbacks", {}))
             self.strategy_state = found.get("strategy", {}).get(self._strategy.name, {})
+            # A checkpoint of a model without tables is refused by a model with some.
+            self.tables = found.get("tables") or (
+                {"folder": str(folder), "files": 0} if has else {}
+            )
             reason = f"resumed at step {counters.step}"
         size = self._world.size
         counters.world.append({"step": counters.step, "size": size, "reason": reason})
@@ -99,6 +109,9 @@ class Checkpointing:
         if self.strategy_state:
             optimizer.load_strategy_state(self.strategy_state)
             self.strategy_state = {}
+        if self.tables:
+            optimizer.restore_tables(Path(self.tables["folder"]), self.tables["files"])
+            self.tables = {}
 
     @torch.no_grad()
     def save(self, optimizer: DistributedOptimizer, *, best: bool) -> None:
@@ -140,7 +153,22 @@ class Checkpointing:
             state["callbacks"] = callbacks
         step = self._state.counters.step
         LOG.info("checkpoint of step %d%s", step, ", the best so far" if best else "")
-        self._store.save(step, state, best=best)
+        rows = None
+        if optimizer.tables and not self._store.has(step):
+            rows = self._store.pending(step)
+            state["tables"] = {"files": self._keep(optimizer, rows)}
+        self._store.save(step, state, best=best, beside=rows)
+
+    def _keep(self, optimizer: DistributedOptimizer, folder: Path) -> int:
+        """Have the rows of tables written; nothing that they are of changes meanwhile."""
+        try:
+            return optimizer.keep_tables(folder)
+        except OSError as error:
+            raise Error(
+                f"cannot write rows of tables to {folder}: {error}.",
+                hint="make room (or raise the quota), then go on with --resume auto: the "
+                "checkpoints before it are whole.",
+            ) from error
 
     def settled(self) -> None:
         """What was due after a step is done: buffers are the world's up to here."""

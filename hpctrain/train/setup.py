@@ -15,7 +15,8 @@ from hpctrain.errors import Error
 from hpctrain.optim.named import scheduler_of
 from hpctrain.optim.patterns import matching
 from hpctrain.optim.schedule import peak_scale
-from hpctrain.strategies.base import Agreement, Strategy
+from hpctrain.strategies.base import Agreement, Strategy, no_tables
+from hpctrain.tables.table import tables_of
 from hpctrain.tasks.checks import (
     Read,
     check_defined,
@@ -78,6 +79,7 @@ def set_up(config: RunConfig, task: Task, strategy: Strategy) -> Setup:
     validation = _validation(config, task, splits)
     set_start_seeds(config.seed)
     model = prepared(model_of(task, world.comm.size), world.device, config.train.dtype)
+    _check_tables(config, model, strategy)
     if config.train.sync_batchnorm:
         synchronize_batchnorm(model, world)
     set_up_blocks(config.train, model, task)
@@ -160,6 +162,24 @@ def _check_together(config: RunConfig, task: Task, strategy: Strategy) -> None:
             f"train.sync_batchnorm {refused}.",
             hint="use --strategy horovod.",
         )
+
+
+def _check_tables(config: RunConfig, model: nn.Module, strategy: Strategy) -> None:
+    for table in tables_of(model):
+        if not strategy.holds_tables:
+            raise no_tables(f"strategy '{strategy.name}'", table.spec.name)
+        if config.train.dtype == "fp16":
+            raise Error(
+                f"train.dtype=fp16 is not for models with embedding tables, such as "
+                f"'{table.spec.name}': gradients of rows are not scaled.",
+                hint="use bf16.",
+            )
+        if config.train.ema_decay is not None:
+            raise Error(
+                f"train.ema_decay is not for models with embedding tables, such as "
+                f"'{table.spec.name}': there is no average of rows.",
+                hint="leave it unset.",
+            )
 
 
 def _validation(config: RunConfig, task: Task, splits: Mapping[str, Source]) -> Loader | None:

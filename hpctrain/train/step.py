@@ -330,11 +330,14 @@ class TrainStep:
             scale = loader.batch_size / train.batch_size
         if self._state.schedule is not None:
             self._state.schedule.apply(step, loader.epoch, scale)
+            first = optimizer.param_groups[0]["lr"]
+            optimizer.rate_factor = first / self._peaks[0] if self._peaks[0] else 1.0
             return
         steps = train.steps or train.epochs * epoch_steps
         multiplier = factor(self._config.schedule, step, steps, epoch_steps) * scale
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * multiplier
+        optimizer.rate_factor = multiplier
 
     def _world(self) -> tuple[int, list[int]]:
         """How often the world was formed anew, and who is in it."""

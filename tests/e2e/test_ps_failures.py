@@ -1,8 +1,10 @@
 """Workers and servers of a parameter server are killed and stopped, and the others go on."""
 
 import pytest
+import torch
 
 from benchmarks.ps_kills import Run
+from hpctrain import load
 from hpctrain.process import mpirun, run
 from tests.e2e.conftest import result_of
 from tests.slurm.conftest import TASK, slow_until
@@ -148,3 +150,46 @@ def test_a_new_worker_that_comes_too_late(start):
     result = assert_completed(job)
     assert changes(result) == [(1, "start")]
     assert "worker 3: the run was over before it could take part." in job.output()
+
+
+HELD = """
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from hpctrain.tasks.dlrm import Dlrm
+
+@dataclass
+class Held(Dlrm):
+    hold: str = ""
+    batches: int = 0
+
+    def loss(self, model, batch):
+        self.batches += 1
+        until = time.monotonic() + (0.5 if self.hold and self.batches > 8 else 0)
+        while time.monotonic() < until and '"lost":' not in Path(self.hold).read_text():
+            time.sleep(0.02)
+        return super().loss(model, batch)
+"""
+
+
+def test_a_killed_servers_rows_are_its_copys(tmp_path):
+    """Of an embedding table: with a copy, and in lockstep, not a bit is another."""
+    (tmp_path / "held.py").write_text(HELD)
+    found = []
+    for hold in (tmp_path / "run" / "metrics.jsonl", ""):
+        options = ("--set", f"options.hold={hold}", "--set", "options.samples=3000")
+        job = Run(
+            tmp_path, 4, tmp_path / "held.py", "--servers", 2, "--replicas", 1, "--steps", 30,
+            "--set", "ps.silence_seconds=10", *options,
+        )  # fmt: skip
+        with job:
+            assert not hold or (job.reached(10) and job.hit(2, "SIGKILL"))
+            assert job.wait(SECONDS) == "" and job.process.returncode == 0, job.output()
+            assert [event["lost"] for event in events(job)] == ([2] if hold else [])
+            store = load(tmp_path / "run", "newest").table.store
+            ids = store.rows.read("id", store.listed(store.rows))
+            found.append((ids, store.read(ids), result_of(tmp_path / "run")["parameters_sha256"]))
+        (tmp_path / "run").rename(tmp_path / f"run-{len(found)}")
+    assert len(found[0][0]) > 1000
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2]

@@ -16,11 +16,13 @@ from hpctrain.ps.client.coordinator_client import CoordinatorClient
 from hpctrain.ps.client.exchange import Exchange, Step
 from hpctrain.ps.client.init_message import InitMessage
 from hpctrain.ps.client.snapshot_fetch import ServerSnapshot, SnapshotFetch
+from hpctrain.ps.client.table_client import TableClient
 from hpctrain.ps.consistency import consistency_of
 from hpctrain.ps.partition.layout import DTYPES, Layout
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import STARTING_SECONDS, Link
 from hpctrain.ps.update_rules import Rule
+from hpctrain.tables.spec import TableSpec
 
 FIRST_WORDS_SECONDS = 1.0
 """Where another rank has failed, that one speaks before this one does."""
@@ -63,6 +65,7 @@ class Client:
         place: Among the workers; this worker's number unless it is set.
         clock: Steps pushed.
         exchange: Of gradients and weights.
+        tables: Of the model's embedding tables.
         norm: Of the last aggregated gradient before clipping, if the servers clip.
         leads: How often this worker was so many clocks ahead of the slowest.
         stopped: Whether training is to end early.
@@ -100,6 +103,7 @@ class Client:
         self._questions = CoordinatorClient(servers)
         self._fetching = SnapshotFetch(servers)
         self._commands: deque[Callable[[], None]] = deque()
+        self.tables = TableClient(servers, config, self._do, self._await)
         self._settled = threading.Event()
         self._settled.set()
         self.awaited = False
@@ -162,6 +166,14 @@ class Client:
         self._settled.clear()
         self._do(lambda: self._start(join))
         return Future(self)
+
+    def open_tables(self, specs: Sequence[TableSpec]) -> None:
+        """Say which embedding tables there are besides.
+
+        Args:
+            specs: The same on every worker.
+        """
+        self.tables.open(specs, self._initial_servers)
 
     def begin_late(self, servers: Sequence[int], lost: Sequence[int]) -> None:
         """Say which servers there were at the beginning, and which have been lost since.
@@ -364,7 +376,11 @@ class Client:
     def busy(self) -> bool:
         """Whether an exchange, a question or a snapshot is under way."""
         return bool(
-            self._commands or self.exchange.busy or self._questions.busy or self._fetching.busy
+            self._commands
+            or self.exchange.busy
+            or self._questions.busy
+            or self._fetching.busy
+            or self.tables.busy
         )
 
     def poll(self) -> bool:
@@ -402,6 +418,7 @@ class Client:
         self._settled.set()
         self._questions.fail()
         self._fetching.fail()
+        self.tables.fail()
 
     def _keep_house(self) -> None:
         """Send heartbeats, and give up servers that have been silent for too long."""
@@ -456,6 +473,8 @@ class Client:
             return self.exchange.buffers(message)
         if isinstance(message, messages.Part):
             return self._fetching.buffers(message)
+        if isinstance(message, messages.Rows):
+            return self.tables.buffers(link, message)
         return []
 
     def payload(
@@ -486,6 +505,8 @@ class Client:
                 self._questions.answered(message)
             case messages.Part():
                 self._fetching.part(link.peer, message)
+            case messages.Rows() | messages.RowsPushed() | messages.RowsKept():
+                self.tables.message(link, message)
             case messages.Heartbeat():
                 self.stopped |= message.stop
             case messages.Lost():
@@ -536,6 +557,7 @@ class Client:
         for link in self.servers.values():
             link.send(messages.Lost(peer, reason))
         self.exchange.lose(peer)
+        self.tables.lose(peer, reason)
         if peer == coordinator:
             self._questions.ask_again()
         self._fetching.count()

@@ -11,6 +11,7 @@ import msgspec
 
 from hpctrain.errors import Error, PeerLost
 from hpctrain.ps.partition.layout import Flat
+from hpctrain.tables.spec import TableSpec
 
 AGAIN = "again"
 """The answer to a broadcast whose root is lost: when that is known everywhere, ask anew."""
@@ -321,6 +322,137 @@ class Abort(Message):
         return Error(self.reason, hint=self.hint)
 
 
+class OpenTables(Message):
+    """A worker tells a server which embedding tables there are, before anything else of them."""
+
+    tables: list[TableSpec]
+
+
+class PullRows(Message):
+    """Rows of a table are wanted; payload: their ids.
+
+    Attributes:
+        number: Of the worker's requests.
+        group: Whose rows.
+        table: Its place among the tables.
+        count: How many rows.
+    """
+
+    number: int
+    group: int
+    table: int
+    count: int
+
+
+class Rows(Message):
+    """The answer to PullRows; payload: the rows.
+
+    Attributes:
+        number: Of the request.
+        group: Whose rows.
+        version: Updates that the group had had.
+    """
+
+    number: int
+    group: int
+    version: int
+
+
+class PushRows(Message):
+    """A step's gradients of a group's rows; payloads for each table: ids, gradients, sights.
+
+    Attributes:
+        group: Whose rows.
+        clock: Steps the worker pushed before this one.
+        read: Updates that the rows had had which the gradients were computed with.
+        weight: What the loss was multiplied by.
+        lr_factor: On the learning rates of the tables' optimizers.
+        tables: The tables with any rows.
+        sizes: Bytes of each payload.
+    """
+
+    group: int
+    clock: int
+    read: int
+    weight: float
+    lr_factor: float
+    tables: list[int]
+    sizes: list[int]
+
+
+class RowsPushed(Message):
+    """The answer to PushRows: the worker may go on.
+
+    Attributes:
+        group: Whose rows.
+        version: Updates that the group has had.
+        statistics: What its rows are, by name, table by table.
+    """
+
+    group: int
+    version: int
+    statistics: list[dict[str, int]]
+
+
+class CopyRows(Message):
+    """An update for the copy of a group; payloads as in PushRows: the gradients as applied.
+
+    Attributes:
+        group: Whose rows.
+        version: Updates before this one.
+        lr_factor: On the learning rates of the tables' optimizers.
+        pushes: Worker and clock of each push in it.
+        tables: The tables with any rows.
+        sizes: Bytes of each payload.
+    """
+
+    group: int
+    version: int
+    lr_factor: float
+    pushes: list[tuple[int, int]]
+    tables: list[int]
+    sizes: list[int]
+
+
+class RowsCopied(Message):
+    """A copy has made the group's update of that version."""
+
+    group: int
+    version: int
+
+
+class KeepRows(Message):
+    """A server is to write a group's rows into a folder, or to read them from there.
+
+    Attributes:
+        number: Of the worker's requests.
+        group: Whose rows.
+        folder: Which.
+        files: How many groups' rows are there to be read; None: write.
+    """
+
+    number: int
+    group: int
+    folder: str
+    files: int | None
+
+
+class RowsKept(Message):
+    """The answer to KeepRows.
+
+    Attributes:
+        number: Of the request.
+        group: Whose rows.
+        failure: Why it was not done, or None.
+        hint: What to do about that.
+    """
+
+    number: int
+    group: int
+    failure: str | None = None
+    hint: str | None = None
+
+
 class Long(Message):
     """A message too long for a header follows as a payload of so many bytes."""
 
@@ -330,7 +462,8 @@ class Long(Message):
 Known = (
     Open | Push | Put | Pull | Weights | Norms | Replicate | Copy | Replicated | Freeze | Frozen
     | Cut | Kept | Fetch | Part | Ask | Answer | Decided | Heartbeat | Lost | Joined | Rest | Leave
-    | Evicted | Abort | Long | NewWorker | Over | Join
+    | Evicted | Abort | Long | NewWorker | Over | Join | OpenTables | PullRows | Rows | PushRows
+    | RowsPushed | CopyRows | RowsCopied | KeepRows | RowsKept
 )  # fmt: skip
 
 encode = msgspec.msgpack.Encoder().encode

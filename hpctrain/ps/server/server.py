@@ -23,6 +23,7 @@ from hpctrain.ps.server.replicas import Replicas
 from hpctrain.ps.server.replies import Replies
 from hpctrain.ps.server.scheduler import Scheduler
 from hpctrain.ps.server.store import Store
+from hpctrain.ps.server.table_server import TableServer
 from hpctrain.ps.server.updates import Updates
 
 HOUSEKEEPING_SECONDS = 0.02
@@ -52,6 +53,7 @@ class Server:
         order: The order of updates, where it is recorded or replayed.
         store: What it holds.
         held: The slices of it, by number.
+        tables: Its rows of embedding tables.
         coordinator: Answers workers' questions, where this server coordinates.
     """
 
@@ -92,6 +94,7 @@ class Server:
         )
         self._snapshots = self._scheduler.snapshots
         self._clipping = self._scheduler.aggregation.clipping
+        self.tables = TableServer(self.peers, config)
         self._evicted = Evicted()
         self._copies: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
         self._deferred: list[Callable[[], None]] = []
@@ -145,6 +148,9 @@ class Server:
                 if link.failed is not None:
                     self._lose(peer, link.failed)
         self._replies.send_all()
+        for worker in self.tables.poll():
+            self.coordinator.postpone(worker)
+            moved = True
         now = time.monotonic()
         if now - self._housekept > HOUSEKEEPING_SECONDS:
             self._housekept = now
@@ -186,7 +192,7 @@ class Server:
             return self._open(message)
         if isinstance(message, messages.Copy | messages.Put):
             return [self._gradients.buffer(size) for size in message.sizes]
-        return []
+        return self.tables.buffers(message)
 
     def payload(
         self, link: Link, message: messages.Message, number: int, buffer: torch.Tensor
@@ -207,6 +213,8 @@ class Server:
             self._copies[message.slice].append(buffer)
         elif isinstance(message, messages.Put) and message.slices[number] in self.held:
             self.held[message.slices[number]].put[link.peer] = buffer
+        elif isinstance(message, messages.PullRows | messages.PushRows | messages.CopyRows):
+            self.tables.payload(link, buffer)
 
     def message(self, link: Link, message: messages.Message) -> None:
         """Take in a message that has come whole.
@@ -271,6 +279,16 @@ class Server:
                 | messages.Fetch()
             ):
                 self._snapshots.message(link, message)
+            case (
+                messages.OpenTables()
+                | messages.PullRows()
+                | messages.PushRows()
+                | messages.CopyRows()
+                | messages.RowsCopied()
+                | messages.KeepRows()
+            ):
+                self.coordinator.postpone(link.peer)
+                self.tables.message(link, message)
             case messages.Heartbeat():
                 self.coordinator.stop |= message.stop
             case _:
@@ -405,6 +423,7 @@ class Server:
         clocks = [held.schedule.applied.get(worker, 0) for held in self.held.values()]
         self.order.rested(worker, max(clocks, default=0))
         self._scheduler.leave(worker)
+        self.tables.leave(worker)
 
     def _lose(self, peer: int, reason: str) -> None:
         """Go on without a lost peer, and tell everybody."""
@@ -433,6 +452,7 @@ class Server:
         del self.peers.servers[peer]
         self.peers.lost_servers.append(peer)
         self.peers.tell(messages.Lost(peer, reason))
+        self.tables.lose(peer, reason)
         if self._opened:
             self._inherit(peer)
         self._snapshots.server_lost()
