@@ -273,7 +273,7 @@ def ours(
         settings: Of ``PsConfig``.
     """
     from hpctrain.ps.protocol.cipher import VARIABLE
-    from hpctrain.strategies.parameter_server import PsCommunicator
+    from hpctrain.strategies.ps_communicator import PsCommunicator
 
     os.environ.pop(VARIABLE, None)
     os.environ.update({VARIABLE: key} if key else {})

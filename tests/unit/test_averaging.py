@@ -11,13 +11,10 @@ from torch import nn
 
 from hpctrain.errors import Error
 from hpctrain.strategies import gradient_averaging
-from hpctrain.strategies.averaging import (
-    Averaging,
-    AveragingConfig,
-    AveragingOptimizer,
-    check_knobs,
-    divided,
-)
+from hpctrain.strategies.averaging import Averaging
+from hpctrain.strategies.averaging_fragments import divided
+from hpctrain.strategies.averaging_knobs import AveragingConfig, check_knobs
+from hpctrain.strategies.averaging_optimizer import AveragingOptimizer
 from hpctrain.strategies.base import having
 from hpctrain.strategies.flats import Flats
 from hpctrain.strategies.state_averaging import mean_states

@@ -13,7 +13,7 @@ import hpctrain
 from hpctrain.config import PsConfig
 from hpctrain.errors import Error
 from hpctrain.strategies.base import check_shareable
-from hpctrain.strategies.parameter_server import _check_tables
+from hpctrain.strategies.parameter_server import check_tables
 from hpctrain.tables import files
 from hpctrain.tables.index import Index
 from hpctrain.tables.row_store import RowStore
@@ -321,7 +321,7 @@ def test_who_holds_no_tables_says_so():
         check_shareable(model, torch.optim.SGD(model.parameters(), lr=0.1))
     for settings_ in ({"replicas": 2}, {"consistency": "backup:1"}, {"record_order": "x"}):
         with pytest.raises(Error, match="is not for models with embedding tables"):
-            _check_tables(PsConfig(servers=3, **settings_))
+            check_tables(PsConfig(servers=3, **settings_))
 
 
 def test_one_process_updates_tables_with_its_optimizer():

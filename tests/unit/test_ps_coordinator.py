@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.messages import AGAIN
 from hpctrain.ps.server.coordinator import SHIFT, Coordinator
-from hpctrain.strategies.parameter_server import PsCommunicator
+from hpctrain.strategies.ps_communicator import PsCommunicator
 from tests.examples import examples
 
 WORKERS = [0, 1, 2, 5]  # ranks between them serve

@@ -13,7 +13,7 @@ from hpctrain.errors import Dismissed
 from hpctrain.ps.client.client import Client
 from hpctrain.ps.protocol import messages
 from hpctrain.ps.protocol.link import LocalLink
-from hpctrain.strategies.parameter_server import PsCommunicator
+from hpctrain.strategies.ps_communicator import PsCommunicator
 from tests.examples import examples
 from tests.unit.ps_simulation import Simulation
 
