@@ -82,7 +82,7 @@ class AfterStep:
         self.came_late = False
 
     def begin(self) -> None:
-        """Training begins: nothing is due after the steps until now."""
+        """Begin at the present step: whatever was due after those before it counts as done."""
         self.attended = self._state.counters.step
         self._leads = self._world.leads
         if self.attended == 0:
@@ -101,7 +101,7 @@ class AfterStep:
         self.interruption.restart(newest)
 
     def count(self, computed: list[Computed]) -> None:
-        """A step is done: what was computed in it counts, and what was logged before is over.
+        """Count a step in: add its metrics, after dropping those that were logged already.
 
         Args:
             computed: Means over samples, and how many samples those are.
@@ -186,14 +186,14 @@ class AfterStep:
         return self._state.counters.step % every_steps == 0
 
     def _learn_names(self) -> None:
-        """After a late rank's first step: the others may have learned a name at the one before."""
+        """Learn, after a late rank's first step, metric names that others met the step before."""
         if self.came_late:
             self.came_late = False
             joined: Any = self._strategy.joined
             self._metrics.names = joined["metrics"]
 
     def _tell_unused(self) -> None:
-        """Once: warn of parameters that no rank's first step used."""
+        """Warn, once, of parameters that no rank's first step used."""
         if self._unused is None:
             return
         together = self._strategy.agreement.in_step and not self._strategy.newcomers

@@ -164,7 +164,7 @@ class Callbacks:
         return self.run.reason
 
     def start(self) -> None:
-        """Training begins on this rank."""
+        """Tell this rank's callbacks that training begins."""
         for name in self._callbacks:
             self._start(name)
 
@@ -190,7 +190,7 @@ class Callbacks:
             self.run.model = trained
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of those that have one, by name."""
+        """Return the states of the callbacks that have one, by name."""
         return {
             name: callback.state_dict()
             for name, callback in self._callbacks.items()
@@ -211,7 +211,7 @@ class Callbacks:
                 self._guarded(name, "load_state_dict", states[name])
 
     def share(self) -> dict[str, Any]:
-        """What a rank that joins takes over: states, and what was told."""
+        """Return what a rank that joins takes over: states, and which events were told."""
         return {"states": self.state_dict(), "told": dict(self._told)}
 
     def take_over(self, shared: Mapping[str, Any]) -> None:

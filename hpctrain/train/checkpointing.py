@@ -171,7 +171,7 @@ class Checkpointing:
             ) from error
 
     def settled(self) -> None:
-        """What was due after a step is done: buffers are the world's up to here."""
+        """Note that what was due after a step is done: buffers are averaged up to here."""
         self._averaged_at = self._metrics.consumed
 
     def agree(self) -> None:

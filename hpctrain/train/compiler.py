@@ -23,12 +23,12 @@ class _NotYet(ModuleType):
     """In the place of ``torch._dynamo``: knows how to keep out, and has all else imported."""
 
     def graph_break(self, *arguments: Any, **options: Any) -> None:
-        """Outside of what is compiled it does nothing anyway."""
+        """Do nothing: outside of compiled code there is no graph to break."""
 
     def disable(
         self, function: Callable[..., Any], *arguments: Any, **options: Any
     ) -> Callable[..., Any]:
-        """The function as it is; once there is a compiler, what that makes of it."""
+        """Return the function as it is, or what the compiler makes of it once that is loaded."""
 
         @functools.cache
         def disabled() -> Callable[..., Any]:

@@ -97,7 +97,7 @@ class _Rehearsal:
         )
 
     def take_place(self) -> None:
-        """All parts."""
+        """Run all parts of the rehearsal, and tell what each finds."""
         say, state, config = self._say, self._state, self._config
         for warning in self._setup.warnings:
             say(f"warning: {warning}")
@@ -202,7 +202,7 @@ class _Rehearsal:
 
     @contextlib.contextmanager
     def _part(self, what: str) -> Iterator[None]:
-        """What fails in this part is said in a line, with its place in the task's file."""
+        """Turn a failure within this part into one line, with its place in the task's file."""
         try:
             yield
         except Error:
@@ -216,7 +216,7 @@ class _Rehearsal:
 
 
 def _place(error: BaseException, kind: type) -> str:
-    """The last line of the task's own file that an error came through, if there is one."""
+    """Return the last line of the task's own file that an error came through, if any."""
     module = traceback.extract_tb(error.__traceback__)
     own = getattr(sys.modules.get(kind.__module__), "__file__", None)
     lines = [frame for frame in module if frame.filename == own]
@@ -265,7 +265,7 @@ def _duration(seconds: float) -> str:
 
 
 def _peak(device: torch.device) -> str:
-    """The most memory so far: of the GPU, where there is one; else of this process."""
+    """Return the peak memory so far: of the GPU, where there is one; else of this process."""
     if device.type == "cuda":
         return f"at most {_size(torch.cuda.max_memory_allocated(device))} of the GPU's"
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

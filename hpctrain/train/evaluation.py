@@ -100,7 +100,7 @@ class Evaluation:
     def _measure(
         self, optimizer: DistributedOptimizer, model: torch.nn.Module, recorder: Recorder
     ) -> dict[str, float]:
-        """The metrics of the whole set, by name, over all ranks that take part."""
+        """Return the metrics of the whole set, by name, over all ranks that take part."""
         loader, meter = self._loader, self._metrics.validation
         assert loader is not None
         world, counters = self._strategy.world, self._state.counters

@@ -26,7 +26,15 @@ OF_A_RANK = (
 
 
 def of_start(config: RunConfig, task: object) -> dict[str, str]:
-    """What is known before anything is made: settings, versions, and the task's source."""
+    """Return what is known before anything is made: settings, versions, the task's source.
+
+    Args:
+        config: As this rank resolved it.
+        task: The task; the files of its class, and those it imports from beside them, count.
+
+    Returns:
+        Short texts by what they describe. Settings that may differ by rank are left out.
+    """
     values = _flat(config.model_dump(mode="json", exclude_none=True))
     settings = {name: text for name, text in values.items() if name not in OF_A_RANK}
     mixture = ", ".join(f"{entry.weight:g}" for entry in config.data.mixture)
@@ -43,7 +51,16 @@ def of_start(config: RunConfig, task: object) -> dict[str, str]:
 def of_training(
     model: nn.Module, optimizer: torch.optim.Optimizer, splits: Mapping[str, Source]
 ) -> dict[str, str]:
-    """What was made: the samples of each split, the model's tensors, the optimizer's groups."""
+    """Return what was made: each split's samples, the model's tensors, the optimizer's groups.
+
+    Args:
+        model: Before it is wrapped; names, shapes and types of its tensors count, not their values.
+        optimizer: The plain one.
+        splits: The samples by split; their digests count.
+
+    Returns:
+        Short texts by what they describe.
+    """
     values = {
         f"the samples of split '{name}'": f"{len(source)} samples, digest {source.digest[:16]}"
         for name, source in splits.items()
@@ -85,7 +102,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _sources(kind: type) -> dict[str, str]:
-    """Digests of the task's files: of its classes, and of what they import from beside them."""
+    """Return digests of the task's files: of its classes, and of imports from beside them."""
     files: dict[str, Path] = {}
     for each in kind.__mro__:
         path = getattr(sys.modules.get(each.__module__), "__file__", None)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def none_before_training() -> Iterator[None]:
-    """Collect nothing until :func:`leave_alone`, or to the end of the context."""
+    """Suspend garbage collection until :func:`leave_alone`, or to the end of the context."""
     gc.disable()
     try:
         yield

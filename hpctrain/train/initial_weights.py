@@ -206,7 +206,7 @@ def _memory(tensor: torch.Tensor) -> object:
 
 
 def _advice(model: nn.Module, given: Mapping[str, torch.Tensor], fit: Fit) -> str:
-    """What would make a source fit: other beginnings of names, or taking a part."""
+    """Return what would make a source fit: renaming by prefix, or taking a part."""
     names = _tensors(model.state_dict())
     for mine in fit.missing:
         for theirs in fit.unexpected:

@@ -118,7 +118,10 @@ class Interruption:
 
 
 def number_of(name: str) -> int:
-    """A signal's number.
+    """Return a signal's number.
+
+    Args:
+        name: With or without ``SIG``, in any case: ``USR1``, ``sigterm``.
 
     Raises:
         Error: There is no such signal.

@@ -59,6 +59,20 @@ class Trainer:
         splits: The task's samples.
         state: What is trained: model, optimizer, place in the data, counters.
         warnings: What the task or the configuration has, and nothing reads.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from hpctrain.strategies.single import Single
+        >>> from hpctrain.tasks.digits import Digits
+        >>> from hpctrain.world.launcher import ALONE
+        >>> from hpctrain.world.world import World
+        >>> config = RunConfig(task="digits", train={"steps": 3})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = CheckpointStore(Path(folder), keep=1)
+        ...     trainer = Trainer(config, Digits(), Single(World(ALONE)), store)
+        >>> trainer.steps, len(trainer.splits["validation"])
+        (3, 359)
     """
 
     def __init__(
@@ -216,7 +230,7 @@ class Trainer:
             parts.after_step.attend(optimizer, epoch_ended=loader.cursor >= loader.samples)
 
     def progress(self, stage: int) -> Progress:
-        """How far this rank has come, in that stage of the run."""
+        """Return how far this rank has come, in that stage of the run."""
         step = self.state.counters.step
         ends = (step, self._parts.after_step.attended) if self._begun else (-1, -1)
         return Progress(stage, *ends)

@@ -41,7 +41,7 @@ class MembershipLog:
         self._untold: list[_Note] = []
 
     def begin(self) -> None:
-        """Training begins; what a step takes is counted from now on."""
+        """Begin to time steps: training begins now."""
         self._stepped = time.monotonic()
 
     def note(self, counters: Counters, changes: Iterable[Change]) -> None:
@@ -70,7 +70,12 @@ class MembershipLog:
         self.note(counters, lost + joined)
 
     def tell(self, counters: Counters, recorder: Recorder) -> None:
-        """Record what is new, on rank 0, with how long the step took in which it was noticed."""
+        """Record what is new, on rank 0, with how long the step took in which it was noticed.
+
+        Args:
+            counters: Of the run; their step is what the records are of.
+            recorder: Takes the records, on rank 0; elsewhere it is not used.
+        """
         now = time.monotonic()
         step_ms = round(1e3 * (now - self._stepped), 3)
         self._stepped = now
@@ -94,6 +99,6 @@ class MembershipLog:
             self._untold = [each for each in self._untold if now - each.seconds < TELLING_SECONDS]
 
     def told(self) -> None:
-        """All ranks have come to another step, so rank 0 has told what it knew."""
+        """Forget what rank 0 has told: all ranks have come to another step since."""
         if not self._world.leads:
             self._untold.clear()

@@ -36,7 +36,7 @@ class Meter:
             self._weights[name] = self._weights.get(name, 0) + weight
 
     def read(self, comm: Communicator, *, in_step: bool = True) -> dict[str, float]:
-        """The world's means, each over the samples of the batches that had it.
+        """Return the world's means, each over the samples of the batches that had it.
 
         Every rank calls this. In step every rank gets them; a rank that had no samples takes
         part. What the metrics are called ranks tell each other when one of them has a new one.
@@ -44,6 +44,10 @@ class Meter:
 
         In step what was read counts until :meth:`settle`: it is read again if a rank is lost
         meanwhile.
+
+        Args:
+            comm: Of the world.
+            in_step: Whether all ranks call this at the same step; else rank 0 alone gets means.
         """
         if not in_step:
             return self._read_pool(comm)
@@ -60,7 +64,7 @@ class Meter:
         }
 
     def _totals(self, comm: Communicator) -> tuple[list[float], list[float], bool]:
-        """Sums and samples of the known names over ranks, and whether there are other names."""
+        """Sum the known names' values and samples over ranks, and tell whether others exist."""
         totals = torch.zeros(2, len(self.names) + 1, dtype=torch.float64)
         for place, name in enumerate(self.names):
             totals[0, place] = float(self._sums.get(name, 0.0))
@@ -76,7 +80,7 @@ class Meter:
             self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Forget all values, and begin anew."""
         self._sums.clear()
         self._weights.clear()
         self._read = False
@@ -92,7 +96,7 @@ class Meter:
 
 
 def total(comm: Communicator, values: dict[str, float], *, in_step: bool) -> dict[str, float]:
-    """The sums of values over ranks; where they do not go in step, rank 0 alone gets them.
+    """Sum values over ranks; where ranks do not go in step, rank 0 alone gets the sums.
 
     Args:
         comm: Of the world.

@@ -18,7 +18,7 @@ _AVERAGED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.
 
 
 def prepared(model: nn.Module, device: torch.device, dtype: str) -> nn.Module:
-    """The model on a device, in the arithmetic that was asked for.
+    """Return the model on a device, in the arithmetic that was asked for.
 
     With ``float64``, float32 becomes float64 and complex64 becomes complex128. All other types are
     the task's own choice and stay: tables in float64, weights in bfloat16, whatever is complex.
@@ -60,7 +60,7 @@ def begin_training(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards each module is in its own again."""
+    """Put the model in evaluation mode; afterwards each module is in its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -72,7 +72,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model that follows it as an exponential moving average.
+    """Return a copy of the model that follows it as an exponential moving average.
 
     Running statistics are averaged, too. Integers, sparse and quantized buffers are copied.
 
@@ -121,7 +121,7 @@ class UnusedParameters:
         return f"no gradient came to {shown} in the first step; is that meant?"
 
     def names(self, comm: Communicator | None) -> list[str]:
-        """Those that no rank used.
+        """Return the names of the parameters that no rank used.
 
         Args:
             comm: Of the ranks that ask together; None: this one alone.

@@ -69,7 +69,12 @@ class Watch:
         self._seen = 0  # of the losses
 
     def add(self, step: int, loss: torch.Tensor) -> None:
-        """Count a loss in: of a step, of a part of this rank's samples."""
+        """Keep the loss of one pass of a step, to be looked at later; the GPU is not waited for.
+
+        Args:
+            step: The step it is of, counted from 1.
+            loss: Mean over that pass's samples of this rank, a scalar; it is detached.
+        """
         self._losses.append((step, loss.detach()))
 
     def look(self, comm: Communicator | None) -> Seen:

@@ -27,7 +27,14 @@ class Recorder(Protocol):
     """Takes what happens during a run."""
 
     def write(self, kind: str, step: int, values: dict[str, Any], text: str = "") -> None:
-        """Record values at a step; the text is shown in their place, if there is one."""
+        """Record values at a step; the text is shown in their place, if there is one.
+
+        Args:
+            kind: ``train``, ``timing``, ``validation``, ``exchange``, ``event``, or a callback's.
+            step: Optimizer steps done.
+            values: Numbers and texts by name.
+            text: What is shown instead of the values; "": the values.
+        """
 
     def say(self, text: str) -> None:
         """Tell the person who watches."""
@@ -43,16 +50,23 @@ class Silent:
     """Records nothing."""
 
     def write(self, kind: str, step: int, values: dict[str, Any], text: str = "") -> None:
-        """Nothing."""
+        """Do nothing: the record is dropped.
+
+        Args:
+            kind: Makes no difference.
+            step: Makes no difference.
+            values: Makes no difference.
+            text: Makes no difference.
+        """
 
     def say(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing: the line is dropped."""
 
     def advance(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing: no progress is shown."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing: nothing is held."""
 
 
 class RunRecorder:
@@ -87,6 +101,12 @@ class RunRecorder:
 
     def write(self, kind: str, step: int, values: dict[str, Any], text: str = "") -> None:
         """Record values at a step, and show them, or the text in their place.
+
+        Args:
+            kind: Of the record; those of :data:`SHOWN` are shown as well as written.
+            step: Optimizer steps done.
+            values: Numbers and texts by name.
+            text: What is shown instead of the values; "": the values.
 
         Raises:
             Error: ``metrics.jsonl`` cannot be written.
@@ -126,7 +146,7 @@ class RunRecorder:
             click.echo(text)
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar, where there is one, to a step."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -160,7 +180,14 @@ class OnRankZero:
         return self._made
 
     def write(self, kind: str, step: int, values: dict[str, Any], text: str = "") -> None:
-        """Record values at a step; the text is shown in their place, if there is one."""
+        """Record values at a step, on the rank that is 0 now; do nothing on others.
+
+        Args:
+            kind: Of the record.
+            step: Optimizer steps done.
+            values: Numbers and texts by name.
+            text: What is shown instead of the values; "": the values.
+        """
         self._recorder().write(kind, step, values, text)
 
     def say(self, text: str) -> None:

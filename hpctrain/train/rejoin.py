@@ -47,12 +47,12 @@ class Rejoin:
         self.keep()
 
     def keep(self) -> None:
-        """A step has ended: this is what the next one can be rolled back to."""
+        """Keep the state after a step, for the next one to be rolled back to."""
         if self._rollback is not None:
             self._rollback.keep()
 
     def keep_buffers(self) -> None:
-        """Buffers were made the world's since."""
+        """Keep the buffers anew: they were averaged since the state was kept."""
         if self._rollback is not None:
             self._rollback.keep_buffers()
 
@@ -78,7 +78,7 @@ class Rejoin:
         begun: bool,
         count: Callable[[], None],
     ) -> bool:
-        """Stand where the rank stands that has come farthest, so that no step of its is lost.
+        """Catch up with the rank that has come farthest, so that no step of its is lost.
 
         A step ends for some ranks and fails for others, where one of them is lost in the midst of
         it. It counts if it ended for one that is left: that one's state is everybody's.

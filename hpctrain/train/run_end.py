@@ -47,7 +47,7 @@ class RunEnd:
         self._callbacks = callbacks
 
     def finish(self, optimizer: DistributedOptimizer) -> None:
-        """After this rank's last step: have the world's parameters, validated and saved.
+        """Finish after this rank's last step: have the world's parameters, validated and saved.
 
         Args:
             optimizer: The wrapped one.

@@ -65,14 +65,14 @@ class RunMetrics:
         self.train.names, self.validation.names = names
 
     def begin(self) -> None:
-        """Training begins: from here the first log line counts."""
+        """Begin to time steps: from here the first log line counts."""
         self._mark = self._now()
 
     def count(self, computed: list[Computed]) -> None:
-        """A step is done: what was computed in it counts, and what was logged before is over.
+        """Count a step in: add its metrics, after dropping those that were logged already.
 
         Args:
-            computed: By its passes.
+            computed: Means and weights, of each pass of the step.
         """
         self.train.settle()
         self._mark, self._next_mark = self._next_mark or self._mark, None

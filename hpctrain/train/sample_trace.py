@@ -46,7 +46,14 @@ class SampleTrace:
         self._write({"process": os.getpid(), "host": os.uname().nodename})
 
     def begin(self, step: int, generation: int, epoch: int, batch: Batch) -> None:
-        """A step's gradients are about to leave this rank."""
+        """Write that a step's gradients are about to leave this rank, and of which samples.
+
+        Args:
+            step: The step, counted from 1.
+            generation: How often the world was formed anew.
+            epoch: Counted from 0.
+            batch: This rank's samples of the global batch.
+        """
         self._write(
             {
                 "begun": step,
@@ -59,7 +66,13 @@ class SampleTrace:
         )
 
     def end(self, step: int, generation: int, members: Sequence[int]) -> None:
-        """A step has ended, in a world of these processes."""
+        """Write that a step has ended, in a world of these processes.
+
+        Args:
+            step: The step, numbered as in :meth:`begin`.
+            generation: How often the world was formed anew.
+            members: Numbers of the processes in it.
+        """
         self._write({"ended": step, "world": [self._launch, generation], "members": list(members)})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -97,7 +110,11 @@ def begin_trace(
 
 
 def launches(out: Path) -> int:
-    """How often a run was started with a trace before."""
+    """Count how often a run was started with a trace before.
+
+    Args:
+        out: The run folder.
+    """
     numbers = [int(path.name.partition("-")[0]) for path in (out / FOLDER).glob("*-*.jsonl")]
     return max(numbers, default=-1) + 1
 
@@ -182,7 +199,7 @@ def _check(out: Path) -> Verdict:
 
 
 def _epochs(steps: list[_Step]) -> Iterator[str]:
-    """What is wrong with the samples of each epoch."""
+    """Yield what is wrong with the samples of each epoch."""
     epochs: dict[int, list[_Step]] = {}
     for step in steps:
         epochs.setdefault(step.epoch, []).append(step)

@@ -74,7 +74,7 @@ class Scheduling:
         self._step(metric)
 
     def state_dict(self) -> dict[str, Any]:
-        """A tree of plain values, and of what the scheduler's own state is made of."""
+        """Return the schedule's state as plain values, and what the scheduler's own is made of."""
         return {
             "name": type(self.scheduler).__name__,
             "made": self._made,

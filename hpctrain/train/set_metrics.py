@@ -105,7 +105,7 @@ class SetMetrics:
             metric.update(**self._chosen(name, metric, rows))
 
     def _chosen(self, name: str, metric: Any, rows: Rows) -> Rows:
-        """What a metric's parameters are called."""
+        """Return the rows that a metric's parameters are named after."""
         function = metric.function if isinstance(metric, _OfAllRows) else metric.update
         parameters = inspect.signature(function).parameters.values()
         if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
@@ -182,7 +182,7 @@ class _OfAllRows:
 
 
 def predicted(task: Task, model: nn.Module, batch: Batch, device: torch.device, dtype: str) -> Rows:
-    """What a task's ``predictions()`` gives of a batch, checked, on the CPU.
+    """Return what a task's ``predictions()`` gives of a batch, checked, on the CPU.
 
     Args:
         task: The user's side.

@@ -206,7 +206,7 @@ def _validation(config: RunConfig, task: Task, splits: Mapping[str, Source]) -> 
 
 
 def _to_freeze(config: RunConfig, model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a configuration says are not trained, or not from the start."""
+    """Return the parameters that a configuration freezes, for the run or at its start."""
     train = config.train
     if train.unfreeze_at_step is not None and not train.freeze:
         raise Error(
@@ -235,7 +235,7 @@ def _scheduling(
     strategy: Strategy,
     validation: Loader | None,
 ) -> Scheduling | None:
-    """The scheduler of torch that gives the learning rate, if one does.
+    """Return the torch scheduler that gives the learning rate, or None.
 
     Raises:
         Error: It wants a metric that is not measured, or that not every rank knows.
@@ -269,7 +269,7 @@ def _scheduling(
 
 
 def _least_part(config: RunConfig, model: nn.Module) -> int:
-    """Samples that a pass has at least: BatchNorm's statistics are of two."""
+    """Return the fewest samples a pass may have: 2 where there is BatchNorm, else 1."""
     return 1 if config.train.sync_batchnorm or not has_batchnorm(model) else 2
 
 

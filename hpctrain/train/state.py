@@ -104,7 +104,7 @@ class TrainState:
         self.frozen = []
 
     def state_dict(self) -> dict[str, Any]:
-        """A tree of tensors (the live ones, not copies) and plain values."""
+        """Return the state as a tree of tensors (the live ones, not copies) and plain values."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -115,7 +115,7 @@ class TrainState:
         }
 
     def tensors(self) -> dict[str, Any]:
-        """The part of the state's tree that a checkpoint may be read into, before it is loaded."""
+        """Return the part of the state's tree that a checkpoint may be read into in place."""
         modules = {"model": self.model, "ema": self.ema}
         return {
             key: {
@@ -163,7 +163,7 @@ class TrainState:
 def parameters_sha256(
     model: nn.Module, values: Mapping[nn.Parameter, torch.Tensor] | None = None
 ) -> str:
-    """A hash of the names, types, shapes and bytes of all parameters, in the model's order.
+    """Hash the names, types, shapes and bytes of all parameters, in the model's order.
 
     Args:
         model: Whose they are.

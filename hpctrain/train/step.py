@@ -46,7 +46,7 @@ def applied(
     device: torch.device,
     dtype: str,
 ) -> Any:
-    """What a task's method gives of a batch, in a run's arithmetic.
+    """Return what a task's method gives of a batch, in the run's arithmetic.
 
     Args:
         method: ``loss`` or ``predictions``.
@@ -60,7 +60,7 @@ def applied(
 
 
 def arithmetic(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Within this, layers compute in a run's arithmetic.
+    """Return a context in which layers compute in the run's arithmetic (autocast).
 
     Args:
         device: This rank's.
@@ -70,7 +70,7 @@ def arithmetic(device: torch.device, dtype: str) -> contextlib.AbstractContextMa
 
 
 def jointly(batch: Batch, parts: int) -> list[Batch]:
-    """Nearly equal parts of a rank's samples, as many on every rank.
+    """Split a rank's samples into nearly equal micro-batches, as many on every rank.
 
     None is empty unless this rank has no samples.
 
@@ -247,11 +247,11 @@ class TrainStep:
         return loss, {"loss": loss.detach(), **means}
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
-        """Within this, layers compute in the run's arithmetic."""
+        """Return a context in which layers compute in the run's arithmetic (autocast)."""
         return arithmetic(self._strategy.world.device, self._config.train.dtype)
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """This rank's samples of a batch, pass by pass; it may have none."""
+        """Split this rank's samples of a batch into micro-batches; the rank may have none."""
         passes = self._passes()
         if self._strategy.joint_passes:
             return jointly(batch, passes)
@@ -261,7 +261,7 @@ class TrainStep:
         return list(batch.split(max(1, min(passes, batch.samples // least))))
 
     def _passes(self) -> int:
-        """In how many passes a rank takes its part of a batch: more on a world that has shrunk."""
+        """Return how many passes a rank takes its part of a batch in: more if the world shrank."""
         passes = self._config.train.accumulate
         if self._strategy.recovery is not None and self._config.elastic.batch == "keep-global":
             first = int(self._state.counters.world[0]["size"])
@@ -340,7 +340,7 @@ class TrainStep:
         optimizer.rate_factor = multiplier
 
     def _world(self) -> tuple[int, list[int]]:
-        """How often the world was formed anew, and who is in it."""
+        """Return how often the world was formed anew, and who is in it."""
         recovery = self._strategy.recovery
         if recovery is None:
             return 0, list(range(self._strategy.world.size))

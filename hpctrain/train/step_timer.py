@@ -38,7 +38,7 @@ class StepTimer:
         self.lap("other")
 
     def lap(self, part: str) -> None:
-        """What has passed since the last call was this part of a step."""
+        """Book the time since the last call under a part of the step."""
         if self._gpu:
             mark: Any = self._event(enable_timing=True)
             mark.record()
@@ -49,7 +49,7 @@ class StepTimer:
             self.read()
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part so far, up to the last lap."""
+        """Return the seconds of each part so far, up to the last lap."""
         if self._gpu:
             self._marks[-1][1].synchronize()
         for (_, begun), (part, ended) in itertools.pairwise(self._marks):

@@ -36,7 +36,7 @@ class Logger(ABC):
 
     @abstractmethod
     def write(self, kind: str, step: int, seconds: float, values: Mapping[str, Any]) -> None:
-        """Take a record.
+        """Write one record of the run.
 
         Args:
             kind: ``train``, ``timing``, ``validation``, ``exchange``, ``event``, or a callback's.

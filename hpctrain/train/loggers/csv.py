@@ -47,5 +47,5 @@ class Csv(Logger):
                 self._lines.writerow((kind, step, f"{seconds:.3f}", name, float(value)))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the CSV file; nothing is written afterwards."""
         self._file.close()

@@ -27,7 +27,7 @@ class JsonLines(Logger):
         self._lines = (folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
 
     def write(self, kind: str, step: int, seconds: float, values: Mapping[str, Any]) -> None:
-        """Write a line.
+        """Append a record as one line of JSON.
 
         Args:
             kind: Of the record.
@@ -48,13 +48,13 @@ class JsonLines(Logger):
             ) from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and pass over an error that :meth:`write` has reported."""
         with contextlib.suppress(OSError):  # said by write() already
             self._lines.close()
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them: it knows no infinities and no NaN, which become null.
+    """Return values as JSON can hold them: infinities and NaN become null.
 
     Args:
         values: By name.

@@ -24,7 +24,7 @@ class TensorBoard(Logger):
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, kind: str, step: int, seconds: float, values: Mapping[str, Any]) -> None:
-        """Write the numbers.
+        """Write a record's numbers as scalars, named ``kind/name``.
 
         Args:
             kind: Of the record.
@@ -37,5 +37,5 @@ class TensorBoard(Logger):
                 self._board.add_scalar(f"{kind}/{name}", value, step, walltime=seconds)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the event file; nothing is written afterwards."""
         self._board.close()
