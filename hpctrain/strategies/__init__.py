@@ -85,7 +85,7 @@ def strategy(
     elastic: ElasticConfig | None = None,
     timeout_seconds: float = 600.0,
 ) -> Strategy:
-    """Connect the world by the strategy of that name.
+    """Connect the world by the strategy of that name, and return the strategy.
 
     Args:
         name: A strategy's name, ``package.module:Class``, or ``auto``: horovod on several ranks,

@@ -83,7 +83,7 @@ class Fragment:
         return rates
 
     def wires(self) -> list[torch.Tensor]:
-        """What this rank adds to the sums."""
+        """Return this rank's terms of the sums: weighted differences, and the weight itself."""
         weight = self.weight
         return [
             torch.cat([(now - x) * weight, x.new_tensor([weight])])

@@ -70,7 +70,7 @@ class AveragingOptimizer(DistributedOptimizer):
             self._begin_rounds()
 
     def _averaged_gradients(self) -> AveragedGradients:
-        """What averages gradients before the first round."""
+        """Make what averages gradients before the first round."""
         this = weakref.proxy(self)
         parameters = self._all[::-1]
         gradients = AveragedGradients(
@@ -86,7 +86,7 @@ class AveragingOptimizer(DistributedOptimizer):
         return gradients
 
     def _begin_rounds(self) -> None:
-        """From now on each rank steps by itself."""
+        """Begin the rounds: from here on each rank steps by itself."""
         self._gradients = None
         count = self._config.fragments
         self._fragments = [
@@ -97,7 +97,7 @@ class AveragingOptimizer(DistributedOptimizer):
     # A step.
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Accumulate gradients within this: ``backward()`` only adds to the local ones."""
+        """Return a context in which ``backward()`` only accumulates local gradients."""
         return contextlib.nullcontext() if self._gradients is None else self._gradients.no_sync()
 
     @torch.no_grad()

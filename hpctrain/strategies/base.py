@@ -178,7 +178,7 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """Make the gradients the world's average; called by ``step()``, or before by the user."""
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Within this, ``backward()`` only adds to the local gradients (gradient accumulation)."""
+        """Return a context in which ``backward()`` only accumulates local gradients."""
         return contextlib.nullcontext()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -200,13 +200,13 @@ class DistributedOptimizer(torch.optim.Optimizer):
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Forget the gradients of parameters, and those of tables' rows."""
         self.inner.zero_grad(set_to_none)
         for table in self.tables:
             table.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state."""
+        """Return the state of the wrapped optimizer."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -291,15 +291,15 @@ class DistributedOptimizer(torch.optim.Optimizer):
         """
 
     def changes(self) -> list[Change]:
-        """Who was lost since the last time."""
+        """Return who was lost or has joined since the last call."""
         return []
 
     def statistics(self) -> dict[str, Any]:
-        """What the strategy has to say since the last time, for the recorder."""
+        """Return what the strategy has measured since the last call, for the recorder."""
         return {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the strategy has laid out its exchange already.
+        """Refuse a further group: the strategy has laid out its exchange already.
 
         Raises:
             Error: Always.
@@ -343,6 +343,20 @@ class Strategy(ABC):
             wants it.
         fault_tolerance: How losses are outlived, where that was to be chosen.
         holds_tables: Whether a model may have embedding tables (:class:`hpctrain.Table`).
+
+    Example:
+        >>> from hpctrain.world.launcher import ALONE
+        >>> class Plain(Strategy):
+        ...     name = "plain"
+        ...     def wrap(self, model, optimizer, *, clip_norm=None):
+        ...         return DistributedOptimizer(optimizer, clip_norm)
+        >>> model = nn.Linear(2, 1)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> optimizer = Plain(World(ALONE)).wrap(model, sgd, clip_norm=1.0)
+        >>> model(torch.ones(3, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> round(float(optimizer.grad_norm), 2)
+        5.2
     """
 
     name: ClassVar[str]
@@ -476,7 +490,12 @@ class Recovery(Protocol):
         """
 
     def share(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Start every replica from rank 0's, once more."""
+        """Start every replica from rank 0's, once more.
+
+        Args:
+            model: What is trained; overwritten, but on rank 0.
+            optimizer: Of its parameters; its state is overwritten, but on rank 0.
+        """
 
 
 def _closure_error(optimizer: torch.optim.Optimizer, where: str) -> Error:

@@ -176,7 +176,7 @@ class AveragedGradients:
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients within this: ``backward()`` only adds to the local ones."""
+        """Accumulate gradients locally within this context: ``backward()`` starts no exchange."""
         before, self._local_only = self._local_only, True
         try:
             yield
@@ -233,7 +233,7 @@ class AveragedGradients:
         )
 
     def _abandon(self) -> None:
-        """Abandon the pass before: it failed in its midst, and the caller went on."""
+        """Abandon a backward pass that failed in its midst, where the caller went on."""
         for bucket in self._buckets:
             if bucket.exchange is not None:
                 self._finish(bucket)
@@ -339,7 +339,7 @@ class AveragedGradients:
         self._tasks = tasks
 
     def _begin(self) -> None:
-        """Before the first exchange in a world."""
+        """Begin the compressor's work, before the first exchange in a world."""
         if not self._begun:
             self._compressor.begin(self._world)
             self._begun = True
@@ -351,7 +351,7 @@ class AveragedGradients:
                 self._start(bucket)
 
     def _agree(self, in_step: bool) -> tuple[int, int, bool]:
-        """Exchange headers with the other ranks.
+        """Exchange headers with the other ranks, and refuse to go on where they differ.
 
         Returns:
             How many ranks there are, how many are in step(), and whether any lacks a gradient.
@@ -390,7 +390,7 @@ class AveragedGradients:
         return ranks, in_steps, bool(lacking)
 
     def _unused(self) -> set[nn.Parameter]:
-        """Parameters that have no gradient on any rank."""
+        """Return the parameters that have no gradient on any rank."""
         used = torch.tensor([float(p.grad is not None) for p in self._parameters])
         self._world.wait(self._world.start_sum(used, f"{self._prefix}.used"))
         return {p for p, n in zip(self._parameters, used.tolist(), strict=True) if not n}
@@ -495,7 +495,7 @@ def _grouped(parameters: Sequence[nn.Parameter], bucket_bytes: int) -> list[list
 
 
 def _rows_of(parameter: nn.Parameter) -> int:
-    """Rows of its gradient as a matrix in the order of memory; 1: it is to be taken for none."""
+    """Return the rows of a gradient seen as a matrix; 1 where it is not to be seen so."""
     if parameter.dim() < 2 or parameter.is_complex() or not parameter.numel():
         return 1
     # As a view of a flat has them: of the dimension with the longest stride.
@@ -512,7 +512,7 @@ def _bits(number: int, count: int) -> list[int]:
 
 
 def _rows(parameter: nn.Parameter) -> tuple[torch.Tensor, torch.Tensor]:
-    """A gradient's rows, and one more that says what it is: -1 dense, -2 sparse, or not there."""
+    """Return a gradient's rows behind a first that says its kind: -1 dense, -2 sparse or absent."""
     gradient = parameter.grad
     row = parameter.shape[1:]
     if gradient is None:

@@ -106,7 +106,7 @@ class HorovodOptimizer(ElasticOptimizer):
             call_when_ready(parameters, self._gradients.ready)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Accumulate gradients within this: ``backward()`` only adds to the local ones."""
+        """Return a context in which ``backward()`` only accumulates local gradients."""
         return self._gradients.no_sync()
 
     def synchronize(self) -> None:
@@ -414,7 +414,7 @@ def _end_mpi(libmpi: ctypes.CDLL) -> None:
 
 
 def _set_defaults(world: World) -> None:
-    """Settings that Horovod and MPI read once, at their start; the user's own are left alone."""
+    """Set what Horovod and MPI read once, at their start; the user's own settings stay."""
     # Buckets are whole already: fusing them again would copy, and make sums depend on timing.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
     both_ways()

@@ -226,6 +226,11 @@ class Mesh(Strategy):
     ) -> DistributedOptimizer:
         """Start from rank 0's model and optimizer state, and divide both over the mesh.
 
+        Args:
+            model: What is trained; its modules are sharded and divided in place.
+            optimizer: Of its parameters.
+            clip_norm: Largest 2-norm of the whole model's gradient; None: no clipping.
+
         Raises:
             Error: The model, or the optimizer, cannot be divided so.
         """

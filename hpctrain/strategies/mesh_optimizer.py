@@ -96,7 +96,7 @@ class MeshOptimizer(DistributedOptimizer):
             }
 
     def _tied_groups(self, timeout: timedelta) -> list[tuple[Any, list[nn.Parameter]]]:
-        """Groups of stages that hold the same parameter, and those parameters on this rank."""
+        """Make groups of stages that share a parameter; return this rank's, and the parameters."""
         tied: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for held, shares in zip(self._held, self._shares, strict=True):
             for ranks in _stages_of(shares, self._shape) if held.local.requires_grad else []:
@@ -116,7 +116,17 @@ class MeshOptimizer(DistributedOptimizer):
     def forward_backward(
         self, passes: Passes, model: nn.Module, batch: Batch, factor: float
     ) -> list[Computed]:
-        """Compute a pass's gradients; means are of one rank of each replica."""
+        """Compute a pass's gradients; means are of one rank of each replica.
+
+        Args:
+            passes: Gives the loss.
+            model: What is trained; with a pipeline, this rank's stages are used in its place.
+            batch: This rank's samples; a pipeline cuts them into micro-batches.
+            factor: What the loss is multiplied by.
+
+        Returns:
+            Means to be recorded; none on a rank that does not report for its replica.
+        """
         if self._pipeline is None:
             computed = super().forward_backward(passes, model, batch, factor)
         else:
@@ -124,7 +134,13 @@ class MeshOptimizer(DistributedOptimizer):
         return computed if self._reports else []
 
     def evaluate(self, passes: Passes, model: nn.Module, batch: Batch) -> list[Computed]:
-        """Compute means over a batch; they are of one rank of each replica."""
+        """Compute means over a batch; they are of one rank of each replica.
+
+        Args:
+            passes: Gives the loss.
+            model: In evaluation mode; with a pipeline, this rank's stages are used in its place.
+            batch: This rank's samples; a pipeline cuts them into micro-batches.
+        """
         if self._pipeline is None:
             computed = super().evaluate(passes, model, batch)
         else:
@@ -133,7 +149,7 @@ class MeshOptimizer(DistributedOptimizer):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within this, gradients are added up; those that are sharded are reduced all the same."""
+        """Accumulate gradients within this context; sharded ones are reduced all the same."""
         modules = self._modules if self._shard == "optimizer" else []
         for module in modules:
             module.set_requires_gradient_sync(False, recurse=False)
@@ -196,12 +212,12 @@ class MeshOptimizer(DistributedOptimizer):
                 parameter.grad.mul_(scale)
 
     def _copies(self, parameter: nn.Parameter) -> int:
-        """How many ranks hold the very part of a parameter that this one holds."""
+        """Count the ranks that hold the very part of a parameter that this one holds."""
         shares = self._shares[self._numbers[parameter]]
         return next(len(share.ranks) for share in shares if self._comm.rank in share.ranks)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Forget the gradients of the whole parameters, and of this rank's parts."""
         super().zero_grad(set_to_none)
         for held in self._held:
             held.live.grad = None
@@ -272,7 +288,7 @@ class MeshOptimizer(DistributedOptimizer):
         return {"state": state, "param_groups": self.inner.state_dict()["param_groups"]}
 
     def _kinds(self, held: Held) -> dict[str, Any]:
-        """What this rank has of a parameter's state: a type for elements, else type and value."""
+        """Describe this rank's state of a parameter: elements by type, others by type and value."""
         kinds: dict[str, Any] = {}
         for name, value in self.inner.state.get(held.local, {}).items():
             if not isinstance(value, torch.Tensor):
@@ -338,7 +354,7 @@ class MeshOptimizer(DistributedOptimizer):
 
 
 def _stages_of(shares: Sequence[Share], shape: Shape) -> list[tuple[int, ...]]:
-    """Of ranks that hold the same part of a parameter, those that differ by their stage alone."""
+    """Group the ranks that hold the same part of a parameter and differ by their stage alone."""
     found = []
     for share in shares:
         columns: dict[tuple[int, int], list[int]] = {}
@@ -372,7 +388,7 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], group: Any, divisor: int)
 
 
 def _together(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Parameters of one type, in groups of about ``FLAT_BYTES``."""
+    """Yield parameters of one type, in groups of about ``FLAT_BYTES``."""
     by_type: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_type.setdefault(parameter.dtype, []).append(parameter)

@@ -159,7 +159,12 @@ class Sums:
         return self._comm.size
 
     def start_sum(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
-        """Return what sums, when it is waited for."""
+        """Return a function that sums the tensor over workers, in place, when waited for.
+
+        Args:
+            tensor: Contiguous.
+            name: Makes no difference: exchanges are numbered.
+        """
 
         def add() -> torch.Tensor:
             self._comm.all_reduce(tensor)
@@ -168,12 +173,22 @@ class Sums:
         return add
 
     def start_average(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
-        """Return what averages, when it is waited for."""
+        """Return a function that averages the tensor over workers, in place, when waited for.
+
+        Args:
+            tensor: Contiguous.
+            name: Makes no difference.
+        """
         add = self.start_sum(tensor, name)
         return lambda: add().div_(self._comm.size)
 
     def start_gather(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
-        """Return what collects all workers' rows, when it is waited for."""
+        """Return a function that collects all workers' rows, in order, when it is waited for.
+
+        Args:
+            tensor: Of shape (rows, ...); workers may have other numbers of rows.
+            name: Makes no difference.
+        """
 
         def collect() -> torch.Tensor:
             data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -184,12 +199,17 @@ class Sums:
         return collect
 
     def start_all_to_all(self, tensor: torch.Tensor, name: str) -> Callable[[], torch.Tensor]:
-        """Return what gives each worker its part, when it is waited for."""
+        """Return a function that gives each worker its part, when it is waited for.
+
+        Args:
+            tensor: Of shape (n,); n is a multiple of the workers, and the same on each.
+            name: Makes no difference.
+        """
         collect = self.start_gather(tensor.view(1, self.size, -1), name)
         return lambda: collect()[:, self.rank].reshape(-1)
 
     def ready(self, handle: Callable[[], torch.Tensor]) -> bool:
-        """Nothing happens before it is waited for."""
+        """Return False: an exchange begins only when it is waited for."""
         return False
 
     def wait(self, handle: Callable[[], torch.Tensor]) -> torch.Tensor:

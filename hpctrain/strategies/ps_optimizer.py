@@ -179,7 +179,7 @@ class PsOptimizer(DistributedOptimizer):
         )
 
     def _find_slices(self) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-        """For each parameter the slices it lies in, and which part of each it is."""
+        """Find, for each parameter, the slices it lies in, and which part of each it is."""
         of_flat: dict[int, list[Slice]] = {}
         for piece in self._layout.slices:
             of_flat.setdefault(piece.flat, []).append(piece)
@@ -203,7 +203,7 @@ class PsOptimizer(DistributedOptimizer):
         return slices, parts
 
     def _expect(self) -> None:
-        """Before a step: every slice misses the gradients of its parameters."""
+        """Begin a step's count: every slice misses the gradients of its parameters."""
         self._missing = [0] * len(self._layout.slices)
         for slices in self._slices_of:
             for number in slices:
@@ -244,7 +244,7 @@ class PsOptimizer(DistributedOptimizer):
 
     @torch.no_grad()
     def _ready(self, parameter: nn.Parameter) -> None:
-        """Autograd calls this when a parameter's gradient of one pass is whole."""
+        """Take a parameter's gradient of one pass; autograd calls this when it is whole."""
         if self._averages:
             with self._averaging().no_sync() if self._local_only else contextlib.nullcontext():
                 self._averaging().ready(parameter)
@@ -326,7 +326,7 @@ class PsOptimizer(DistributedOptimizer):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients within this: ``backward()`` only adds to the local ones."""
+        """Accumulate gradients locally within this context: ``backward()`` pushes nothing."""
         before, self._local_only = self._local_only, True
         try:
             yield
@@ -487,7 +487,12 @@ class PsOptimizer(DistributedOptimizer):
         return self._client.tables.keep(folder)
 
     def restore_tables(self, folder: Path, count: int) -> None:
-        """Have each server take over its rows of a checkpoint; every worker calls this."""
+        """Have each server take over its rows of a checkpoint; every worker calls this.
+
+        Args:
+            folder: Of the checkpoint; every server has to see it.
+            count: How many files of rows it has.
+        """
         if self._comm.rank == 0:
             self._client.tables.keep(folder, count)
         self._comm.barrier()

@@ -284,7 +284,7 @@ class ShardedOptimizer(HorovodOptimizer):
         return {} if piece is None else self.inner.state.get(piece.parameter, {})
 
     def _kinds(self, parameter: nn.Parameter) -> dict[str, Any]:
-        """What this rank has of a parameter's state: elements, by type, and single numbers."""
+        """Describe this rank's state of a parameter: elements by type, and single numbers."""
         kinds: dict[str, Any] = {"elements": {}, "numbers": {}}
         piece = self._pieces.get(parameter)
         for name, value in self._state(parameter).items():

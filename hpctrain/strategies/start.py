@@ -128,7 +128,7 @@ def repeats(tensor: torch.Tensor) -> bool:
 def _not_in(
     state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[torch.Tensor]:
-    """Buffers that are not part of a state dict, and parameters that are not the model's."""
+    """Return buffers that no state dict has, and parameters that are not the model's."""
     known = set(model.parameters())
     buffers = [b for name, b in model.named_buffers() if name not in state]
     return [

@@ -90,7 +90,7 @@ def put_states(
 
 
 def _kinds(state: State) -> dict[str, list[Any]]:
-    """What a parameter's state is made of, without the values: type and shape by name."""
+    """Describe a parameter's state without its values: type and shape by name."""
     kinds: dict[str, list[Any]] = {}
     for name, value in sorted(state.items()):
         if isinstance(value, torch.Tensor):
@@ -103,7 +103,7 @@ def _kinds(state: State) -> dict[str, list[Any]]:
 def _agree(
     comm: Communicator, kinds: list[dict[str, list[Any]]], weight: float
 ) -> tuple[list[float], list[dict[str, list[Any]]]]:
-    """Every rank's weight, and what there is on any of them."""
+    """Gather every rank's weight, and agree on what state there is on any of them."""
     digest = hashlib.sha256(json.dumps(kinds).encode()).digest()
     numbers = [float(int.from_bytes(digest[i : i + 6], "big")) for i in (0, 6)]
     rows = gather_numbers(comm, [weight, *numbers])
@@ -118,7 +118,7 @@ def _agree(
 
 
 def _sorted(kinds: list[dict[str, list[Any]]]) -> tuple[list[tuple[int, str]], ...]:
-    """Places of what is averaged, of single numbers, and of the rest."""
+    """Sort the state's places: what is averaged, single numbers, and the rest."""
     moments, numbers, others = [], [], []
     for n, names in enumerate(kinds):
         for name, (kind, shape) in names.items():
