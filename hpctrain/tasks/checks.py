@@ -112,7 +112,7 @@ class Read:
         return self._config.data.split is not None
 
     def divided(self, splits: dict[str, Source]) -> dict[str, Source]:
-        """Splits as ``data.split`` says, where it is set.
+        """Divide splits as ``data.split`` says, where it is set.
 
         Args:
             splits: As the task gives them.
@@ -267,7 +267,11 @@ def optimizer_of(
 
 
 def schedule_of(task: Task, optimizer: torch.optim.Optimizer) -> Scheduler | None:
-    """The task's scheduler, if it gives one.
+    """Return the task's scheduler, or None where it gives none.
+
+    Args:
+        task: The user's side.
+        optimizer: The plain one, which the scheduler has to be of.
 
     Raises:
         Error: It is none, or of another optimizer.
@@ -323,7 +327,7 @@ def checked_loss(
 
 
 def _loss_hint(result: Any) -> str:
-    """What to return instead of what is no loss."""
+    """Say what to return instead of a result that is no loss."""
     if isinstance(getattr(result, "loss", None), torch.Tensor):
         return "return its attribute `loss`."
     if isinstance(result, Mapping) and isinstance(result.get("loss"), torch.Tensor):

@@ -20,7 +20,7 @@ from hpctrain.tasks.task import Loss, Task
 
 
 def _bundled() -> np.ndarray:
-    """What ``sklearn.datasets.load_digits`` reads, without the second that importing it takes.
+    """Read what ``sklearn.datasets.load_digits`` reads, without the second its import takes.
 
     Returns:
         A row a digit: 64 pixels of 0 to 16, and the label.

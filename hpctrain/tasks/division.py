@@ -66,7 +66,7 @@ def divided(splits: Mapping[str, Source], config: SplitConfig, seed: int) -> dic
 
 
 def _parts(source: Source, config: SplitConfig, seed: int) -> dict[str, NDArray[np.int64]]:
-    """Which samples are of each split."""
+    """Return the numbers of the samples of each split."""
     given = {name: value for name in _NAMES if (value := getattr(config, name)) is not None}
     fractions = {name: value for name, value in given.items() if isinstance(value, float)}
     if config.folds is not None:
@@ -126,7 +126,7 @@ def _chosen(
 
 
 def _listed(name: str, value: Any) -> NDArray[np.int64]:
-    """The numbers of a list, or of a file that has one."""
+    """Return the sample numbers of a list, or of a file that has one."""
     if not isinstance(value, Path):
         return np.asarray(value, dtype=np.int64)
     try:

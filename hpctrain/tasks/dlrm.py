@@ -63,7 +63,7 @@ class Dlrm(Task):
     mode = "max"
 
     def model(self) -> nn.Module:
-        """Two perceptrons and a table."""
+        """Return the model: two perceptrons and one embedding table for all fields."""
         rule = type(rule_of(self.rule))(lr=self.table_lr)
         table = Table(
             "categories", self.dim, hashed=True, mode=None, optimizer=rule, init="uniform:0.1",
@@ -72,20 +72,30 @@ class Dlrm(Task):
         return Interaction(table, self.numbers, self.fields)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Cross entropy of clicks."""
+        """Return the binary cross entropy of clicks.
+
+        Args:
+            model: An :class:`Interaction`.
+            batch: With ``dense`` ``[n, numbers]``, ``ids`` ``[n, fields]``, and ``click`` ``[n]``.
+        """
         scores = model(batch["dense"], batch["ids"])
         return F.binary_cross_entropy_with_logits(scores, batch["click"].to(scores.dtype)), {}
 
     def predictions(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """The score of each sample, and whether it was clicked."""
+        """Return the score of each sample, and whether it was clicked, both ``[n]``.
+
+        Args:
+            model: In evaluation mode.
+            batch: As for ``loss``.
+        """
         return {"scores": model(batch["dense"], batch["ids"]), "clicks": batch["click"]}
 
     def metrics(self) -> Mapping[str, Callable[..., Any]]:
-        """The area under the receiver operating characteristic."""
+        """Return the area under the receiver operating characteristic, as ``auc``."""
         return {"auc": auc}
 
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """Samples of a hidden truth, or the shard set at ``data.path``."""
+        """Return samples of a hidden truth, or those of the shard set at ``data.path``."""
         if config.path is not None:
             return super().data(config)
         drawn = _drawn(self.samples, self.numbers, self.fields, self.ids)
@@ -117,7 +127,12 @@ class Interaction(nn.Module):
         self.fields = fields
 
     def forward(self, dense: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """From ``[n, numbers]`` and ``[n, fields]`` to scores, ``[n]``."""
+        """Return the scores of samples, ``[n]``: logits of a click.
+
+        Args:
+            dense: ``[n, numbers]``.
+            ids: ``[n, fields]``, integers; the same id in two fields has two rows.
+        """
         low = self.bottom(dense)
         offsets = torch.arange(self.fields, device=ids.device) << _FIELD_BITS
         vectors = torch.cat([low[:, None], self.table(ids + offsets)], dim=1)
@@ -148,7 +163,7 @@ def auc(scores: torch.Tensor, clicks: torch.Tensor) -> float:
 
 
 def _uniform(purpose: int, *shape: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1), the same everywhere."""
+    """Return pseudo-random numbers in [0, 1), the same everywhere."""
     count = int(np.prod(shape))
     words = mix(np.arange(count, dtype=np.uint64) ^ np.uint64(key(purpose)))
     values: Any = (words >> np.uint64(11)) * 2.0**-53
@@ -156,7 +171,7 @@ def _uniform(purpose: int, *shape: int) -> NDArray[np.float64]:
 
 
 def _drawn(samples: int, numbers: int, fields: int, ids: int) -> dict[str, NDArray[Any]]:
-    """Samples: ids of Zipf's law, and clicks by effects of ids and of dense numbers."""
+    """Draw samples: ids by Zipf's law, and clicks by effects of ids and of dense numbers."""
     mass = 1.0 / np.arange(1, ids + 1)
     chosen = np.searchsorted(np.cumsum(mass) / mass.sum(), _uniform(1, samples, fields))
     dense = 2 * _uniform(2, samples, numbers) - 1

@@ -44,7 +44,7 @@ class Gpt(Task):
     }
 
     def model(self) -> nn.Module:
-        """A byte in, scores for the next byte out: embedding, blocks, and head, in sequence."""
+        """Return the model, which scores the next byte: embedding, blocks, and head in sequence."""
         if self.width % self.heads:
             raise Error(
                 f"options.width = {self.width} is no multiple of options.heads = {self.heads}.",
@@ -59,7 +59,7 @@ class Gpt(Task):
         return nn.Sequential(embedding, *blocks, head)
 
     def parallelize(self, model: nn.Module) -> Mapping[str, Any]:
-        """Attention divided by heads, perceptrons by hidden features; the rest on every rank."""
+        """Divide attention by heads, and perceptrons by hidden features; the rest is replicated."""
         from hpctrain.mesh.styles import attention, mlp
 
         plan: dict[str, Any] = {}
@@ -69,11 +69,21 @@ class Gpt(Task):
         return plan
 
     def transform(self, batch: Batch, training: bool) -> Batch:
-        """Tokens as the embedding wants them."""
+        """Convert tokens to int64, which the embedding takes.
+
+        Args:
+            batch: With ``tokens``, (n, context + 1), bytes.
+            training: Makes no difference.
+        """
         return batch.replace(tokens=batch["tokens"].long())
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Cross entropy of each next byte, in nats, and the same in bits."""
+        """Return the cross entropy of each next byte, in nats, and the same in bits.
+
+        Args:
+            model: Scores the byte after each.
+            batch: With ``tokens``, (n, length + 1): inputs, and targets one place on.
+        """
         tokens = batch["tokens"]
         scores = model(tokens[:, :-1])
         loss = F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten())
@@ -96,7 +106,7 @@ class Embedding(nn.Module):
         nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """From (n, length) to (n, length, width)."""
+        """Embed bytes and their positions: from (n, length) to (n, length, width)."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         found: torch.Tensor = self.tokens(tokens) + self.positions(positions)
         return found
@@ -119,7 +129,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (n, length, width), kept."""
+        """Let each place attend to itself and those before; (n, length, width) is kept."""
         fused = self.qkv(x)
         parts = fused.unflatten(2, (3, fused.shape[2] // (3 * self.features), self.features))
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind()
@@ -151,7 +161,7 @@ class Block(nn.Module):
                 nn.init.normal_(parameter, std=0.02 * (scale if last else 1.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (n, length, width), kept."""
+        """Add attention and perceptron to the residual stream; (n, length, width) is kept."""
         x = x + self.attention(self.norm1(x))
         out: torch.Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -171,6 +181,6 @@ class Head(nn.Module):
         nn.init.normal_(self.output.weight, std=0.02)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """From (n, length, width) to (n, length, 256)."""
+        """Score the next byte at each place: from (n, length, width) to (n, length, 256)."""
         found: torch.Tensor = self.output(self.norm(x))
         return found

@@ -63,6 +63,17 @@ class Task:
         gathers: Whether ``loss`` calls ``self.world.all_gather`` or ``gather_object``. Every rank
             then comes to every pass, with a batch of no samples where it has none.
         world: Who takes part; set by the trainer.
+
+    Example:
+        >>> class Line(Task):
+        ...     def model(self):
+        ...         return nn.Linear(1, 1)
+        ...     def loss(self, model, batch):
+        ...         return (model(batch["x"]) - batch["y"]).square().mean()
+        >>> task = Line()
+        >>> batch = {"x": torch.ones(4, 1), "y": torch.zeros(4, 1)}
+        >>> task.loss(task.model(), batch).shape
+        torch.Size([])
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
@@ -72,11 +83,11 @@ class Task:
     world: World = World(ALONE)
 
     def model(self) -> nn.Module:
-        """A new model. Random numbers are seeded before, so every rank builds the same one."""
+        """Return a new model. Random numbers are seeded before: every rank builds the same one."""
         raise _undefined(self, "model()", "return the network, a torch.nn.Module.")
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """The mean loss over a batch's samples; with it, if wanted, further means by name.
+        """Return the mean loss over a batch's samples; with it, if wanted, further means by name.
 
         Args:
             model: In training or evaluation mode, as it fits.
@@ -103,7 +114,7 @@ class Task:
         return batch.samples
 
     def metrics(self) -> Mapping[str, Any]:
-        """Metrics of a whole set by name, such as AUC or F1, that are no means over samples.
+        """Return metrics of a whole set, by name, such as AUC or F1: no means over samples.
 
         Each is an object with ``update(...)``, ``compute()`` and ``reset()``, as those of
         torchmetrics are, or a function of all samples' rows, such as
@@ -113,7 +124,7 @@ class Task:
         return {}
 
     def predictions(self, model: nn.Module, batch: Batch) -> Mapping[str, torch.Tensor]:
-        """What metrics of a whole set are made of, and ``hpctrain predict`` writes.
+        """Return what metrics of a whole set are made of, and ``hpctrain predict`` writes.
 
         Args:
             model: In evaluation mode; no gradients are recorded.
@@ -127,11 +138,11 @@ class Task:
         )
 
     def callbacks(self) -> Sequence[Callback]:
-        """What is done besides at the events of a run; ``--callback`` adds others."""
+        """Return what else is done at the events of a run; ``--callback`` adds others."""
         return ()
 
     def data(self, config: DataConfig) -> dict[str, Source]:
-        """Samples by split: ``train``, and where there are some ``validation`` and ``test``.
+        """Return samples by split: ``train``, and maybe ``validation`` and ``test``.
 
         The default is the shard set at ``data.path``; its split ``validation``, or else ``test``,
         is what the model is validated on. ``test`` is for ``hpctrain evaluate`` and ``predict``.
@@ -168,19 +179,27 @@ class Task:
         ``batch.uniform(count)``, which is the same at any world size and after a resume; torch's
         own generator is shared with the training step. Transforms that use it, or that spend their
         time in plain Python, want ``data.worker_kind=process``.
+
+        Args:
+            batch: Field name -> tensor of shape (samples, ...), as the source has them.
+            training: Whether the batch is trained on; else it is validated or predicted.
         """
         return batch
 
     def optimizer(self, model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-        """The optimizer, at its peak learning rate; the schedule multiplies it.
+        """Return the optimizer, at its peak learning rate; the schedule multiplies it.
 
         The default is what ``[optimizer]`` says, without weight decay on biases and norms (whatever
         has fewer than two dimensions).
+
+        Args:
+            model: On its device, in the run's arithmetic.
+            config: The section ``[optimizer]``.
         """
         return optimizer_of(config, model)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler | None:
-        """A scheduler of learning rates, such as a ``SequentialLR``; None: as ``[schedule]`` says.
+        """Return a scheduler, such as ``SequentialLR``; None: ``[schedule]`` decides.
 
         It takes a step after each of the optimizer, or with ``schedule.every=epoch`` after each
         epoch; a ``ReduceLROnPlateau`` after each validation, by the monitored metric.
@@ -242,7 +261,7 @@ def _transform_anew(training: bool, spec: str, options: dict[str, Any], seed: in
 
 
 def load_task(spec: str, seed: int = 0) -> type[Task]:
-    """The task class of a ready name, ``file.py[:Name]`` or ``package.module:Name``.
+    """Load the task class of a built-in name, ``file.py[:Name]`` or ``package.module:Name``.
 
     Random numbers that a file draws while it is loaded are a function of the seed; a module is
     loaded once, with a seed of 0.
@@ -289,7 +308,11 @@ def load_task(spec: str, seed: int = 0) -> type[Task]:
 
 
 def make_task(kind: type[Task], options: dict[str, Any]) -> Task:
-    """A task with its options set.
+    """Make a task of a class, with its options set.
+
+    Args:
+        kind: The class; options are its fields, where it is a dataclass.
+        options: Values by name, as the table ``[options]`` has them.
 
     Raises:
         Error: An option is unknown or of the wrong type.

@@ -143,42 +143,42 @@ class Callback:
     ranks: ClassVar[Literal["zero", "all"]] = "zero"
 
     def on_start(self, run: Run) -> None:
-        """Training begins, or goes on from a checkpoint.
+        """Act as training begins, or goes on from a checkpoint.
 
         Args:
             run: The run.
         """
 
     def on_step(self, run: Run) -> None:
-        """A step has ended, and counts. The gradients that it used are still there.
+        """Act after a step has ended, and counts. The gradients that it used are still there.
 
         Args:
             run: The run.
         """
 
     def on_log(self, run: Run) -> None:
-        """The metrics of training were recorded, and are in ``run.metrics``.
+        """Act after the metrics of training were recorded; they are in ``run.metrics``.
 
         Args:
             run: The run.
         """
 
     def on_validation(self, run: Run) -> None:
-        """The model was validated; the metrics are in ``run.metrics``.
+        """Act after the model was validated; the metrics are in ``run.metrics``.
 
         Args:
             run: The run; ``run.model`` is what was validated.
         """
 
     def on_checkpoint(self, run: Run) -> None:
-        """The state was handed over to be saved; it is on disk a little later.
+        """Act after the state was handed over to be saved; it is on disk a little later.
 
         Args:
             run: The run.
         """
 
     def on_end(self, run: Run) -> None:
-        """The run has ended; all ranks have its parameters.
+        """Act at the end of the run, when all ranks have its parameters.
 
         Args:
             run: The run.

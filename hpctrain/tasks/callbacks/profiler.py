@@ -30,7 +30,7 @@ class Profiler(Callback):
     _seen: int = field(default=0, init=False, repr=False)
 
     def on_start(self, run: Run) -> None:
-        """Trace from the first step on, if none is to be left out.
+        """Begin to trace at the first step, if none is to be left out.
 
         Args:
             run: The run.

@@ -11,7 +11,7 @@ class Summary(Callback):
     """Says how large the model is, and writes ``model.txt`` of the run folder: a line a module."""
 
     def on_start(self, run: Run) -> None:
-        """Write the table.
+        """Write the table of the model's modules to ``model.txt`` in the run folder.
 
         Args:
             run: The run.

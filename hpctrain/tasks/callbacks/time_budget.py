@@ -25,7 +25,7 @@ class TimeBudget(Callback):
     _began: float | None = field(default=None, init=False, repr=False)
 
     def on_start(self, run: Run) -> None:
-        """Begin to count.
+        """Begin to count the seconds of this process.
 
         Args:
             run: The run.
@@ -47,7 +47,7 @@ class TimeBudget(Callback):
         return self._spent + (time.monotonic() - self._began if self._began is not None else 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been spent."""
+        """Return the seconds spent so far, over all of the run's processes in turn."""
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
