@@ -28,7 +28,12 @@ class MeshCommunicator:
         self._replica = equal_part(shape.place(self.rank).dp, shape.dp)
 
     def part(self, epoch: int, batch: int) -> Part:
-        """As much as every other replica has."""
+        """Return this rank's part of a global batch: as much as every other replica has.
+
+        Args:
+            epoch: Makes no difference.
+            batch: Makes no difference.
+        """
         return self._replica
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -36,7 +41,12 @@ class MeshCommunicator:
         dist.all_reduce(tensor)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> None:
-        """Overwrite a contiguous tensor with the root's, in place."""
+        """Overwrite a contiguous tensor on every rank with the root's, in place.
+
+        Args:
+            tensor: Of the same shape and type on every rank.
+            root: The rank whose values all take.
+        """
         dist.broadcast(tensor, root)
 
     def barrier(self) -> None:
@@ -44,18 +54,28 @@ class MeshCommunicator:
         dist.barrier()
 
     def give(self, pool: str, values: dict[str, float]) -> dict[str, float]:
-        """Not needed: the ranks take steps together."""
+        """Raise NotImplementedError: a mesh's ranks take steps together, and need no pool.
+
+        Args:
+            pool: Makes no difference.
+            values: Makes no difference.
+        """
         raise NotImplementedError
 
     def remember(self, value: Any) -> None:
-        """Nobody will join."""
+        """Do nothing: nobody will join."""
 
     def stop(self) -> None:
-        """Not needed: the ranks take steps together."""
+        """Raise NotImplementedError: a mesh's ranks take steps together, and end so."""
         raise NotImplementedError
 
     def abort(self, reason: str, code: int = 1) -> None:
-        """The launcher ends the others."""
+        """Do nothing: the launcher ends the other ranks.
+
+        Args:
+            reason: Makes no difference.
+            code: Makes no difference.
+        """
 
     def close(self) -> None:
         """Leave the world when all ranks have come here."""

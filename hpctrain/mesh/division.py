@@ -164,7 +164,7 @@ def sharded_modules(chunks: Sequence[nn.Module]) -> list[FSDPModule]:
 
 
 def _plan(model: nn.Module, task: Any, shape: Shape) -> dict[str, Any]:
-    """How modules are divided over tensor-parallel ranks, by name."""
+    """Return how modules are divided over tensor-parallel ranks, by name."""
     if shape.tp == 1:
         return {}
     plan = given(task, "parallelize", model)
@@ -204,7 +204,7 @@ def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 def _place_in(
     chunks: Sequence[nn.Module], model: nn.Module, names: Sequence[str]
 ) -> tuple[nn.Module, str]:
-    """The module that has a parameter, and its name there; one of this rank's, if there is one."""
+    """Find the module that has a parameter, one of this rank's if possible, and its name there."""
     modules = {module for chunk in chunks for module in chunk.modules()}
     paths = [name.rpartition(".") for name in names]
     found = [(model.get_submodule(path), key) for path, _, key in paths]
@@ -227,13 +227,13 @@ def _of_tp(name: str, live: DTensor, region: Region, rank: int, ranks: int) -> R
 
 
 def _of_dp(region: Region, rank: int, ranks: int) -> Region:
-    """As FSDP2 cuts the first dimension: runs of as many rows, rounded up; the last have fewer."""
+    """Cut the first dimension as FSDP2 does: runs of as many rows, rounded up; the last fewer."""
     each = -(-region.sizes[0] // ranks)
     return region.narrowed(0, rank * each, (rank + 1) * each)
 
 
 def _shard(chunk: nn.Module, task: Any, mesh: DeviceMesh, *, whole: bool) -> None:
-    """Shard a stage's parameters.
+    """Shard a stage's parameters over replicas, by FSDP2.
 
     Args:
         chunk: The stage.

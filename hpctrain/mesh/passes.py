@@ -43,4 +43,4 @@ class Passes(Protocol):
         """Return what a batch counts for: its samples, or as the task says."""
 
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
-        """Within this, layers compute in the run's arithmetic."""
+        """Return a context in which layers compute in the run's arithmetic (autocast)."""

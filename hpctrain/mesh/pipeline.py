@@ -38,7 +38,7 @@ class Chunk(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the layers."""
+        """Apply the chunk's layers, one after the other."""
         for layer in self.layers:
             x = layer(x)
         return x
@@ -168,7 +168,7 @@ class Pipeline:
         return computed
 
     def _work(self, batch: Batch) -> tuple[list[Batch], list[Action]]:
-        """Micro-batches, as many in every replica, and in which order they are computed."""
+        """Return micro-batches, as many in every replica, and in which order they are computed."""
         count = max(1, min(self._microbatches, batch.least))
         actions = order(self._schedule, self._rank, self._ranks, count, len(self._chunks))
         return list(batch.split(count, empty=True)), actions
@@ -267,5 +267,5 @@ def _first_input(passes: Passes, part: Batch, training: bool) -> torch.Tensor:
 
 
 def _tag(stage: int, *, forward: bool) -> int:
-    """Of messages to a stage: those of each direction have an order of their own."""
+    """Return the tag of messages to a stage, one for each direction."""
     return 2 * stage + forward

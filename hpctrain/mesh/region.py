@@ -97,7 +97,7 @@ class Region(NamedTuple):
             whole[target] = part[source]
 
     def _boxes(self) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-        """Each box in the whole tensor, and the same in one that holds the region."""
+        """Yield each box's place in the whole tensor, and in one that holds the region."""
         spans = []
         for runs in self.runs:
             ends = itertools.accumulate((stop - start for start, stop in runs), initial=0)
