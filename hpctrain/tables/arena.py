@@ -70,7 +70,7 @@ class Arena:
         return slots
 
     def remove(self, ids: Ids, slots: Ids) -> None:
-        """Forget records.
+        """Remove records, and free their slots.
 
         Args:
             ids: Whose, all distinct and there.
@@ -128,7 +128,7 @@ class Arena:
 
     @staticmethod
     def _split(slots: Ids) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        """By block, which of the slots are there, and where in it."""
+        """Split slots by block: return which of them are in each, and where in it."""
         blocks: NDArray[np.int64] = np.log2(slots // _FIRST + 1).astype(np.int64)
         parts = []
         for block in np.unique(blocks).tolist():

@@ -18,7 +18,7 @@ _FREE, _GONE = 0, -1  # else a slot, plus 1
 
 
 def _zeros(count: int) -> Ids:
-    """So many zeros, in small pages that come as they are touched.
+    """Return ``count`` zeros, in small pages that are filled as they are touched.
 
     Ids go to places all over: of huge pages the first call would have the system fill them all.
     """
@@ -45,7 +45,7 @@ class _Places:
         return (mix(ids.view(np.uint64)) & mask).astype(np.int64)
 
     def find(self, ids: Ids) -> tuple[Ids, Ids]:
-        """Each id's slot and place, or -1."""
+        """Find each id's slot and place, or -1 where an id is not there."""
         slots, places = np.full(len(ids), -1, np.int64), np.full(len(ids), -1, np.int64)
         left, at = np.arange(len(ids)), self._first(ids)
         while len(left):
@@ -57,7 +57,12 @@ class _Places:
         return slots, places
 
     def put(self, ids: Ids, slots: Ids) -> None:
-        """Add ids that are not there, all distinct."""
+        """Add ids that are not there yet.
+
+        Args:
+            ids: All distinct, ``[n]``.
+            slots: Of each, ``[n]``.
+        """
         self.taken += len(ids)
         left, at = np.arange(len(ids)), self._first(ids)
         while len(left):

@@ -136,7 +136,7 @@ class RowStore:
         rows.write("touched", slots, self.version)
 
     def _admit(self, ids: Ids, sights: Tensor) -> Ids:
-        """Slots of new rows, or -1 where an id is yet to be seen more often."""
+        """Count ids that have no row; return the slots of new rows, or -1 for those without."""
         before = torch.zeros_like(sights)
         if self.spec.admit_after > 1:
             before = self._counted(ids, sights)
@@ -178,7 +178,7 @@ class RowStore:
     # Forgetting.
 
     def _due(self, arena: Arena, slots: Ids, version: int) -> np.ndarray:
-        """Which of these slots are forgotten, in the update of this number."""
+        """Return which of these slots are evicted by the update of this number."""
         if self.spec.evict_after is None or not len(slots):
             return np.zeros(len(slots), bool)
         due = version - arena.read("touched", slots) > self.spec.evict_after
@@ -187,7 +187,7 @@ class RowStore:
         return due.numpy()
 
     def _current(self, arena: Arena, ids: Ids) -> Ids:
-        """Slots of ids, or -1; what is due is forgotten before."""
+        """Return the slots of ids, or -1; rows that are due are evicted before."""
         slots = arena.find(ids)
         there = np.flatnonzero(slots >= 0)
         due = there[self._due(arena, slots[there], self.version)]

@@ -131,6 +131,6 @@ class TableSpec(msgspec.Struct, frozen=True):
 
 
 def _words(row: NDArray[np.uint64], dim: int, number: int, each: int) -> NDArray[np.uint64]:
-    """Random words of each value of rows: the one of this number, of so many a value."""
+    """Return a random word for each value of rows: its word ``number``, of ``each`` it has."""
     places = np.arange(dim, dtype=np.uint64) * np.uint64(each) + np.uint64(number + 1)
     return mix(row + places[None, :] * np.uint64(_STEP))

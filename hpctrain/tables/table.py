@@ -142,7 +142,7 @@ class Table(nn.Module):
         offsets: Tensor | None = None,
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
-        """Return embeddings.
+        """Return the embeddings of ids, or of bags of ids.
 
         Args:
             ids: Integers: ``[batch, bag]``, or ``[n]`` with ``offsets``; with ``mode=None`` of any

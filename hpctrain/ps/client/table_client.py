@@ -219,7 +219,7 @@ class TableClient:
             self._wait(request.event)
 
     def _divided(self, spec: TableSpec, ids: torch.Tensor) -> dict[int, torch.Tensor]:
-        """By group, the places of its rows."""
+        """Divide ids by group: return the places of each group's among them."""
         groups = self._placement.groups_of(spec, ids.numpy())
         return {
             group: torch.from_numpy(np.flatnonzero(groups == group))
@@ -325,7 +325,7 @@ class TableClient:
             request.event.set()
 
     def fail(self) -> None:
-        """Wake whoever waits: there will be no answers."""
+        """Wake whoever waits, and have it fail: there will be no answers."""
         self._failed = True
         waiting: Iterable[_Request] = [
             *self._requests.values(), *([self._pushed] if self._pushed else [])

@@ -76,7 +76,7 @@ class RowGroup:
         return holders[1] if len(holders) > 1 else None
 
     def own(self, workers: Iterable[int]) -> None:
-        """Become the owner, at the beginning or when that is lost.
+        """Become the owner, at the beginning or when the owner is lost.
 
         Args:
             workers: Those that push.
@@ -96,7 +96,7 @@ class RowGroup:
     # What workers want.
 
     def pull(self, worker: int, message: messages.PullRows, ids: torch.Tensor) -> None:
-        """Answer with rows, as soon as no loss can take back what is read.
+        """Answer a pull with rows, as soon as no loss can take back what is read.
 
         Args:
             worker: Who wants them.
@@ -198,7 +198,7 @@ class RowGroup:
         self._applied |= {worker: clock + 1 for worker, clock in message.pushes}
 
     def copied(self, version: int) -> None:
-        """The copy has the update of that version: answer what waited for it."""
+        """Note that the copy has the update of that version, and answer what waited for it."""
         self._copied = version
         self.answer_delayed()
 
