@@ -529,7 +529,7 @@ class RunConfig(Section):
         return found if isinstance(found, Section) else None
 
     def to_toml(self) -> str:
-        """The configuration as TOML; unset knobs are left out, because TOML has no null."""
+        """Render the configuration as TOML; unset knobs are left out, because TOML has no null."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
@@ -555,7 +555,12 @@ def with_section(name: str, kind: type[Section]) -> type[RunConfig]:
 
 
 def keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of the configuration with its pydantic field, sections unfolded."""
+    """Yield every key of the configuration with its pydantic field, sections unfolded.
+
+    Args:
+        section: Whose keys; the default is the whole configuration.
+        prefix: What keys begin with, such as ``train.``; "" for the whole configuration.
+    """
     for name, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Section):
@@ -565,7 +570,7 @@ def keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[tuple
 
 
 def description(key: str, kind: type[RunConfig] = RunConfig) -> str:
-    """The sentence that explains one key.
+    """Return the sentence that explains one key.
 
     Args:
         key: Dotted.
@@ -575,7 +580,7 @@ def description(key: str, kind: type[RunConfig] = RunConfig) -> str:
 
 
 def reference(config: RunConfig) -> str:
-    """Every key as commented TOML: its explanation, and the value it has in ``config``."""
+    """Render every key as commented TOML: its explanation, and its value in ``config``."""
     lines: list[str] = []
     table = ""
     values = config.model_dump(mode="json")
@@ -591,7 +596,7 @@ def reference(config: RunConfig) -> str:
 
 
 def _inline(value: Any) -> str:
-    """A value as TOML has it on one line."""
+    """Render a value as TOML has it on one line."""
     if isinstance(value, dict):
         items = [f"{_inline(str(k))} = {_inline(v)}" for k, v in value.items() if v is not None]
         return f"{{{', '.join(items)}}}"
@@ -601,7 +606,7 @@ def _inline(value: Any) -> str:
 
 
 def read_toml(path: Path) -> Layer:
-    """The layer a TOML file gives.
+    """Read the layer of configuration that a TOML file gives.
 
     Raises:
         Error: The file cannot be read or is not TOML.
@@ -641,7 +646,7 @@ def _check_depth(layer: Layer) -> None:
 
 
 def read_environment(environment: Mapping[str, str] = os.environ) -> Layer:
-    """The layer that ``HPCTRAIN__SECTION__NAME=value`` variables give."""
+    """Read the layer that ``HPCTRAIN__SECTION__NAME=value`` variables give."""
     layer: Layer = {}
     for variable, value in sorted(environment.items()):
         if variable.startswith(ENVIRONMENT_PREFIX):
@@ -651,7 +656,7 @@ def read_environment(environment: Mapping[str, str] = os.environ) -> Layer:
 
 
 def read_settings(settings: Iterable[str]) -> Layer:
-    """The layer that ``--set key=value`` arguments give.
+    """Read the layer that ``--set key=value`` arguments give.
 
     Raises:
         Error: An argument has no ``=``.
@@ -666,7 +671,7 @@ def read_settings(settings: Iterable[str]) -> Layer:
 
 
 def value_of(text: str) -> Any:
-    """A value typed on a command line: TOML where it parses as such, else the text itself."""
+    """Parse a value typed on a command line: TOML if it is such, else the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
@@ -674,7 +679,16 @@ def value_of(text: str) -> Any:
 
 
 def put(layer: Layer, key: str, value: Any) -> None:
-    """Set ``section.name`` in a nested layer."""
+    """Set the value of ``section.name`` in a nested layer, in place.
+
+    Args:
+        layer: To be changed; sections that are not there are made.
+        key: Dotted.
+        value: Plain.
+
+    Raises:
+        Error: A part of the key is a value, not a section.
+    """
     *sections, name = key.split(".")
     for section in sections:
         inner = layer.setdefault(section, {})
@@ -685,7 +699,7 @@ def put(layer: Layer, key: str, value: Any) -> None:
 
 
 def resolve(layers: Iterable[tuple[str, Layer]], kind: type[RunConfig] = RunConfig) -> RunConfig:
-    """The configuration that layers give, later ones winning.
+    """Resolve layers into one configuration, later ones winning.
 
     Args:
         layers: Pairs of where a layer comes from (for error messages) and the layer.
@@ -737,7 +751,7 @@ def _check_text(source: str, key: str, value: Any) -> None:
 def _flatten(
     layer: Layer, open_: tuple[str, ...], whole: Container[str], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Values by dotted key; those of open sections are whatever stands there.
+    """Yield values by dotted key; those of open sections are whatever stands there.
 
     Args:
         layer: Nested.

@@ -78,7 +78,7 @@ def configure(layers: list[tuple[str, Layer]]) -> RunConfig:
 
 
 def _last(layers: list[tuple[str, Layer]], key: str) -> Any:
-    """What the last layer that has a key says of it."""
+    """Return what the last layer that has a key says of it, or the key's default."""
     value: Any = RunConfig.model_fields[key].default
     for _, layer in layers:
         value = layer.get(key, value)
@@ -307,7 +307,7 @@ class _Run:
             recorder.write("event", start.step, values)
 
     def _finish(self, meeting: Meeting | None) -> None:
-        """Nobody counts the run as done before everybody is."""
+        """Finish the run when every rank has come to its end: write the result, unstage data."""
         world, trainer, config = self._world, self._made(), self._config
         if meeting is not None and self._recorder is not None:
             trainer.note(meeting)

@@ -70,23 +70,35 @@ class Subset(Source):
 
     @cached_property
     def digest(self) -> str:
-        """Of the source's digest, and which samples they are."""
+        """A digest of the source's digest, and of which samples they are."""
         digest = hashlib.sha256(f"subset {self._source.digest} ".encode())
         digest.update(self.numbers.tobytes())
         return digest.hexdigest()
 
     def order(self, seed: int, epoch: int, shuffle: Shuffle, lanes: int) -> Order:
-        """As the source's: in blocks of as many samples, over fewer."""
+        """Return the source's order for an epoch of fewer samples: in blocks of the same size.
+
+        Args:
+            seed: Of the run.
+            epoch: Counted from 0.
+            shuffle: How samples are shuffled.
+            lanes: Samples of a global batch.
+        """
         whole = self._source.order(seed, epoch, shuffle, lanes)
         assert isinstance(whole, EpochOrder)
         return replace(whole, samples=len(self))
 
     def take(self, indices: NDArray[np.int64], empty: Empty = np.empty) -> Arrays:
-        """Rows of every field."""
+        """Return rows of every field, in the order of ``indices``, from the source.
+
+        Args:
+            indices: Shape (n,): numbers within the subset, from 0 to ``len(self) - 1``.
+            empty: Gives the memory for them.
+        """
         return self._source.take(self.numbers[indices], empty)
 
     def readable(self, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """Asks the source."""
+        """Ask the source which of these samples are not known to be lost; None: all are left."""
         return self._source.readable(self.numbers[indices])
 
     def nothing_left(self) -> bool:
@@ -212,12 +224,12 @@ def grouped_parts(
 
 
 def _shares(fractions: Sequence[float]) -> NDArray[np.float64]:
-    """The fractions, and what is over."""
+    """Return the fractions, and what they leave of 1, if anything."""
     rest = 1.0 - sum(fractions)
     return np.array([*fractions, rest] if rest > 1e-9 else [*fractions], dtype=np.float64)
 
 
 def _drawn(count: int, seed: int) -> NDArray[np.int64]:
-    """A permutation of so many numbers."""
+    """Draw a permutation of the numbers from 0 to ``count - 1``."""
     numbers = np.arange(count, dtype=np.uint64)
     return permute(numbers, max(1, count), key(seed, _PURPOSE)).astype(np.int64)

@@ -24,7 +24,7 @@ _COMPOSED = ("LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler")
 
 
 def _classes(module: Any, base: type) -> dict[str, str]:
-    """Where the classes of a module are that derive from a base, by name."""
+    """Return where the classes of a module are that derive from a base, by name."""
     return {
         name: f"{module.__name__}:{name}"
         for name, value in vars(module).items()
@@ -81,7 +81,7 @@ def optimizer_of(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optim
 def _by_pattern(
     config: OptimizerConfig, model: nn.Module, trained: Sequence[nn.Parameter]
 ) -> list[dict[str, Any]]:
-    """Parameters by the first of ``optimizer.groups`` that matches, before those the others."""
+    """Group parameters by the first of ``optimizer.groups`` that matches; the others come first."""
     rest = dict.fromkeys(trained)
     groups = []
     for each in config.groups:
@@ -94,7 +94,7 @@ def _by_pattern(
 
 
 def _by_decay(group: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A group in two: what weights decay of, and what they do not."""
+    """Divide a group in two: parameters that have weight decay, and those that have none."""
     parameters = group["params"]
     decayed = {**group, "params": [p for p in parameters if p.ndim >= 2]}
     rest = {**group, "params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
@@ -102,7 +102,7 @@ def _by_decay(group: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _own(config: OptimizerConfig) -> tuple[type, dict[str, Any]]:
-    """The class behind one of hpctrain's own names, and all its keys."""
+    """Return the class behind one of hpctrain's own names, and all its keys."""
     given = {"lr": config.lr, "weight_decay": config.weight_decay}
     if config.name == "sgd":
         momentum = config.momentum
@@ -114,7 +114,7 @@ _OWN: dict[str, type] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "la
 
 
 def _named(config: OptimizerConfig) -> tuple[type, dict[str, Any]]:
-    """The class of another name, and those of its keys that are set."""
+    """Return the class of another name, and those of its keys that are set."""
     kind = _class(OPTIMIZERS, config.name, torch.optim.Optimizer, list(_OWN))
     accepted = _accepted(kind)
     return kind, {
@@ -185,7 +185,7 @@ def _class(registry: Registry, name: str, base: type, own: Sequence[str]) -> typ
 
 
 def _accepted(kind: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a class, but for the first and those that the run decides."""
+    """Return the arguments of a class, but for the first and those that the run decides."""
     parameters = inspect.signature(kind).parameters
     return {name: parameters[name] for name in list(parameters)[1:] if name != "last_epoch"}
 
@@ -205,7 +205,7 @@ def _check(what: str, key: str, kind: type, options: Iterable[str]) -> None:
 
 
 def _fitting(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with tuples where the class has them, which a TOML file has no way to write."""
+    """Convert lists to tuples where the class has them, which a TOML file cannot write."""
     accepted = _accepted(kind)
     return {
         name: tuple(value)
