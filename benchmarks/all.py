@@ -58,6 +58,7 @@ ENTRIES = {
     "checkpoint": Entry("checkpoint"),
     "compression": Entry("compression"),
     "ps": Entry("ps"),
+    "tables": Entry("tables"),
     "peers": Entry("peers"),
     "slow_network": Entry("slow_network"),
     "stragglers": Entry("stragglers"),

@@ -111,7 +111,7 @@ class Arena:
         column = self.columns[name]
         out = torch.empty(column.shape(len(slots)), dtype=column.dtype)
         for block, where, inner in self._split(slots):
-            out[where] = self._blocks[block][name][inner]
+            out.index_copy_(0, where, self._blocks[block][name].index_select(0, inner))
         return out
 
     def write(self, name: str, slots: Ids, values: torch.Tensor | float) -> None:
@@ -123,8 +123,11 @@ class Arena:
             values: Of each, or of all.
         """
         for block, where, inner in self._split(slots):
-            part = values[where] if isinstance(values, torch.Tensor) else values
-            self._blocks[block][name][inner] = part
+            column = self._blocks[block][name]
+            if isinstance(values, torch.Tensor):
+                column.index_copy_(0, inner, values.index_select(0, where))
+            else:
+                column.index_fill_(0, inner, values)
 
     @staticmethod
     def _split(slots: Ids) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
