@@ -312,7 +312,11 @@ def make_strategy(request, strategy, world):
         if request.param == "horovod":
             return strategy
         config = PsConfig(
-            servers=world.size, colocate=True, shared_memory=request.param == "ps", **options
+            servers=world.size,
+            colocate=True,
+            silence_seconds=SECONDS,
+            shared_memory=request.param == "ps",
+            **options,
         )
         made.append(hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=SECONDS))
         return made[-1]
@@ -353,7 +357,7 @@ def test_habits_of_one_worker(world, habit, consistency):
     plain.prepare()
     plain.wrapped()
     expected = plain.run()
-    config = PsConfig(servers=world.size - 1, consistency=consistency)
+    config = PsConfig(servers=world.size - 1, consistency=consistency, silence_seconds=SECONDS)
     strategy = hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=SECONDS)
     if strategy.serves:
         strategy.serve()

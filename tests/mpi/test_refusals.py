@@ -29,7 +29,7 @@ def server(world):
     made = []
 
     def make(**options):
-        config = PsConfig(servers=world.size, colocate=True, **options)
+        config = PsConfig(servers=world.size, colocate=True, silence_seconds=SECONDS, **options)
         made.append(hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=SECONDS))
         return made[-1]
 

@@ -47,7 +47,7 @@ class Odd(nn.Module):
 
 
 def servers(world, **options):
-    config = PsConfig(servers=world.size, colocate=True, **options)
+    config = PsConfig(servers=world.size, colocate=True, silence_seconds=SECONDS, **options)
     return hpctrain.strategy("ps", hpctrain.init(), ps=config, timeout_seconds=SECONDS)
 
 
