@@ -24,7 +24,7 @@ endif
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 export OMPI_MCA_rmaps_base_oversubscribe := 1
 
-.PHONY: help train test test-fast check mpi-test slurm-test e2e-test unit-test campaign conformance test-long \
+.PHONY: help train test test-fast check mpi-test slurm-test e2e-test e2e-test-a-f e2e-test-g-z unit-test campaign conformance test-long \
         horovod chaos requeues strangers fuzz matrix docs format clean
 
 help:  ## this list
@@ -34,7 +34,7 @@ train: horovod  ## set up, then train the digits on 2 ranks over Horovod
 	horovodrun -np $(NP) hpctrain train digits
 
 test: check horovod  ## set up, then every check and test
-	$(MAKE) -j 3 slurm-test e2e-test unit-test
+	$(MAKE) -j 3 slurm-test e2e-test-g-z unit-test e2e-test-a-f
 	$(MAKE) mpi-test
 
 test-fast: $(VENV)/.installed  ## the tests that need no world and take no time (under three minutes)
@@ -46,14 +46,17 @@ check: $(VENV)/.installed  ## lint, format and types
 	mypy
 
 # Those on a cluster and those of worlds wait for much, and the others use one core; so they run
-# beside one another, and what two of the three print comes in one piece.
+# beside one another, and what all but the last of them print comes in one piece.
 IN_ONE_PIECE = mkdir -p build; $(1) > build/$@.log 2>&1; code=$$?; cat build/$@.log; exit $$code
 
 slurm-test: horovod  ## tests on a Slurm cluster of their own
 	$(call IN_ONE_PIECE,pytest tests/slurm)
 
-e2e-test: horovod  ## tests that start their own worlds
-	pytest tests/e2e -m "not long"
+e2e-test: e2e-test-a-f e2e-test-g-z  ## tests that start their own worlds, in two parts
+e2e-test-a-f: horovod
+	pytest -m "not long" tests/e2e/test_[a-f]*.py
+e2e-test-g-z: horovod
+	$(call IN_ONE_PIECE,pytest -m "not long" tests/e2e/test_[g-z]*.py)
 
 unit-test: horovod  ## tests that need no world
 	$(call IN_ONE_PIECE,pytest tests/unit)

@@ -134,6 +134,7 @@ def test_ways_to_read(hpctrain, shards, settings):
     assert lines(hpctrain.folder / "run")[-1]["epoch"] == 2
 
 
+@pytest.mark.long
 def test_processes_make_a_run_the_same_again(hpctrain, shards):
     """Their generators are seeded for each batch, so a killed run could be repeated bit for bit."""
     noise = (Path(hpctrain.folder) / "mine.py").read_text().replace("0 * torch", "torch")

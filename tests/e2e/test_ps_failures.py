@@ -134,6 +134,7 @@ def changes(result):
     return [(change["size"], " ".join(change["reason"].split()[:2])) for change in result["world"]]
 
 
+@pytest.mark.long
 def test_a_new_worker_for_a_lost_one(start):
     """It imports and builds its model while the others go on, and then has a share of the work."""
     # Most of the time between two steps of theirs is that of collectives, which it must not join.
