@@ -68,7 +68,7 @@ def test_meter_without_samples_on_rank_0(world):
     meter = Meter()
     assert meter.read(world.comm) == {}
     if world.rank == world.size - 1:
-        meter.add({"loss": torch.tensor(2.0)}, samples=3)
+        meter.add({"loss": torch.tensor(2.0)}, weight=3)
     assert meter.read(world.comm) == {"loss": 2.0}
 
 
