@@ -7,13 +7,15 @@ again: its script then finds the run completed, or goes on with it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import select
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from hpctrain.errors import Error
 from hpctrain.process import search_path
@@ -37,33 +39,53 @@ def end_job(lost_hosts: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def watched(node: str) -> Iterator[None]:
+def watched(nodes: Sequence[str]) -> Iterator[None]:
     """Have another node of the job watch this host, on which the batch script runs.
 
     The watcher tries to connect to a port that is bound here but at which nothing listens: as long
     as the host is up it refuses the connection. So nobody can connect, and no authentication is
-    needed.
+    needed. A watcher that could not be started, or is lost, is followed by one on the next node.
 
     Args:
-        node: The node that watches.
+        nodes: That may watch; the first one does at first.
     """
+    over = threading.Event()
     with socket.socket() as refusing:
         refusing.bind(("", 0))
         address = f"{os.uname().nodename}:{refusing.getsockname()[1]}"
-        step = subprocess.Popen(
-            ["srun", "--overlap", "--no-kill", "--kill-on-bad-exit=0", "--mpi=none", "--nodes=1",
-             "--ntasks=1", f"--nodelist={node}", "--quiet",
-             sys.executable, "-m", "hpctrain.slurm.orphan", address],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "PATH": search_path()}, start_new_session=True,
-        )  # fmt: skip
+        thread = threading.Thread(target=_keep_watcher, args=(nodes, address, over), daemon=True)
+        thread.start()
         try:
             yield
         finally:
+            over.set()
+            thread.join()
+
+
+def _keep_watcher(nodes: Sequence[str], address: str, over: threading.Event) -> None:
+    """Have a watcher until all is over; one that ends in good order needs no successor."""
+    for node in itertools.cycle(nodes):
+        step = _started(node, address)
+        while not over.wait(LOOK_SECONDS / 4) and step.poll() is None:
+            pass
+        if over.is_set() or step.returncode == 0:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 step.communicate(OVER, timeout=OVER_SECONDS)
             step.kill()
             step.wait()
+            return
+        if over.wait(LOOK_SECONDS):
+            return
+
+
+def _started(node: str, address: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        ["srun", "--overlap", "--no-kill", "--kill-on-bad-exit=0", "--mpi=none", "--nodes=1",
+         "--ntasks=1", f"--nodelist={node}", "--quiet",
+         sys.executable, "-m", "hpctrain.slurm.orphan", address],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "PATH": search_path()}, start_new_session=True,
+    )  # fmt: skip
 
 
 def watch(address: str) -> None:

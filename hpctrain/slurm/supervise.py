@@ -158,7 +158,7 @@ class Job:
     def _watched(self) -> contextlib.AbstractContextManager[None]:
         """Watch this host from another node, unless ranks outlive it and end the job themselves."""
         if self._elastic and self._engine != "ulfm" and len(self._nodes) > 1:
-            return watched(self._nodes[-1].name)
+            return watched([node.name for node in self._nodes[:0:-1]])
         return contextlib.nullcontext()
 
     def _go_on(self) -> int:

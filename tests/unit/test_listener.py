@@ -18,6 +18,7 @@ import pytest
 from hpctrain.launch.listener import DESCRIPTORS_PART, Strangers, admit, listening, read_until
 from hpctrain.launch.rendezvous import Store
 from hpctrain.slurm import orphan
+from tests.waiting import wait_until
 
 SECRET = b"the secret\n"
 
@@ -224,3 +225,24 @@ def test_a_watcher_of_the_scripts_host(monkeypatch):
     monkeypatch.setattr(orphan, "answers", lambda *asked: False)
     orphan.watch(address)  # never answered: a firewall
     assert requeued == [True]
+
+
+SRUN = """#!/bin/sh
+echo "$*" >> {calls}
+test $(wc -l < {calls}) -lt 3 && exit 1
+exec cat > {ended}
+"""
+
+
+def test_a_watcher_that_cannot_be_started_is_followed_by_another(tmp_path, monkeypatch):
+    """Such as by an srun that a busy node keeps waiting until its credentials have expired."""
+    calls, ended = tmp_path / "calls", tmp_path / "ended"
+    (tmp_path / "srun").write_text(SRUN.format(calls=calls, ended=ended))
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(orphan, "LOOK_SECONDS", 0.05)
+    with orphan.watched(["n3", "n2"]):
+        wait_until(ended.exists, "the third watcher")
+    tried = [line.split("--nodelist=")[1].split()[0] for line in calls.read_text().splitlines()]
+    assert tried == ["n3", "n2", "n3"]
+    assert ended.read_bytes() == orphan.OVER  # it was told of the end, in good order
