@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from hpctrain.errors import Error
+from hpctrain.errors import Error, nearest
 from hpctrain.mesh.cuts import balanced
 from hpctrain.mesh.layers import apart_of, costs_of, given, sequence_of
 from hpctrain.mesh.pipeline import Chunk
@@ -178,7 +178,10 @@ def _plan(model: nn.Module, task: Any, shape: Shape) -> dict[str, Any]:
     modules = dict(model.named_modules())
     for name in plan:
         if name not in modules:
-            raise Error(f"parallelize(model) names '{name}', which the model has not.")
+            raise Error(
+                f"parallelize(model) names '{name}', which the model has not.",
+                hint=nearest(name, modules),
+            )
         for parameter in modules[name].parameters():
             if len(names[parameter]) > 1:
                 raise Error(

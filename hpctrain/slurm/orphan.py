@@ -28,6 +28,7 @@ SUPERVISOR = "HPCTRAIN_SUPERVISOR"
 OVER = b"."
 OVER_SECONDS = 2.0
 LOOK_SECONDS = 2.0
+MOST_SECONDS = 60.0
 SILENCE_SECONDS = 10.0
 END_SECONDS = 10.0  # where only the script has ended, Slurm ends the job by itself
 
@@ -63,7 +64,11 @@ def watched(nodes: Sequence[str]) -> Iterator[None]:
 
 
 def _keep_watcher(nodes: Sequence[str], address: str, over: threading.Event) -> None:
-    """Have a watcher until all is over; one that ends in good order needs no successor."""
+    """Have a watcher until all is over; one that ends in good order needs no successor.
+
+    A site may allow none: attempts become rarer, so that Slurm is not asked without end.
+    """
+    pause = LOOK_SECONDS
     for node in itertools.cycle(nodes):
         step = _started(node, address)
         while not over.wait(LOOK_SECONDS / 4) and step.poll() is None:
@@ -74,8 +79,9 @@ def _keep_watcher(nodes: Sequence[str], address: str, over: threading.Event) -> 
             step.kill()
             step.wait()
             return
-        if over.wait(LOOK_SECONDS):
+        if over.wait(pause):
             return
+        pause = min(2 * pause, MOST_SECONDS)
 
 
 def _started(node: str, address: str) -> subprocess.Popen[bytes]:

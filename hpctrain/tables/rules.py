@@ -33,7 +33,10 @@ class TableRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise Error(f"{type(self).__name__}({name}={value}) is no optimizer of a table.")
+                raise Error(
+                    f"{type(self).__name__}({name}={value}) is no optimizer of a table.",
+                    hint=f"{name} is a number of at least 0.",
+                )
 
     def widths(self, dim: int) -> dict[str, int]:
         """Return what is kept of each row: values by name.

@@ -104,9 +104,15 @@ class Table(nn.Module):
         super().__init__()
         _check(name, dim, rows, hashed, mode, dtype)
         if admit_after < 1 or (evict_after is not None and evict_after < 1):
-            raise Error(f"table '{name}': admit_after and evict_after are 1 or more.")
+            raise Error(
+                f"table '{name}' has admit_after={admit_after} and evict_after={evict_after}.",
+                hint="they are 1 or more.",
+            )
         if evict_below is not None and evict_after is None:
-            raise Error(f"table '{name}': evict_below without evict_after forgets nothing.")
+            raise Error(
+                f"table '{name}': evict_below without evict_after forgets nothing.",
+                hint="say after how many steps: evict_after=1000.",
+            )
         self.mode = mode
         self.spec = TableSpec(
             name, dim, rows, _NAMES[dtype], rule_of(optimizer), Start.of(init),
@@ -128,7 +134,10 @@ class Table(nn.Module):
         probe = fn(torch.empty(0, dtype=self.spec.torch_dtype))
         if probe.dtype in _NAMES and probe.dtype != self.spec.torch_dtype:
             if self.store is None or self.store.version:
-                raise Error(f"table '{self.spec.name}' has rows already: its type stays.")
+                raise Error(
+                    f"table '{self.spec.name}' has rows already: its type stays.",
+                    hint="change the model's type before it is trained.",
+                )
             values = {name: getattr(self.spec, name) for name in self.spec.__struct_fields__}
             self.spec = TableSpec(**{**values, "dtype": _NAMES[probe.dtype]})
             self.store = RowStore(self.spec)
@@ -235,7 +244,10 @@ class Table(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is of a step; a table of servers is not to be copied by accident."""
         if self.store is None:
-            raise Error(f"table '{self.spec.name}' is on servers: it cannot be copied.")
+            raise Error(
+                f"table '{self.spec.name}' is on servers: it cannot be copied.",
+                hint="copy the model before it is wrapped, or `hpctrain.load` a run.",
+            )
         return {**self.__dict__, "_touched": []}
 
 
@@ -247,7 +259,7 @@ def _check(
             f"a table's name is '{name[:80]}'.", hint="use letters, digits and _: `user_id`."
         )
     if dim < 1:
-        raise Error(f"table '{name}': rows of {dim} values.")
+        raise Error(f"table '{name}': rows of {dim} values.", hint="dim is 1 or more.")
     if hashed == (rows is not None) or (rows is not None and rows < 1):
         raise Error(f"table '{name}' has rows={rows} and hashed={hashed}.", hint="say one of them.")
     if mode not in ("sum", "mean", None):

@@ -28,6 +28,7 @@ SPLITS = ("train", "validation", "test")
 OWN_NAMES = (
     "kind", "step", "time", "epoch", "lr", "loss", "grad_norm", "samples_per_second",
     "input_wait_ms", "input_wait_share", "lost_samples", "nonfinite_losses",
+    "skipped_steps", "loss_scale",
 )  # fmt: skip
 """What records have of their own."""
 

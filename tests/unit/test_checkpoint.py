@@ -47,6 +47,7 @@ def same(a, b):
     return a == b and type(a) is type(b)
 
 
+@pytest.mark.slow
 @given(state=trees)
 def test_a_tree_survives_being_split(state):
     tensors, rest = state_tree.split(state)

@@ -94,6 +94,7 @@ def divisions(draw):
     return tensor, draw(st.permutations(shares))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), divided=st.lists(divisions(), min_size=1, max_size=3))
 def test_any_division_is_read_by_any_other(data, divided):

@@ -2,6 +2,8 @@
 
 import sys
 
+import pytest
+
 from hpctrain.process import run
 from tests.waiting import SECONDS
 
@@ -44,11 +46,13 @@ assert torch._dynamo.__path__
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_comes_when_it_is_wanted():
     done = run([sys.executable, "-c", PROGRAM], timeout_seconds=SECONDS)
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_submodules_can_be_imported():
     program = (
         "from hpctrain.train import compiler; compiler.import_when_wanted()\n"

@@ -49,6 +49,7 @@ def discs(folder, monkeypatch):
     return folder / "discs.h5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", ["tabular", "contrastive", "segmentation", "time_series"])
 def test_a_task_is_the_plain_loop(name, size, tmp_path, monkeypatch):

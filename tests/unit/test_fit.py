@@ -39,6 +39,7 @@ def test_a_folder_is_made(tmp_path, monkeypatch):
     assert first != second and first.parent.name == "runs" and (second / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_class_of_a_notebooks_cell(tmp_path):
     """Which is one of the module __main__, that no file need hold."""
     cell = (

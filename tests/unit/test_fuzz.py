@@ -400,6 +400,7 @@ def reader(request, tmp_path):
     return request.param()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(0 if EXAMPLES > 1000 else 300)
 def test_mutated_inputs(reader, tmp_path):
     seed = reader.seed(tmp_path)

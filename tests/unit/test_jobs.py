@@ -195,6 +195,7 @@ def test_bad_submissions_do_not_break_a_listing(tmp_path, slurm):
     assert len(said) == len(BAD) + 1
 
 
+@pytest.mark.slow
 @given(st.binary() | st.recursive(st.none() | st.text() | st.floats(), st.lists).map(json.dumps))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_run_folder_can_be_listed(tmp_path, junk):

@@ -65,6 +65,7 @@ def divisions(size):
     return st.lists(st.just([1] * size) | shares, min_size=1, max_size=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     n=st.integers(1, 200),
@@ -146,6 +147,7 @@ def noisy(batch):
     return batch.replace(noise=torch.rand(batch.samples), more=torch.from_numpy(np.random.rand(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thread", "process"])
 def test_workers_give_what_one_thread_gives(kind):
     source = ArraySource({"x": np.arange(1000), "image": np.random.rand(1000, 300)})
@@ -182,6 +184,7 @@ def dying(batch):
     os._exit(7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thread", "process"])
 def test_a_transform_that_fails_says_so(kind):
     source = ArraySource({"x": np.arange(1000)})
@@ -269,6 +272,7 @@ def test_split_keeps_order_and_weight():
     assert torch.equal(torch.cat([part.uniform(1) for part in parts]), batch.uniform(1))
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=4),

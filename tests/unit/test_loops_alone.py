@@ -42,6 +42,7 @@ def test_a_closure_works_on_one_rank():
         wrapped.step()
 
 
+@pytest.mark.slow
 def test_an_uncaught_error_is_one_line():
     program = "import hpctrain; hpctrain.init(); raise hpctrain.Error('no.', hint='yes.')"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

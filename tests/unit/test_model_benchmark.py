@@ -33,6 +33,7 @@ def points():
     return [point(*place, name) for place in PLACES for name in ("horovod", "ps:1+async")]
 
 
+@pytest.mark.slow
 def test_a_place_that_is_off_is_found_off(points):
     slower = [
         p | {"seconds": 1.5 * p["seconds"]} if (p["hosts"], p["link_Mbps"]) == (4, 250.0) else p
@@ -58,6 +59,7 @@ def test_every_strategy_fits_its_hosts():
         assert set(model.cases_of(hosts, False)) <= set(model.cases_of(hosts, True))
 
 
+@pytest.mark.slow
 def test_earlier_runs_are_read_again(tmp_path, points, capsys):
     for number, some in enumerate((points[:9], points[9:])):
         file = tmp_path / f"{number}.json"

@@ -96,6 +96,7 @@ def test_intervals_hold_as_often_as_they_say():
     assert predicted / total > 0.85
 
 
+@pytest.mark.slow
 def test_a_place_is_predicted_from_the_others():
     records = measured(TRUE, np.random.default_rng(1), ranks=(2, 8))
     errors = held_out(records)

@@ -178,6 +178,7 @@ def test_epochs_and_seeds_differ(block):
     assert len(orders) == 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("samples", "block", "lanes", "aligned"),
     [(50_000, 170, 256, False), (50_000, 64, 256, True), (60_000, 512, 128, False)],

@@ -188,6 +188,7 @@ def test_no_worker_is_more_than_the_bound_ahead(workers, servers, bound, seed):
     assert max(clock - slowest for _, clock, slowest in simulation.history) <= bound
 
 
+@pytest.mark.slow
 def test_without_a_bound_they_do_run_ahead():
     ahead = 0
     for seed in range(20):

@@ -51,6 +51,7 @@ class FirstOfRound(Consistency):
         return Pairs(workers, self.number)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(
     workers=st.integers(2, 4), servers=st.integers(1, 2), near=st.booleans(),

@@ -1,5 +1,7 @@
 """The rooms of the parameter server import each other one way, as docs/architecture.md says."""
 
+import pytest
+
 from tests.unit.test_architecture import imports
 
 ARROWS = {  # what each room may import of ps/ besides itself
@@ -16,6 +18,7 @@ ARROWS = {  # what each room may import of ps/ besides itself
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_arrows_between_the_rooms():
     seen = set()
     for module, used in imports().items():

@@ -69,6 +69,7 @@ topologies = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=12, phases=PHASES)
 @given(**topologies, rule=st.sampled_from(RULES), admit=st.integers(1, 3),
        evict=st.sampled_from([(None, None), (1, None), (2, 5)]))  # fmt: skip
@@ -88,6 +89,7 @@ def test_sync_is_one_process_with_the_whole_batch(workers, servers, seed, rule, 
             )
 
 
+@pytest.mark.slow
 @settings(max_examples=8, phases=PHASES)
 @given(**topologies, bound=st.integers(0, 2))
 def test_staleness_is_bounded_and_no_push_is_lost(workers, servers, seed, bound):
@@ -148,6 +150,7 @@ def test_a_lost_server_ends_the_run_in_a_line():
         simulation.until(lambda: False)
 
 
+@pytest.mark.slow
 @settings(max_examples=16, phases=PHASES)
 @given(workers=st.integers(1, 3), servers=st.integers(2, 3), seed=st.integers(0, 10**6),
        consistency=st.sampled_from(["sync", "async", "ssp:1"]), tick=st.integers(0, 600),
@@ -179,6 +182,7 @@ def test_a_lost_servers_rows_come_back_from_their_copy(
     assert clocks == {STEPS}
 
 
+@pytest.mark.slow
 @settings(max_examples=5, phases=PHASES)
 @given(workers=st.integers(1, 2), before=st.integers(1, 3), after=st.integers(1, 3),
        rule=st.sampled_from(RULES), seed=st.integers(0, 10**6))  # fmt: skip

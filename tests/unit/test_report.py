@@ -138,6 +138,7 @@ KINDS = st.fixed_dictionaries(
 LINES = st.tuples(KINDS, st.dictionaries(st.sampled_from(KEYS), JSON))
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.lists(LINES, max_size=5))
 def test_whatever_lines_hold_there_is_a_report(tmp_path_factory, lines):
@@ -369,6 +370,7 @@ class Elements(html.parser.HTMLParser):
 HOSTILE = "<script>alert(1)</script>&\"'$\\frac{$\x00\ud800"
 
 
+@pytest.mark.slow
 def test_what_files_hold_is_text(tmp_path):
     run = write_run(tmp_path / "_<b>run", config=f"[options]\nnote = {json.dumps('<img src=x>')}\n")
     line = {"kind": "train", "step": STEPS, "time": 20.0, HOSTILE: 1.0, "loss": 0.1}
@@ -384,6 +386,7 @@ def test_what_files_hold_is_text(tmp_path):
     assert page.encode()
 
 
+@pytest.mark.slow
 def test_ids_are_one_of_a_kind_and_nothing_is_fetched(tmp_path):
     runs = [write_run(tmp_path / name, ranks=n) for n, name in enumerate("abc", start=1)]
     benchmark = write_benchmark(

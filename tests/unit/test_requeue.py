@@ -249,6 +249,7 @@ def test_a_hiccup_of_the_file_system(monkeypatch):
         supervise.steadily(read)
 
 
+@pytest.mark.slow
 def test_a_healthy_job_outlives_hiccups(tmp_path, monkeypatch, slurm, capfd):
     """Its ranks' notes cannot be read while it runs: for a second, ESTALE."""
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NTASKS": "1",

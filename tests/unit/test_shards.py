@@ -270,6 +270,7 @@ def test_unknown_split(tmp_path):
         ShardSet(tmp_path / "s").split("trian")
 
 
+@pytest.mark.slow
 def test_a_billion_samples(tmp_path):
     """An index without data: what costs memory by the sample would fail here."""
     entries = [

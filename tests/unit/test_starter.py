@@ -23,6 +23,7 @@ def trained(folder, out, **train):
     return folder / out
 
 
+@pytest.mark.slow
 def test_a_starter_trains_and_its_runs_are_listed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = write_starter(Path("two_spirals.py"))

@@ -332,6 +332,7 @@ def test_text_that_is_no_text():
         resolve([("command line", {"out": b"\xff/run".decode("utf-8", "surrogateescape")})])
 
 
+@pytest.mark.slow
 def test_closed_streams_and_odd_names_do_no_harm():
     code = (
         "from hpctrain.cli import main; import sys; sys.argv = ['hpctrain', *sys.argv[1:]]; main()"

@@ -88,6 +88,7 @@ def retype(files, rng):
     return {file}
 
 
+@pytest.mark.slow
 def test_random_damage(sound, tmp_path):
     rng = np.random.default_rng(int(os.environ.get("HPCTRAIN_TEST_SEED", "0")))
     kinds = [flip, flip, flip, truncate, delete, swap, append, retype]
