@@ -64,8 +64,8 @@ class Loader:
 
     Example:
         >>> loader = Loader({"x": np.arange(6)}, 4, shuffle=False)
-        >>> [batch["x"].tolist() for batch in loader]
-        [[0, 1, 2, 3], [4, 5]]
+        >>> [batch.samples for batch in loader]
+        [4, 2]
         >>> loader.epoch
         1
         >>> loader.close()
