@@ -64,8 +64,10 @@ class Loader:
 
     Example:
         >>> loader = Loader({"x": np.arange(6)}, 4, shuffle=False)
-        >>> [batch.samples for batch in loader]
-        [4, 2]
+        >>> for batch in loader:
+        ...     print(batch.samples, batch.weight)
+        4 1.0
+        2 1.0
         >>> loader.epoch
         1
         >>> loader.close()
